@@ -1,0 +1,1 @@
+//! The supervisor: REST API, state machine, journal, grants and commits; the command line

@@ -1,0 +1,1 @@
+//! Device models: serial, virtio-mmio, block, vsock, rng, VM generation id

@@ -1,0 +1,84 @@
+//! HTTP/1.1 with JSON over vsock. The agent listens on port [`AGENT_PORT`]; connections do not survive a pause.
+//!
+//! | request | body | answer |
+//! | --- | --- | --- |
+//! | `GET /v1/health` | – | [`Health`] |
+//! | `POST /v1/exec` | [`ExecRequest`] | [`ExecReply`]; 400 [`AgentError`] when it could not be started |
+//! | `POST /v1/wake` | [`WakeRequest`] | [`WakeReply`] |
+//!
+//! Fields may be added (both sides ignore what they do not know); a change of meaning is a new [`PROTOCOL`].
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// vsock port of the agent.
+pub const AGENT_PORT: u32 = 1;
+/// Protocol version in [`Health`].
+pub const PROTOCOL: u32 = 1;
+
+/// Answer of `GET /v1/health`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// [`PROTOCOL`] of the agent.
+    pub protocol: u32,
+    /// Version of the agent.
+    pub version: String,
+    /// The guest kernel's boot id: the same after a wake, another after a reboot.
+    pub boot_id: String,
+}
+
+/// Body of `POST /v1/exec`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// Run by `/bin/sh -c`.
+    pub command: String,
+    /// Working directory; the agent's default when absent.
+    pub cwd: Option<String>,
+    /// Added to the agent's environment.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// The command's process group is killed after this long, ms.
+    pub timeout_ms: u64,
+    /// Bytes kept of each of stdout and stderr; the rest is read and dropped.
+    pub output_limit: usize,
+}
+
+/// Answer of `POST /v1/exec`. It comes when the command's own process has ended, whatever it left running in the background.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecReply {
+    /// Exit status; 128 + n when signal n ended it; 124 when it timed out.
+    pub exit_code: i32,
+    /// Base64.
+    pub stdout: String,
+    /// Base64.
+    pub stderr: String,
+    /// Bytes of stdout that were dropped.
+    pub stdout_dropped: u64,
+    /// Bytes of stderr that were dropped.
+    pub stderr_dropped: u64,
+    /// The time limit ended it.
+    pub timed_out: bool,
+}
+
+/// Body of `POST /v1/wake`, sent after every restore before any other request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WakeRequest {
+    /// The host's wall clock now, nanoseconds since the epoch.
+    pub unix_time_ns: u64,
+    /// Base64 of 32 fresh random bytes, mixed into the guest's pool before it is reseeded.
+    pub entropy: String,
+}
+
+/// Answer of `POST /v1/wake`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WakeReply {
+    /// How far the wall clock was stepped, ns.
+    pub stepped_ns: i64,
+}
+
+/// Body of a refusal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentError {
+    /// What happened, to what, and why.
+    pub message: String,
+}

@@ -1,0 +1,1 @@
+//! End-to-end tests, the nested-host rig and what they share

@@ -1,0 +1,219 @@
+//! The control API's wire types: JSON over HTTP/1.1 on the VMM's `control.sock`. The only thing that supervisor and VMM share.
+//!
+//! | request | body | answer | when |
+//! | --- | --- | --- | --- |
+//! | `GET /v1/vm` | – | [`VmStatus`] | always |
+//! | `PUT /v1/vm/boot` | [`BootRequest`] | [`VmStatus`] | state `empty` |
+//! | `PUT /v1/vm/restore` | [`RestoreRequest`] | [`RestoreReport`] | state `empty`; leaves the VM `paused` |
+//! | `PUT /v1/vm/pause` | – | [`PauseReport`] | state `running` (idempotent when `paused`) |
+//! | `PUT /v1/vm/resume` | – | [`VmStatus`] | state `paused`; the first vCPU instruction runs after this |
+//! | `POST /v1/vm/capture` | [`CaptureRequest`] | a [manifest](stasis_snapshot) draft as octets, [`CaptureReport`] in the `stasis-report` header | state `paused` |
+//! | `DELETE /v1/vm/capture` | – | 204 | cancels a running capture; the capture call answers 409 |
+//! | `PUT /v1/vm/shutdown` | – | 204, then the process exits 0 | always |
+//! | `GET /v1/metrics` | – | [`Metrics`] | always |
+//!
+//! Errors are [`ErrorBody`] with a 4xx or 5xx status. Files never travel as paths: the sender opens them and passes the descriptors over
+//! `fds.sock` under a token of its choice ([`FdToken`]), before the request that names the token. A token is used once.
+
+use serde::{Deserialize, Serialize};
+use stasis_snapshot::grant::GrantedObject;
+
+/// Names a descriptor that was sent over `fds.sock` beforehand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FdToken(pub u64);
+
+/// The shape of a machine. Fixed for its life, saved in its snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Virtual CPUs, 1 to 8.
+    pub vcpus: u8,
+    /// Guest memory, MiB, 16 to 8192.
+    pub memory_mib: u32,
+    /// The context id the guest sees on its vsock device; no device when absent.
+    pub vsock_cid: Option<u32>,
+    /// Attach the exit-counting port device that tests use.
+    #[serde(default)]
+    pub exit_counter: bool,
+}
+
+/// One virtio block device: private writes over a shared read-only base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The read-only base (a template's root file system). An empty disk when absent.
+    pub base: Option<FdToken>,
+    /// An empty, unlinked, sparse file that takes the writes. Required unless `read_only`.
+    pub overlay: Option<FdToken>,
+    /// Size that the guest sees, MiB; at least the base's size.
+    pub size_mib: u64,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Body of `PUT /v1/vm/boot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootRequest {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// ELF vmlinux or bzImage.
+    pub kernel: FdToken,
+    /// Initial RAM file system.
+    pub initramfs: Option<FdToken>,
+    /// Kernel command line, at most 2047 bytes; the VMM adds nothing to it.
+    pub cmdline: String,
+    /// Block devices in the order vda, vdb, …
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+}
+
+/// Body of `PUT /v1/vm/restore`. The machine's shape comes from the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// A descriptor that holds the encoded manifest (a memfd).
+    pub manifest: FdToken,
+    /// BLAKE3 of the manifest, lower-case hex: checked before it is decoded.
+    pub manifest_digest: String,
+    /// A readable grant for every pack that the manifest names.
+    pub packs: Vec<GrantedObject>,
+    /// Bases and overlays, in the manifest's disk order.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// The new VM generation id, lower-case hex of 16 random bytes: never the same for two restores.
+    pub generation_id: String,
+}
+
+/// Body of `POST /v1/vm/capture`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptureRequest {
+    /// Writable grants, used in order; at least [`PauseReport::packs_needed`] of them.
+    pub packs: Vec<GrantedObject>,
+    /// PUTs in flight at most.
+    pub connections: u16,
+    /// Give up after this long, ms.
+    pub deadline_ms: u64,
+}
+
+/// What the VM is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Nothing is loaded yet.
+    Empty,
+    /// vCPUs run.
+    Running,
+    /// vCPUs and devices are parked; memory does not change.
+    Paused,
+    /// Paused, and a capture is under way.
+    Capturing,
+}
+
+/// Answer of `GET /v1/vm`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// The id the process was started for.
+    pub id: String,
+    /// Process id of the VMM.
+    pub pid: u32,
+    /// Version of the VMM.
+    pub vmm_version: String,
+    /// State.
+    pub state: VmState,
+    /// The machine, once there is one.
+    pub machine: Option<MachineConfig>,
+}
+
+/// Answer of `PUT /v1/vm/pause`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseReport {
+    /// Memory pages (4 KiB) that a capture now would look at.
+    pub dirty_memory_pages: u64,
+    /// Disk blocks (4 KiB) that a capture now would look at.
+    pub dirty_disk_blocks: u64,
+    /// How many packs a capture now may need at most.
+    pub packs_needed: u32,
+    /// Time until all vCPUs and devices stood still, µs.
+    pub stop_us: u64,
+}
+
+/// Header `stasis-report` of a capture.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptureReport {
+    /// Saving devices, vCPUs and VM, µs.
+    pub state_us: u64,
+    /// From the first page read to the last pack stored, µs.
+    pub upload_us: u64,
+    /// Pages looked at.
+    pub scanned_pages: u64,
+    /// Of them zero.
+    pub zero_pages: u64,
+    /// Of them equal to a template block.
+    pub base_pages: u64,
+    /// Pages written into packs.
+    pub sent_pages: u64,
+    /// Bytes of all packs stored by this capture.
+    pub sent_bytes: u64,
+    /// Packs stored by this capture.
+    pub packs: u32,
+}
+
+/// Answer of `PUT /v1/vm/restore`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreReport {
+    /// Reading and checking the manifest, µs.
+    pub manifest_us: u64,
+    /// Fetching, checking and placing pages, µs.
+    pub pages_us: u64,
+    /// Setting VM, vCPU and device state, µs.
+    pub state_us: u64,
+    /// Bytes fetched.
+    pub fetched_bytes: u64,
+}
+
+/// Answer of `GET /v1/metrics`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// vCPU exits by reason.
+    pub exits: std::collections::BTreeMap<String, u64>,
+    /// Bytes the guest wrote to its console.
+    pub console_bytes: u64,
+    /// Block requests served.
+    pub block_requests: u64,
+    /// Resident memory of the VMM beyond guest memory, KiB.
+    pub overhead_kib: u64,
+    /// What the exit counter saw, where there is one.
+    pub exit_counter: Option<ExitCounts>,
+}
+
+/// What the exit-counting device saw (`devices::exit_counter`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitCounts {
+    /// OUTs seen.
+    pub outs: u64,
+    /// INs answered.
+    pub ins: u64,
+    /// OUTs whose value did not follow the one before.
+    pub out_gaps: u64,
+}
+
+/// Why a request was refused or failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// Stable word: see the variants of `control::server::Refusal`.
+    pub code: String,
+    /// The chain of causes, outermost first.
+    pub message: String,
+}
+
+/// Written to `exit.json` in the run directory before the process ends for any reason it knows of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitNote {
+    /// Exit status: 0 shutdown asked for, 1 start-up failed, 2 the guest ended its machine, 3 the VM failed.
+    pub status: i32,
+    /// Why, in one sentence.
+    pub reason: String,
+}

@@ -1,0 +1,2 @@
+//! The VMM's process: one per sandbox.
+fn main() {}
