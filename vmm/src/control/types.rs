@@ -9,6 +9,7 @@
 //! | `PUT /v1/vm/resume` | – | [`VmStatus`] | state `paused`; the first vCPU instruction runs after this |
 //! | `POST /v1/vm/capture` | [`CaptureRequest`] | a [manifest](stasis_snapshot) draft as octets, [`CaptureReport`] in the `stasis-report` header | state `paused` |
 //! | `DELETE /v1/vm/capture` | – | 204 | cancels a running capture; the capture call answers 409 |
+//! | `PUT /v1/vm/console` | octets | 204 | state `running`: input for the guest's serial port, as many bytes as fit |
 //! | `PUT /v1/vm/shutdown` | – | 204, then the process exits 0 | always |
 //! | `GET /v1/metrics` | – | [`Metrics`] | always |
 //!
@@ -43,6 +44,8 @@ pub struct MachineConfig {
 pub struct DiskConfig {
     /// The read-only base (a template's root file system). An empty disk when absent.
     pub base: Option<FdToken>,
+    /// Digest that names the base in snapshots (the template's), lower-case hex of 32 bytes. Required with `base`.
+    pub base_digest: Option<String>,
     /// An empty, unlinked, sparse file that takes the writes. Required unless `read_only`.
     pub overlay: Option<FdToken>,
     /// Size that the guest sees, MiB; at least the base's size.
