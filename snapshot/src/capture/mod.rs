@@ -1,0 +1,194 @@
+//! Capture: pages of images into packs.
+//!
+//! One blocking thread reads and classifies pages in the order given; blocking workers compress and digest frames; the calling task
+//! assembles packs and keeps PUTs in flight. Raw and stored bytes together stay under [`Options::memory`].
+//!
+//! A page is only ever referred to once the PUT of its pack has been confirmed. A capture that fails hands back what is durable, so
+//! that the next one need not send it again. [`capture`] returns only after the last call to a [`PageReader`] has ended; stop it with its
+//! token, do not drop it.
+
+use std::{io, ops::Range, sync::Arc};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    granted::PackSink,
+    image::{ImageMap, MapError},
+    manifest::ImageKind,
+    pack::{Codec, PackEntry},
+    store::StoreError,
+};
+
+/// Reads pages. Called from a blocking thread, one call at a time per image; must be cheap (memory or the page cache).
+pub trait PageReader: Send + Sync {
+    /// Fills `into`, a whole number of pages, from `first_page` on.
+    fn read(&self, first_page: u64, into: &mut [u8]) -> io::Result<()>;
+}
+
+/// The template disk that pages are compared with.
+#[derive(Clone)]
+pub struct BaseInput {
+    /// Reads its blocks.
+    pub reader: Arc<dyn PageReader>,
+    /// Its length in blocks.
+    pub blocks: u64,
+    /// Compare page `i` with block `i` (disks of the template).
+    pub same_offset: bool,
+    /// Look pages up by content (memory: the page cache holds template blocks).
+    pub index: Option<Arc<BlockIndex>>,
+}
+
+/// Blocks of a template disk by a short hash of their content. A hit is only a hint: bytes are compared before it is used.
+#[derive(Debug, Default)]
+pub struct BlockIndex {}
+
+impl BlockIndex {
+    /// Reads and hashes all blocks. Zero blocks are left out. Blocking.
+    pub fn build(reader: &dyn PageReader, blocks: u64) -> io::Result<Self> {
+        let _ = (reader, blocks);
+        todo!()
+    }
+}
+
+/// One image to capture.
+#[derive(Clone)]
+pub struct ImageInput {
+    /// What it is; for messages.
+    pub kind: ImageKind,
+    /// Where its pages were before: the parent's map, or [`ImageMap::zero`] or [`ImageMap::base`] for a first capture. Its length is the image's.
+    pub parent: ImageMap,
+    /// Pages that may differ from `parent`, in the order in which they are to be packed.
+    pub look_at: Vec<Range<u64>>,
+    /// Reads the image.
+    pub reader: Arc<dyn PageReader>,
+    /// The template disk, where there is one.
+    pub base: Option<BaseInput>,
+}
+
+/// How to capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// PUTs in flight at most.
+    pub connections: u16,
+    /// Compression.
+    pub codec: Codec,
+    /// Bytes of pages and packs in memory at most; raised to what one pack needs.
+    pub memory: u64,
+    /// Pages looked at first that go to a boot pack of small frames (at most 16 MiB); 0 for none.
+    pub boot_pages: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            connections: 8,
+            codec: Codec::Lz4,
+            memory: 64 << 20,
+            boot_pages: 0,
+        }
+    }
+}
+
+/// How many packs a capture that looks at `pages` pages may need at most.
+pub fn packs_needed(pages: u64, options: &Options) -> u32 {
+    let _ = (pages, options);
+    todo!()
+}
+
+/// Everything [`capture`] needs.
+pub struct CaptureRequest {
+    /// Memory, then disks.
+    pub images: Vec<ImageInput>,
+    /// The packs that the parents' maps refer to.
+    pub parent_packs: Vec<PackEntry>,
+    /// Where packs go.
+    pub sink: Arc<dyn PackSink>,
+    /// How.
+    pub options: Options,
+    /// Stops the capture.
+    pub cancel: CancellationToken,
+    /// Told of progress.
+    pub progress: Option<watch::Sender<Stats>>,
+}
+
+/// What a capture did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Pages looked at.
+    pub scanned_pages: u64,
+    /// Of them zero.
+    pub zero_pages: u64,
+    /// Of them equal to a template block.
+    pub base_pages: u64,
+    /// Pages in packs that are durable.
+    pub sent_pages: u64,
+    /// Bytes of packs that are durable.
+    pub sent_bytes: u64,
+    /// Packs that are durable.
+    pub packs: u32,
+}
+
+/// Where the pages are now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// The parent's packs, then the new ones; every new one is durable.
+    pub packs: Vec<PackEntry>,
+    /// For each image, its parent's map with what was captured laid over it.
+    pub maps: Vec<ImageMap>,
+    /// Position of the boot pack in `packs`.
+    pub boot_pack: Option<u32>,
+    /// What it took.
+    pub stats: Stats,
+}
+
+/// What a failed capture leaves. To go on from it: its packs and maps become the parent's, and of the pages that were to be looked
+/// at those in `done` need not be, unless the guest wrote to them since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Partial {
+    /// The parent's packs, then those that are durable.
+    pub packs: Vec<PackEntry>,
+    /// For each image, its parent's map with what is durable laid over it.
+    pub maps: Vec<ImageMap>,
+    /// For each image, the pages that its map now has right: sorted, disjoint.
+    pub done: Vec<Vec<Range<u64>>>,
+    /// What it took.
+    pub stats: Stats,
+}
+
+/// Why a capture failed.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum CaptureError {
+    #[error("capture was cancelled")]
+    Cancelled,
+    #[error("cannot read page {page} of {image}")]
+    Read {
+        image: String,
+        page: u64,
+        source: io::Error,
+    },
+    #[error("cannot store pack {n} of this capture")]
+    Store { n: u32, source: StoreError },
+    #[error("{image} cannot be captured")]
+    Map { image: String, source: MapError },
+    #[error("a capture thread failed")]
+    Thread(#[source] tokio::task::JoinError),
+}
+
+/// A failed capture.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct CaptureFailed {
+    /// Why.
+    #[source]
+    pub error: CaptureError,
+    /// What is durable all the same.
+    pub partial: Box<Partial>,
+}
+
+/// Captures the images. See the module for the order of things and for what holds on failure.
+pub async fn capture(request: CaptureRequest) -> Result<Captured, CaptureFailed> {
+    let _ = request;
+    todo!()
+}

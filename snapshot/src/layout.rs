@@ -1,0 +1,97 @@
+//! The names of objects in a bucket. One place, so that nobody else builds a key.
+//!
+//! ```text
+//! v1/{tenant}/sandbox/{id}/head
+//! v1/{tenant}/sandbox/{id}/{seq}-{epoch}-{commit}/manifest
+//! v1/{tenant}/sandbox/{id}/{seq}-{epoch}-{commit}/pack/{n}
+//! v1/{tenant}/snapshot/{id}/…      the same below it
+//! v1/template/{digest}/…
+//! ```
+
+use crate::ids::{CommitId, Digest};
+
+/// Whose heads and generations: a sandbox's or a named snapshot's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    prefix: String,
+}
+
+/// One generation: the objects that one commit writes. Its name holds the commit id, so two writers never share one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generation {
+    prefix: String,
+}
+
+/// A tenant or an id that may not be part of a key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} cannot be part of an object key: use 1 to 128 letters, digits, '-' and '_'")]
+pub struct BadName(pub String);
+
+fn name(text: &str) -> Result<&str, BadName> {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
+    if (1..=128).contains(&text.len()) && text.bytes().all(allowed) {
+        Ok(text)
+    } else {
+        Err(BadName(text.to_owned()))
+    }
+}
+
+impl Owner {
+    /// The sandbox `id` of `tenant`.
+    pub fn sandbox(tenant: &str, id: &str) -> Result<Self, BadName> {
+        Ok(Self {
+            prefix: format!("v1/{}/sandbox/{}/", name(tenant)?, name(id)?),
+        })
+    }
+
+    /// The named snapshot `id` of `tenant`.
+    pub fn snapshot(tenant: &str, id: &str) -> Result<Self, BadName> {
+        Ok(Self {
+            prefix: format!("v1/{}/snapshot/{}/", name(tenant)?, name(id)?),
+        })
+    }
+
+    /// What every key of this owner begins with; ends with a slash.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The head's key.
+    pub fn head(&self) -> String {
+        format!("{}head", self.prefix)
+    }
+
+    /// The generation that commit `commit` writes.
+    pub fn generation(&self, seq: u64, epoch: u64, commit: CommitId) -> Generation {
+        Generation {
+            prefix: format!("{}{seq}-{epoch}-{commit}/", self.prefix),
+        }
+    }
+}
+
+impl Generation {
+    /// What every key of this generation begins with; ends with a slash.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The manifest's key.
+    pub fn manifest(&self) -> String {
+        format!("{}manifest", self.prefix)
+    }
+
+    /// The key of pack `n`.
+    pub fn pack(&self, n: u32) -> String {
+        format!("{}pack/{n}", self.prefix)
+    }
+}
+
+/// What every sandbox key of `tenant` begins with; ends with a slash.
+pub fn sandboxes(tenant: &str) -> Result<String, BadName> {
+    Ok(format!("v1/{}/sandbox/", name(tenant)?))
+}
+
+/// What every key of the template begins with; ends with a slash.
+pub fn template(digest: Digest) -> String {
+    format!("v1/template/{digest}/")
+}
