@@ -1,0 +1,241 @@
+//! Descriptor chains: a walk that trusts nothing, and cursors over the buffers it finds.
+//!
+//! virtio-queue's own iterator ends a malformed chain as if it were complete. A device must not act on half a request, so the walk
+//! here checks all of a chain before the device sees any of it: at most as many descriptors as the queue has (which also ends loops),
+//! indexes inside their table, every buffer in guest memory, readable before writable, indirect tables only where virtio 1.2 §2.7.5.3
+//! allows them. What was checked is copied: a driver that rewrites its descriptors later changes nothing.
+
+use std::collections::VecDeque;
+
+use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_INDIRECT;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::DeviceError;
+use crate::GuestMemory;
+
+const DESCRIPTOR_BYTES: u64 = 16;
+
+/// A checked descriptor chain.
+#[derive(Debug)]
+pub struct Chain {
+    /// Index of its first descriptor: its name in the used ring.
+    pub head: u16,
+    /// What the driver wrote for the device.
+    pub readable: Buffers,
+    /// What the device may fill.
+    pub writable: Buffers,
+}
+
+/// A descriptor table: the queue's own, or an indirect one.
+#[derive(Clone, Copy)]
+struct Table {
+    address: GuestAddress,
+    size: u16,
+}
+
+impl Table {
+    fn read(self, memory: &GuestMemory, index: u16) -> Result<Descriptor, DeviceError> {
+        if index >= self.size {
+            return Err(DeviceError::DescriptorIndex {
+                index,
+                size: self.size,
+            });
+        }
+        let outside = DeviceError::BufferRange {
+            address: self.address.0,
+            len: u64::from(self.size) * DESCRIPTOR_BYTES,
+        };
+        let Some(address) = self
+            .address
+            .checked_add(u64::from(index) * DESCRIPTOR_BYTES)
+        else {
+            return Err(outside);
+        };
+        memory.read_obj(address).map_err(|_| outside)
+    }
+}
+
+impl Chain {
+    /// Walks the chain that starts at `head` in the table of `queue_size` descriptors at `table`.
+    pub(super) fn walk(
+        memory: &GuestMemory,
+        table: GuestAddress,
+        queue_size: u16,
+        head: u16,
+        indirect_negotiated: bool,
+    ) -> Result<Self, DeviceError> {
+        let mut chain = Self {
+            head,
+            readable: Buffers::default(),
+            writable: Buffers::default(),
+        };
+        let mut table = Table {
+            address: table,
+            size: queue_size,
+        };
+        let mut inside_indirect = false;
+        let mut index = head;
+        let mut budget = queue_size;
+        loop {
+            let descriptor = table.read(memory, index)?;
+            if u32::from(descriptor.flags()) & VRING_DESC_F_INDIRECT != 0 {
+                if !indirect_negotiated {
+                    return Err(DeviceError::Indirect("the feature was not negotiated"));
+                }
+                if inside_indirect {
+                    return Err(DeviceError::Indirect("a table inside a table"));
+                }
+                if descriptor.has_next() {
+                    return Err(DeviceError::Indirect("it must be the last of its chain"));
+                }
+                table = indirect_table(&descriptor, queue_size)?;
+                inside_indirect = true;
+                index = 0;
+                continue;
+            }
+            budget = budget
+                .checked_sub(1)
+                .ok_or(DeviceError::ChainTooLong(queue_size))?;
+            chain.push(memory, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(chain);
+            }
+            index = descriptor.next();
+        }
+    }
+
+    fn push(&mut self, memory: &GuestMemory, descriptor: &Descriptor) -> Result<(), DeviceError> {
+        let buffers = if descriptor.is_write_only() {
+            &mut self.writable
+        } else {
+            if !self.writable.segments.is_empty() {
+                return Err(DeviceError::ReadableAfterWritable);
+            }
+            &mut self.readable
+        };
+        let (address, len) = (descriptor.addr(), descriptor.len());
+        // Zero bytes anywhere are harmless, but they still end the readable part.
+        if len != 0 && !GuestMemoryBackend::check_range(memory, address, len as usize) {
+            return Err(DeviceError::BufferRange {
+                address: address.0,
+                len: u64::from(len),
+            });
+        }
+        buffers.remaining += u64::from(len);
+        buffers.segments.push_back(Segment { address, len });
+        // virtio 1.2 §2.7.5.2; also keeps every length that a device reports within its 32 bits.
+        if self.readable.remaining + self.writable.remaining > u64::from(u32::MAX) {
+            return Err(DeviceError::ChainTooLarge);
+        }
+        Ok(())
+    }
+}
+
+fn indirect_table(descriptor: &Descriptor, queue_size: u16) -> Result<Table, DeviceError> {
+    let len = u64::from(descriptor.len());
+    if len == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES) {
+        return Err(DeviceError::Indirect(
+            "its length is no table of descriptors",
+        ));
+    }
+    // virtio 1.2 §2.7.5.3.1: no chain is longer than the queue, indirect or not.
+    match u16::try_from(len / DESCRIPTOR_BYTES) {
+        Ok(size) if size <= queue_size => Ok(Table {
+            address: descriptor.addr(),
+            size,
+        }),
+        _ => Err(DeviceError::ChainTooLong(queue_size)),
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    address: GuestAddress,
+    len: u32,
+}
+
+/// The buffers of one direction, consumed from the front; where one ends and the next begins does not show (virtio 1.2 §2.7.4).
+#[derive(Debug, Default)]
+pub struct Buffers {
+    segments: VecDeque<Segment>,
+    remaining: u64,
+}
+
+impl Buffers {
+    /// Bytes not consumed yet, at most 2^32 - 1.
+    pub fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    /// Fills `out` from guest memory.
+    pub fn read(&mut self, memory: &GuestMemory, out: &mut [u8]) -> Result<(), DeviceError> {
+        self.require("readable", out.len())?;
+        let mut done = 0;
+        while done < out.len() {
+            let (address, len) = self.take(out.len() - done);
+            memory
+                .read_slice(&mut out[done..done + len], address)
+                .map_err(DeviceError::Memory)?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Copies `data` to guest memory and marks its pages.
+    pub fn write(&mut self, memory: &GuestMemory, data: &[u8]) -> Result<(), DeviceError> {
+        self.require("writable", data.len())?;
+        let mut done = 0;
+        while done < data.len() {
+            let (address, len) = self.take(data.len() - done);
+            memory
+                .write_slice(&data[done..done + len], address)
+                .map_err(DeviceError::Memory)?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Cuts off the last byte and answers where it is. None when nothing remains.
+    pub fn split_last_byte(&mut self) -> Option<GuestAddress> {
+        while let Some(last) = self.segments.back_mut() {
+            if last.len == 0 {
+                self.segments.pop_back();
+                continue;
+            }
+            last.len -= 1;
+            self.remaining -= 1;
+            // In range: the whole segment was checked to lie in memory.
+            return last.address.checked_add(u64::from(last.len));
+        }
+        None
+    }
+
+    fn require(&self, direction: &'static str, need: usize) -> Result<(), DeviceError> {
+        if self.remaining < need as u64 {
+            return Err(DeviceError::TooShort {
+                direction,
+                have: self.remaining,
+                need: need as u64,
+            });
+        }
+        Ok(())
+    }
+
+    /// Consumes at most `limit` bytes of the front segment; the caller has checked that `limit` remain.
+    fn take(&mut self, limit: usize) -> (GuestAddress, usize) {
+        while let Some(front) = self.segments.front_mut() {
+            let len = (front.len as usize).min(limit);
+            if len == 0 {
+                self.segments.pop_front();
+                continue;
+            }
+            let address = front.address;
+            front.address = address.unchecked_add(len as u64);
+            front.len -= len as u32;
+            self.remaining -= len as u64;
+            return (address, len);
+        }
+        (GuestAddress(0), 0)
+    }
+}
