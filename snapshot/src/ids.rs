@@ -97,3 +97,28 @@ macro_rules! hex_value {
 
 hex_value!(Digest);
 hex_value!(CommitId);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hex_comes_back_and_is_strict() {
+        let digest = Digest::of(b"x");
+        assert_eq!(digest.to_string().parse(), Ok(digest));
+        let json = serde_json::to_string(&digest).unwrap();
+        assert_eq!(json, format!("\"{digest}\""));
+        assert_eq!(serde_json::from_str::<Digest>(&json).unwrap(), digest);
+        let raw = postcard::to_stdvec(&digest).unwrap();
+        assert_eq!(raw, digest.0);
+        assert_eq!(postcard::from_bytes::<Digest>(&raw).unwrap(), digest);
+        for bad in [
+            "",
+            "0",
+            &digest.to_string()[1..],
+            &digest.to_string().to_uppercase(),
+        ] {
+            assert_eq!(bad.parse::<Digest>(), Err(BadHex(64)));
+        }
+    }
+}

@@ -3,6 +3,8 @@
 //! A map is a list of runs that covers every page exactly once, in order, so that a mostly empty image is a few runs long.
 //! Maps are plain values: a new generation is the parent's map with newer runs laid over it.
 
+use std::collections::BTreeMap;
+
 use crate::pack::PackEntry;
 
 /// Pages an image has at most (16 TiB).
@@ -238,8 +240,37 @@ impl ImageMap {
 
     /// This map with `newer` laid over it. The newer runs may come in any order; where two of them cover a page, the later one wins.
     pub fn overlay(&self, newer: &[Run]) -> Result<Self, MapError> {
-        let _ = newer;
-        todo!()
+        for run in newer {
+            if run.pages == 0 {
+                return Err(MapError::EmptyRun(run.start));
+            }
+            if run.start > self.pages || run.pages > self.pages - run.start {
+                return Err(MapError::Beyond {
+                    start: run.start,
+                    pages: self.pages,
+                });
+            }
+        }
+        let mut top = newer.to_vec();
+        top.sort_by_key(|run| run.start);
+        if top.windows(2).any(|pair| pair[0].end() > pair[1].start) {
+            top = layered(newer);
+        }
+        let mut runs = Vec::with_capacity(self.runs.len() + 2 * top.len());
+        let mut below = Cursor {
+            runs: &self.runs,
+            page: 0,
+        };
+        for run in top {
+            below.copy_until(run.start, &mut runs);
+            push(&mut runs, run);
+            below.skip_until(run.end());
+        }
+        below.copy_until(self.pages, &mut runs);
+        Ok(Self {
+            runs,
+            pages: self.pages,
+        })
     }
 
     /// The same map with every pack number replaced by `renumber(pack)`.
@@ -264,5 +295,200 @@ fn push(runs: &mut Vec<Run>, run: Run) {
         last.pages += run.pages;
     } else {
         runs.push(run);
+    }
+}
+
+/// Walks a map once, from page 0 up.
+struct Cursor<'a> {
+    /// From the run that holds `page` on.
+    runs: &'a [Run],
+    page: u64,
+}
+
+impl Cursor<'_> {
+    fn copy_until(&mut self, end: u64, into: &mut Vec<Run>) {
+        while self.page < end
+            && let Some(run) = self.runs.first()
+        {
+            let until = run.end().min(end);
+            if until > self.page {
+                push(
+                    into,
+                    Run {
+                        start: self.page,
+                        pages: until - self.page,
+                        at: run.at.advance(self.page - run.start),
+                    },
+                );
+            }
+            self.skip_until(until);
+        }
+    }
+
+    fn skip_until(&mut self, page: u64) {
+        self.page = self.page.max(page);
+        while let Some(run) = self.runs.first()
+            && run.end() <= self.page
+        {
+            self.runs = &self.runs[1..];
+        }
+    }
+}
+
+/// Runs without overlaps, sorted: of two that cover a page the later one in the list wins.
+fn layered(runs: &[Run]) -> Vec<Run> {
+    let mut layers: BTreeMap<u64, Run> = BTreeMap::new();
+    for &run in runs {
+        if let Some((_, below)) = layers.range_mut(..run.start).next_back()
+            && below.end() > run.start
+        {
+            let whole = *below;
+            below.pages = run.start - whole.start;
+            insert_tail(&mut layers, whole, run.end());
+        }
+        while let Some((&start, &covered)) = layers.range(run.start..run.end()).next() {
+            layers.remove(&start);
+            insert_tail(&mut layers, covered, run.end());
+        }
+        layers.insert(run.start, run);
+    }
+    layers.into_values().collect()
+}
+
+/// What is left of `run` from page `from` on.
+fn insert_tail(layers: &mut BTreeMap<u64, Run>, run: Run, from: u64) {
+    if run.end() > from {
+        layers.insert(
+            from,
+            Run {
+                start: from,
+                pages: run.end() - from,
+                at: run.at.advance(from - run.start),
+            },
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: u64 = 48;
+
+    fn any_ref() -> impl Strategy<Value = PageRef> {
+        prop_oneof![
+            Just(PageRef::Zero),
+            (0u32..3, 0u32..2, 0u32..8).prop_map(|(pack, frame, index)| PageRef::Pack {
+                pack,
+                frame,
+                index
+            }),
+            (0u64..PAGES).prop_map(|block| PageRef::Base { block }),
+        ]
+    }
+
+    fn any_run() -> impl Strategy<Value = Run> {
+        (0..PAGES, 1u64..12, any_ref()).prop_map(|(start, pages, at)| Run {
+            start,
+            pages: pages.min(PAGES - start),
+            at,
+        })
+    }
+
+    /// The naive model: one reference a page.
+    fn lay(model: &mut [PageRef], run: Run) {
+        for offset in 0..run.pages {
+            model[(run.start + offset) as usize] = run.at.advance(offset);
+        }
+    }
+
+    fn canonical(map: &ImageMap) -> bool {
+        map.runs().windows(2).all(|pair| {
+            pair[0].end() == pair[1].start && pair[0].at.advance(pair[0].pages) != pair[1].at
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn overlays_equal_the_model(
+            blocks in 0..PAGES,
+            generations in prop::collection::vec(prop::collection::vec(any_run(), 0..12), 1..5),
+        ) {
+            let mut map = ImageMap::base(PAGES, blocks);
+            let mut model: Vec<_> = (0..PAGES)
+                .map(|page| if page < blocks { PageRef::Base { block: page } } else { PageRef::Zero })
+                .collect();
+            for newer in generations {
+                map = map.overlay(&newer).unwrap();
+                for run in newer {
+                    lay(&mut model, run);
+                }
+                for page in 0..PAGES {
+                    prop_assert_eq!(map.lookup(page), Some(model[page as usize]));
+                }
+                prop_assert_eq!(map.lookup(PAGES), None);
+                prop_assert!(canonical(&map), "{:?}", map);
+                prop_assert_eq!(ImageMap::from_runs(PAGES, map.runs().iter().copied()), Ok(map.clone()));
+            }
+        }
+
+        #[test]
+        fn runs_that_do_not_cover_the_image_once_in_order_are_refused(
+            runs in prop::collection::vec(any_run(), 0..4),
+        ) {
+            let covers = runs.iter().try_fold(0, |at, run| (run.start == at).then(|| run.end())) == Some(PAGES);
+            prop_assert_eq!(ImageMap::from_runs(PAGES, runs).is_ok(), covers);
+        }
+    }
+
+    #[test]
+    fn a_large_empty_image_is_one_run() {
+        assert_eq!(ImageMap::zero(2 << 20).runs().len(), 1);
+        assert_eq!(ImageMap::base(2 << 20, 1 << 18).runs().len(), 2);
+        assert_eq!(ImageMap::zero(0).runs().len(), 0);
+    }
+
+    #[test]
+    fn references_out_of_range_are_named() {
+        let map = |at| {
+            ImageMap::zero(4)
+                .overlay(&[Run {
+                    start: 1,
+                    pages: 2,
+                    at,
+                }])
+                .unwrap()
+        };
+        let packs = [crate::pack::test_entry("p", &[8])];
+        let pack = |pack, frame, index| map(PageRef::Pack { pack, frame, index });
+        assert_eq!(pack(0, 0, 6).check(&packs, 0), Ok(()));
+        assert!(matches!(
+            pack(1, 0, 0).check(&packs, 0),
+            Err(MapError::NoSuchPack { pack: 1, .. })
+        ));
+        assert!(matches!(
+            pack(0, 1, 0).check(&packs, 0),
+            Err(MapError::NoSuchFrame { frame: 1, .. })
+        ));
+        assert!(matches!(
+            pack(0, 0, 7).check(&packs, 0),
+            Err(MapError::NoSuchIndex { index: 8, .. })
+        ));
+        let base = map(PageRef::Base { block: 5 });
+        assert_eq!(base.check(&packs, 7), Ok(()));
+        assert!(matches!(
+            base.check(&packs, 6),
+            Err(MapError::NoSuchBlock { block: 6, .. })
+        ));
+        assert!(matches!(
+            ImageMap::zero(4).overlay(&[Run {
+                start: 3,
+                pages: u64::MAX,
+                at: PageRef::Zero
+            }]),
+            Err(MapError::Beyond { .. })
+        ));
     }
 }

@@ -95,3 +95,37 @@ pub fn sandboxes(tenant: &str) -> Result<String, BadName> {
 pub fn template(digest: Digest) -> String {
     format!("v1/template/{digest}/")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_as_documented() {
+        let owner = Owner::sandbox("acme", "sb-1").unwrap();
+        assert_eq!(owner.head(), "v1/acme/sandbox/sb-1/head");
+        let generation = owner.generation(3, 2, CommitId([0xab; 16]));
+        let commit = "ab".repeat(16);
+        assert_eq!(
+            generation.manifest(),
+            format!("v1/acme/sandbox/sb-1/3-2-{commit}/manifest")
+        );
+        assert_eq!(
+            generation.pack(7),
+            format!("v1/acme/sandbox/sb-1/3-2-{commit}/pack/7")
+        );
+        assert_eq!(
+            Owner::snapshot("acme", "s").unwrap().prefix(),
+            "v1/acme/snapshot/s/"
+        );
+    }
+
+    #[test]
+    fn names_that_would_leave_their_place_are_refused() {
+        for bad in ["", "..", ".", "a/b", "a b", "é", "a\0", &"x".repeat(129)] {
+            assert_eq!(Owner::sandbox("t", bad), Err(BadName(bad.to_owned())));
+            assert_eq!(Owner::sandbox(bad, "s"), Err(BadName(bad.to_owned())));
+            assert!(sandboxes(bad).is_err());
+        }
+    }
+}

@@ -8,9 +8,13 @@
 //!
 //! A pack does not describe its frames: the manifest does, and its digests are checked before anything is decoded.
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{ids::Digest, page::PAGE_SIZE};
+
+const MAGIC: &[u8; 8] = b"stasispk";
+const VERSION: u16 = 1;
 
 /// Bytes of the pack header.
 pub const HEADER_LEN: u64 = 16;
@@ -72,7 +76,7 @@ pub struct PackEntry {
 pub enum PackError {
     #[error("not a pack: the first bytes are not the pack magic")]
     Magic,
-    #[error("pack is format version {0}; this build reads 1")]
+    #[error("pack is format version {0}; this build reads {VERSION}")]
     Version(u16),
     #[error("{got} bytes, expected {expected}")]
     Length { got: u64, expected: u64 },
@@ -100,20 +104,231 @@ pub struct EncodedFrame {
     pub bytes: Vec<u8>,
 }
 
-/// Compresses whole pages into a frame; stores them raw where `codec` gains less than 12 %.
+/// Compresses whole pages into a frame; stores them raw where `codec` gains less than 12 %, or fails.
 pub fn encode_frame(codec: Codec, pages: &[u8]) -> EncodedFrame {
-    let _ = (codec, pages, PAGE_SIZE);
-    todo!()
+    let compressed = match codec {
+        Codec::Raw => None,
+        Codec::Lz4 => Some(lz4_flex::block::compress(pages)),
+        Codec::Zstd => zstd::bulk::compress(pages, 1).ok(),
+    };
+    let (codec, bytes) = match compressed {
+        Some(bytes) if bytes.len() * 100 <= pages.len() * 88 => (codec, bytes),
+        _ => (Codec::Raw, pages.to_vec()),
+    };
+    EncodedFrame {
+        codec,
+        pages: (pages.len() / PAGE_SIZE) as u32,
+        digest: Digest::of(&bytes),
+        bytes,
+    }
 }
 
 /// The pages of a frame from its stored bytes: length and digest are checked first, the decoded length after.
 pub fn decode_frame(entry: &FrameEntry, stored: &[u8]) -> Result<Vec<u8>, PackError> {
-    let _ = (entry, stored);
-    todo!()
+    if stored.len() as u64 != u64::from(entry.stored_len) {
+        return Err(PackError::Length {
+            got: stored.len() as u64,
+            expected: u64::from(entry.stored_len),
+        });
+    }
+    if Digest::of(stored) != entry.digest {
+        return Err(PackError::Digest);
+    }
+    let failed = PackError::Decode {
+        codec: entry.codec,
+        pages: entry.pages,
+    };
+    if entry.pages == 0 || entry.pages > FRAME_PAGES {
+        return Err(failed);
+    }
+    let len = entry.pages as usize * PAGE_SIZE;
+    let decoded = match entry.codec {
+        Codec::Raw => Some(stored.to_vec()),
+        Codec::Lz4 => lz4_flex::block::decompress(stored, len).ok(),
+        Codec::Zstd => zstd::bulk::decompress(stored, len).ok(),
+    };
+    decoded.filter(|pages| pages.len() == len).ok_or(failed)
 }
 
 /// Checks a pack's header.
 pub fn check_header(bytes: &[u8]) -> Result<(), PackError> {
-    let _ = bytes;
-    todo!()
+    let header = bytes
+        .first_chunk::<{ HEADER_LEN as usize }>()
+        .ok_or(PackError::Length {
+            got: bytes.len() as u64,
+            expected: HEADER_LEN,
+        })?;
+    if &header[..8] != MAGIC {
+        return Err(PackError::Magic);
+    }
+    match u16::from_le_bytes([header[8], header[9]]) {
+        VERSION => Ok(()),
+        version => Err(PackError::Version(version)),
+    }
+}
+
+/// A pack being put together in memory.
+#[derive(Debug)]
+pub(crate) struct PackBuilder {
+    bytes: Vec<u8>,
+    frames: Vec<FrameEntry>,
+}
+
+impl PackBuilder {
+    pub(crate) fn new() -> Self {
+        let mut bytes = Vec::with_capacity(MIN_PACK as usize);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.resize(HEADER_LEN as usize, 0);
+        Self {
+            bytes,
+            frames: Vec::new(),
+        }
+    }
+
+    /// Bytes so far, the header included.
+    pub(crate) fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Adds a frame and returns its position.
+    pub(crate) fn push(&mut self, frame: &EncodedFrame) -> u32 {
+        self.frames.push(FrameEntry {
+            offset: self.bytes.len() as u32,
+            stored_len: frame.bytes.len() as u32,
+            pages: frame.pages,
+            codec: frame.codec,
+            digest: frame.digest,
+        });
+        self.bytes.extend_from_slice(&frame.bytes);
+        self.frames.len() as u32 - 1
+    }
+
+    /// The object, and its entry without a key.
+    pub(crate) fn finish(self) -> (Bytes, PackEntry) {
+        let entry = PackEntry {
+            key: String::new(),
+            size: self.bytes.len() as u32,
+            digest: Digest::of(&self.bytes),
+            frames: self.frames,
+        };
+        (self.bytes.into(), entry)
+    }
+}
+
+/// An entry that passes the manifest's checks, with frames of these many pages.
+#[cfg(test)]
+pub(crate) fn test_entry(key: &str, frames: &[u32]) -> PackEntry {
+    let mut pack = PackBuilder::new();
+    for &pages in frames {
+        let bytes: Vec<u8> = (0..pages as usize * PAGE_SIZE)
+            .map(|i| (i / 7 % 251) as u8)
+            .collect();
+        pack.push(&encode_frame(Codec::Lz4, &bytes));
+    }
+    let mut entry = pack.finish().1;
+    key.clone_into(&mut entry.key);
+    entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(frame: &EncodedFrame) -> FrameEntry {
+        FrameEntry {
+            offset: 0,
+            stored_len: frame.bytes.len() as u32,
+            pages: frame.pages,
+            codec: frame.codec,
+            digest: frame.digest,
+        }
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut state = 1u64;
+        std::iter::repeat_with(|| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 56) as u8
+        })
+        .take(len)
+        .collect()
+    }
+
+    #[test]
+    fn frames_come_back_with_every_codec() {
+        let compressible: Vec<u8> = (0..8 * PAGE_SIZE).map(|i| (i / 64) as u8).collect();
+        for codec in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
+            let frame = encode_frame(codec, &compressible);
+            assert_eq!(frame.codec, codec);
+            assert_eq!(frame.pages, 8);
+            assert_eq!(
+                decode_frame(&entry(&frame), &frame.bytes),
+                Ok(compressible.clone())
+            );
+        }
+    }
+
+    #[test]
+    fn what_does_not_compress_is_stored_raw() {
+        for codec in [Codec::Lz4, Codec::Zstd] {
+            let frame = encode_frame(codec, &noise(16 * PAGE_SIZE));
+            assert_eq!(frame.codec, Codec::Raw);
+        }
+        // 7/8 noise gains at most 12.5 %, and what the codec adds takes more than the half per cent between.
+        let mut pages = noise(16 * PAGE_SIZE);
+        pages[14 * PAGE_SIZE + PAGE_SIZE / 4..].fill(0);
+        assert_eq!(encode_frame(Codec::Lz4, &pages).codec, Codec::Raw);
+        pages[13 * PAGE_SIZE..].fill(0);
+        assert_eq!(encode_frame(Codec::Lz4, &pages).codec, Codec::Lz4);
+    }
+
+    #[test]
+    fn damage_is_found_before_decoding() {
+        let frame = encode_frame(Codec::Lz4, &vec![7; 4 * PAGE_SIZE]);
+        let good = entry(&frame);
+        let mut damaged = frame.bytes.clone();
+        damaged[3] ^= 1;
+        assert_eq!(decode_frame(&good, &damaged), Err(PackError::Digest));
+        assert!(matches!(
+            decode_frame(&good, &frame.bytes[1..]),
+            Err(PackError::Length { .. })
+        ));
+        for pages in [0, 3, 5, FRAME_PAGES + 1, u32::MAX] {
+            let lying = FrameEntry {
+                pages,
+                ..good.clone()
+            };
+            assert!(matches!(
+                decode_frame(&lying, &frame.bytes),
+                Err(PackError::Decode { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn headers_are_checked() {
+        let (bytes, entry) = PackBuilder::new().finish();
+        assert_eq!(u64::from(entry.size), HEADER_LEN);
+        assert_eq!(check_header(&bytes), Ok(()));
+        assert!(matches!(
+            check_header(&bytes[1..]),
+            Err(PackError::Length { .. })
+        ));
+        let mut other = bytes.to_vec();
+        other[8] = 9;
+        assert_eq!(check_header(&other), Err(PackError::Version(9)));
+        other[0] ^= 1;
+        assert_eq!(check_header(&other), Err(PackError::Magic));
+    }
+
+    #[test]
+    fn packs_are_sized_to_the_connections() {
+        assert_eq!(pack_size(0, 8), MIN_PACK);
+        assert_eq!(pack_size(16 << 20, 8), 2 << 20);
+        assert_eq!(pack_size(1 << 30, 8), MAX_PACK);
+        assert_eq!(pack_size(4 << 20, 0), 4 << 20);
+    }
 }

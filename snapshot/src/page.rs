@@ -16,3 +16,21 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 pub const fn bytes(pages: u64) -> u64 {
     pages * PAGE_SIZE as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_bit_anywhere_is_found() {
+        for len in [0, 1, 127, 128, 129, PAGE_SIZE] {
+            let mut bytes = vec![0; len];
+            assert!(is_zero(&bytes));
+            for at in 0..len {
+                bytes[at] = 0x80;
+                assert!(!is_zero(&bytes), "byte {at} of {len}");
+                bytes[at] = 0;
+            }
+        }
+    }
+}

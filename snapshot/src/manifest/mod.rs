@@ -1,15 +1,22 @@
 //! The manifest: one object that describes one snapshot whole, whatever generations wrote its pages.
 //!
-//! `Manifest` is the value; [`Manifest::encode`] and [`Manifest::decode`] are the only way to and from bytes. See `format` for
+//! `Manifest` is the value; [`Manifest::encode`] and [`Manifest::decode`] are the only way to and from bytes. See `format.rs` for
 //! the bytes: a fixed header, a section table, sections whose digests are checked before they are decoded. Decoding accepts
 //! untrusted input: it allocates no more than a small multiple of the input and refuses what it does not know by name.
+
+mod format;
+mod sections;
+mod wire;
+
+use std::{collections::HashSet, fmt};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     ids::{CommitId, Digest},
-    image::{ImageMap, MapError},
-    pack::PackEntry,
+    image::{ImageMap, MapError, PageRef},
+    pack::{self, Codec, PackEntry},
+    page,
 };
 
 /// The format version this build writes and reads.
@@ -18,6 +25,8 @@ pub const FORMAT_VERSION: u16 = 1;
 pub const HEADER_LEN: usize = 64;
 /// Bytes of a manifest at most.
 pub const MAX_LEN: u64 = 256 << 20;
+/// Bytes of a pack's key at most, as in S3.
+const MAX_KEY: usize = 1024;
 
 /// Processor architecture of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,24 +225,87 @@ pub enum ManifestError {
     Images(&'static str),
 }
 
+impl fmt::Display for ImageKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => f.write_str("memory"),
+            Self::Disk(n) => write!(f, "disk {n}"),
+        }
+    }
+}
+
 impl Header {
     /// Reads the header from the first 64 bytes or more.
     pub fn read(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let _ = bytes;
-        todo!()
+        format::read_header(bytes)
     }
 }
 
 impl Manifest {
     /// The manifest as bytes. Packs that no page needs are left out and the rest renumbered; refuses what [`Manifest::decode`] would refuse.
     pub fn encode(&self) -> Result<Vec<u8>, ManifestError> {
-        todo!()
+        self.check()?;
+        let used = self.used_packs();
+        if used.contains(&false) {
+            let mut pruned = self.clone();
+            pruned.prune();
+            return pruned.encode();
+        }
+        let mut sections = vec![
+            (
+                &format::PLATFORM,
+                sections::put_small("platform", &self.platform)?,
+            ),
+            (&format::SPEC, sections::put_small("spec", &self.spec)?),
+            (
+                &format::RECORD,
+                sections::put_small("record", &self.record)?,
+            ),
+        ];
+        if let Some(lineage) = &self.lineage {
+            sections.push((&format::LINEAGE, sections::put_small("lineage", lineage)?));
+        }
+        sections.extend([
+            (&format::PACKS, sections::put_packs(&self.packs)),
+            (&format::IMAGES, sections::put_images(&self.images)),
+            (&format::STATE, sections::put_small("state", &self.state)?),
+            (&format::BOOT, sections::put_small("boot", &self.boot)?),
+        ]);
+        format::write(self.arch, &sections)
     }
 
     /// Reads a manifest. Every digest is checked before what it covers is decoded.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let _ = bytes;
-        todo!()
+        let found = format::Sections::read(bytes)?;
+        let manifest = Self {
+            arch: found.arch,
+            platform: sections::small("platform", found.need(&format::PLATFORM)?)?,
+            spec: sections::small("spec", found.need(&format::SPEC)?)?,
+            record: found
+                .get(&format::RECORD)
+                .map(|body| sections::small("record", body))
+                .transpose()?
+                .unwrap_or_default(),
+            lineage: found
+                .get(&format::LINEAGE)
+                .map(|body| sections::small("lineage", body))
+                .transpose()?,
+            packs: sections::packs(found.need(&format::PACKS)?).map_err(|error| {
+                ManifestError::Malformed {
+                    section: "packs",
+                    what: error.to_string(),
+                }
+            })?,
+            images: sections::images(found.need(&format::IMAGES)?)?,
+            state: sections::small("state", found.need(&format::STATE)?)?,
+            boot: found
+                .get(&format::BOOT)
+                .map(|body| sections::small("boot", body))
+                .transpose()?
+                .unwrap_or_default(),
+        };
+        manifest.check()?;
+        Ok(manifest)
     }
 
     /// Reads a manifest whose digest is known from elsewhere (the head): checks that first.
@@ -247,12 +319,103 @@ impl Manifest {
 
     /// Drops packs that no page needs and renumbers the rest.
     pub fn prune(&mut self) {
-        todo!()
+        let used = self.used_packs();
+        let mut next = 0;
+        let renumbered: Vec<Option<u32>> = used
+            .iter()
+            .map(|&used| {
+                used.then(|| {
+                    next += 1;
+                    next - 1
+                })
+            })
+            .collect();
+        let new_number = |old: u32| renumbered.get(old as usize).copied().flatten();
+        for image in &mut self.images {
+            // A number without a pack stays one: `check` names it.
+            image.map = image.map.renumbered(|old| new_number(old).unwrap_or(old));
+        }
+        self.boot.pack = self.boot.pack.and_then(new_number);
+        let mut used = used.into_iter();
+        self.packs.retain(|_| used.next().unwrap_or(true));
+    }
+
+    /// For each pack, whether any page needs it.
+    fn used_packs(&self) -> Vec<bool> {
+        let mut used = vec![false; self.packs.len()];
+        for run in self.images.iter().flat_map(|image| image.map.runs()) {
+            if let PageRef::Pack { pack, .. } = run.at
+                && let Some(used) = used.get_mut(pack as usize)
+            {
+                *used = true;
+            }
+        }
+        used
     }
 
     /// Checks everything that [`Manifest::encode`] promises and [`Manifest::decode`] demands.
     pub fn check(&self) -> Result<(), ManifestError> {
-        todo!()
+        let mut keys = HashSet::new();
+        for entry in &self.packs {
+            let wrong = |what| ManifestError::Pack {
+                key: entry.key.clone(),
+                what,
+            };
+            check_pack(entry).map_err(wrong)?;
+            if !keys.insert(entry.key.as_str()) {
+                return Err(wrong("listed twice"));
+            }
+        }
+        let mut disks = 0;
+        for (position, image) in self.images.iter().enumerate() {
+            match image.kind {
+                ImageKind::Memory if position == 0 => {}
+                ImageKind::Disk(n) if n == disks => disks += 1,
+                _ => {
+                    return Err(ManifestError::Images(
+                        "images must be memory first, then disks in order from 0",
+                    ));
+                }
+            }
+            let blocks = image.base.map_or(0, |base| base.blocks);
+            image
+                .map
+                .check(&self.packs, blocks)
+                .map_err(|source| ManifestError::Map {
+                    image: image.kind.to_string(),
+                    source,
+                })?;
+        }
+        let mut kinds = HashSet::new();
+        for blob in &self.state {
+            if !kinds.insert(blob.kind.as_str()) {
+                return Err(ManifestError::Malformed {
+                    section: "state",
+                    what: format!("{:?} appears twice", blob.kind),
+                });
+            }
+        }
+        let boot = |what: &str| ManifestError::Malformed {
+            section: "boot",
+            what: what.to_owned(),
+        };
+        if self
+            .boot
+            .pack
+            .is_some_and(|pack| pack as usize >= self.packs.len())
+        {
+            return Err(boot("the boot pack is not in the pack list"));
+        }
+        for touch in &self.boot.first_touch {
+            let pages = self
+                .images
+                .get(touch.image as usize)
+                .map_or(0, |image| image.map.pages());
+            if touch.start > pages || touch.pages > pages - touch.start {
+                return Err(boot("a first touch is beyond its image"));
+            }
+        }
+        Ok(())
     }
 
     /// The memory image.
@@ -270,3 +433,38 @@ impl Manifest {
         self.state.iter().find(|blob| blob.kind == kind)
     }
 }
+
+fn check_pack(entry: &PackEntry) -> Result<(), &'static str> {
+    if entry.key.is_empty() || entry.key.len() > MAX_KEY {
+        return Err("its key is empty or longer than 1024 bytes");
+    }
+    let mut offset = pack::HEADER_LEN;
+    for frame in &entry.frames {
+        if frame.pages == 0 || frame.pages > pack::FRAME_PAGES {
+            return Err("a frame has no pages, or more than 64");
+        }
+        let raw = page::bytes(frame.pages.into());
+        let stored = u64::from(frame.stored_len);
+        let fits = match frame.codec {
+            Codec::Raw => stored == raw,
+            Codec::Lz4 | Codec::Zstd => 0 < stored && stored < raw,
+        };
+        if !fits {
+            return Err("a frame's stored length does not fit its pages and codec");
+        }
+        if u64::from(frame.offset) != offset {
+            return Err("its frames overlap or leave a gap");
+        }
+        offset += stored;
+    }
+    if offset != u64::from(entry.size) {
+        return Err("its size is not that of its frames");
+    }
+    if offset > pack::MAX_BOOT_PACK + page::bytes(pack::FRAME_PAGES.into()) {
+        return Err("it is larger than a pack may be");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
