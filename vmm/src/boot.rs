@@ -17,7 +17,7 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use stasis_devices::GuestMemory;
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::kvm::{During, KvmError};
 use crate::layout;
@@ -46,8 +46,11 @@ pub enum BootError {
         free: u64,
     },
     /// The command line is too long or holds a NUL.
-    #[error("the kernel command line must have at most {} bytes and no NUL; it has {0}", layout::CMDLINE_MAX - 1)]
-    Cmdline(usize),
+    #[error("the kernel command line must have at most {max} bytes and no NUL; it has {len}", max = layout::CMDLINE_MAX - 1)]
+    Cmdline {
+        /// Its length, bytes.
+        len: usize,
+    },
     /// A boot structure cannot be written into guest memory.
     #[error("cannot write the {what} into guest memory")]
     Write {
@@ -84,7 +87,7 @@ pub(crate) fn load(
     cmdline: &str,
 ) -> Result<Entry, BootError> {
     if cmdline.len() >= layout::CMDLINE_MAX || cmdline.contains('\0') {
-        return Err(BootError::Cmdline(cmdline.len()));
+        return Err(BootError::Cmdline { len: cmdline.len() });
     }
     let mut magic = [0; 4];
     kernel.read_exact(&mut magic).map_err(|source| BootError::Read { what: "kernel", source })?;
@@ -199,7 +202,7 @@ fn write_zero_page(
     zero_page.acpi_rsdp_addr = layout::ACPI.start;
     let map = memory_map(memory_bytes);
     for (entry, (addr, size, type_)) in zero_page.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr: *addr, size: *size, type_: *type_ };
+        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: *type_ };
     }
     zero_page.e820_entries = map.len() as u8;
     let params = BootParams::new(&zero_page, GuestAddress(layout::ZERO_PAGE));

@@ -1,16 +1,18 @@
 //! The few KVM calls that kvm-ioctls does not wrap, and opening `/dev/kvm` with an error a person can act on.
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr,
     kvm_sregs2,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, kvm_bindings::KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_ior_nr!(KVM_GET_SREGS2, kvm_bindings::KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, kvm_bindings::KVMIO, 0xcd, kvm_sregs2);
+ioctl_io_nr!(KVM_CHECK_EXTENSION, kvm_bindings::KVMIO, 0x03);
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe2, kvm_device_attr);
 
 /// A KVM call failed.
@@ -42,7 +44,6 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::Irqfd, "use irqfd (KVM_CAP_IRQFD)"),
     (Cap::UserMemory, "use user memory (KVM_CAP_USER_MEMORY)"),
     (Cap::ImmediateExit, "leave a vCPU at once (KVM_CAP_IMMEDIATE_EXIT)"),
-    (Cap::ManualDirtyLogProtect2, "clear the dirty log by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)"),
 ];
 
 /// Opens `/dev/kvm` and checks what every machine needs.
@@ -64,6 +65,15 @@ pub fn open() -> Result<Kvm, KvmError> {
         if !kvm.check_extension(*cap) {
             return Err(KvmError { what, source: std::io::ErrorKind::Unsupported.into() });
         }
+    }
+    // kvm-ioctls has no name for this one.
+    // SAFETY: KVM_CHECK_EXTENSION takes a number and touches no memory.
+    let manual = unsafe {
+        vmm_sys_util::ioctl::ioctl_with_val(&kvm, KVM_CHECK_EXTENSION(), KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into())
+    };
+    if manual <= 0 {
+        let what = "clear the dirty log by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)";
+        return Err(KvmError { what, source: std::io::ErrorKind::Unsupported.into() });
     }
     Ok(kvm)
 }
@@ -123,7 +133,9 @@ pub fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
 
 /// Sets the vCPU's TSC minus the host's. Unlike a write of the TSC MSR this is exact on every vCPU, whenever it happens.
 pub fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<(), KvmError> {
-    vcpu.set_device_attr(&tsc_offset_attr(&mut offset)).during("set the TSC offset")
+    let attr = tsc_offset_attr(&mut offset);
+    // SAFETY: the kernel reads one u64 from `attr.addr`, which points to `offset`, alive across the call.
+    check(unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) }).during("set the TSC offset")
 }
 
 ioctl_ior_nr!(KVM_GET_XSAVE2, kvm_bindings::KVMIO, 0xcf, kvm_bindings::kvm_xsave);
@@ -145,16 +157,17 @@ pub fn get_xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u32>, KvmError> {
     Ok(area)
 }
 
-/// Writes the XSAVE area; an area of another size than the VM's is refused, since the kernel reads that many bytes.
+/// Writes the XSAVE area. A snapshot's area may be shorter than this host's (components that the guest never had are zero), never longer.
 pub fn set_xsave(vcpu: &VcpuFd, size: usize, area: &[u32]) -> Result<(), KvmError> {
     const WHAT: &str = "write xsave";
-    if area.len() != size.div_ceil(4) {
-        let source = std::io::Error::other(format!(
-            "the snapshot's XSAVE area has {} bytes, this host's has {size}",
-            area.len() * 4
-        ));
+    let words = size.div_ceil(4);
+    if area.len() > words {
+        let bytes = area.len() * 4;
+        let source = std::io::Error::other(format!("the snapshot's area has {bytes} bytes, this host's {size}"));
         return Err(KvmError { what: WHAT, source });
     }
-    // SAFETY: the kernel reads `size` bytes, and `area` was checked to have them.
-    check(unsafe { vmm_sys_util::ioctl::ioctl_with_ptr(vcpu, KVM_SET_XSAVE(), area.as_ptr()) }).during(WHAT)
+    let mut whole = area.to_vec();
+    whole.resize(words, 0);
+    // SAFETY: the kernel reads `size` bytes, and `whole` has them.
+    check(unsafe { vmm_sys_util::ioctl::ioctl_with_ptr(vcpu, KVM_SET_XSAVE(), whole.as_ptr()) }).during(WHAT)
 }

@@ -1,2 +1,32 @@
-//! The virtual machine monitor: KVM, vCPUs, memory, boot, and the control server with its client.
+//! The virtual machine monitor of one sandbox: mechanism, no policy. It knows no heads, no commits, no tenants, and holds no store
+//! credentials.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`control`] | the control API: wire types, server, client, descriptor passing |
+//! | [`machine`] | a machine: booted or restored, paused, captured |
+//! | [`vcpu`] | vCPU threads, their state and the orders in which it is saved and restored |
+//! | `vm_state` | interrupt controllers, timer, clock |
+//! | `boot`, `acpi`, `layout` | what the guest finds when it starts |
+//! | `memory`, `dirty`, `pages` | guest memory and which of it changed |
+//! | `bus`, `io_thread`, `console` | devices as vCPUs reach them; the thread that works for them |
+//! | [`kvm`], `mirror` | KVM calls that kvm-ioctls lacks; our own persisted twins of kernel structs |
+//!
+//! Threads: one for each vCPU, one for all devices, one that receives descriptors, two workers of the control server's runtime and its
+//! blocking pool. Unsafe code is in `kvm`, `vcpu`, `vm_state`, `dirty`, each block with its argument.
+
+mod acpi;
+mod boot;
+mod bus;
+mod console;
 pub mod control;
+mod dirty;
+mod io_thread;
+pub mod kvm;
+mod layout;
+pub mod machine;
+mod memory;
+mod mirror;
+mod pages;
+pub mod vcpu;
+mod vm_state;

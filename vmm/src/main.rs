@@ -1,2 +1,85 @@
-//! The VMM's process: one per sandbox.
-fn main() {}
+//! `stasis-vmm`: the process of one sandbox. It makes its sockets, waits for one machine, and ends with it.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use stasis_vmm::control::fds::Inbox;
+use stasis_vmm::control::server::{Finished, Settings, chain, serve};
+use stasis_vmm::control::types::ExitNote;
+use stasis_vmm::control::{CONTROL_SOCKET, EXIT_NOTE, FDS_SOCKET};
+use stasis_vmm::vcpu::Ended;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Runs one virtual machine, told what to do over `control.sock` in its run directory.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Id of the sandbox, for logs and answers.
+    #[arg(long)]
+    id: String,
+    /// Directory for sockets and logs; made if it is not there.
+    #[arg(long)]
+    run_dir: PathBuf,
+    /// An MSR (number) that a restore may leave out when this host refuses it.
+    #[arg(long, value_parser = msr)]
+    allow_msr: Vec<u32>,
+}
+
+fn msr(text: &str) -> Result<u32, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|e| e.to_string())
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let arguments = Arguments::parse();
+    let run_dir = arguments.run_dir.clone();
+    let note = match start(arguments) {
+        Ok(Finished::Shutdown) => ExitNote { status: 0, reason: "shutdown was asked for".to_owned() },
+        Ok(Finished::Machine(Ended::ByGuest(reason))) => ExitNote { status: 2, reason: format!("the guest ended: {reason}") },
+        Ok(Finished::Machine(Ended::Failed(reason))) => ExitNote { status: 3, reason },
+        Err(error) => ExitNote { status: 1, reason: format!("cannot start: {}", chain(&*error)) },
+    };
+    tracing::info!(status = note.status, reason = note.reason, "ends");
+    leave_note(&run_dir, &note);
+    ExitCode::from(u8::try_from(note.status).unwrap_or(u8::MAX))
+}
+
+/// Leaves the note in one step, so that nobody reads half of it.
+fn leave_note(run_dir: &Path, note: &ExitNote) {
+    let temporary = run_dir.join("exit.json.new");
+    let written = serde_json::to_vec(note)
+        .map_err(Into::into)
+        .and_then(|json| std::fs::write(&temporary, json))
+        .and_then(|()| std::fs::rename(&temporary, run_dir.join(EXIT_NOTE)));
+    if let Err(error) = written {
+        tracing::warn!(%error, reason = note.reason, "cannot leave the exit note");
+    }
+}
+
+fn start(arguments: Arguments) -> Result<Finished, Box<dyn std::error::Error>> {
+    std::fs::create_dir_all(&arguments.run_dir)?;
+    let files = Inbox::default();
+    files.listen(std::os::unix::net::UnixListener::bind(arguments.run_dir.join(FDS_SOCKET))?)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let finished = runtime.block_on(async {
+        let listener = tokio::net::UnixListener::bind(arguments.run_dir.join(CONTROL_SOCKET))?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let settings =
+            Settings { id: arguments.id, run_dir: arguments.run_dir, allowed_msrs: arguments.allow_msr };
+        Ok::<_, std::io::Error>(tokio::select! {
+            finished = serve(listener, files, settings) => finished,
+            _ = terminate.recv() => Finished::Shutdown,
+        })
+    });
+    // A capture or a guest that does not stop must not hold the process: everything in it is given up with it.
+    runtime.shutdown_background();
+    Ok(finished?)
+}

@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use stasis_devices::GuestMemory;
 use stasis_snapshot::page::PAGE_SIZE;
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    MmapRegion,
 };
 
 use crate::layout;
@@ -112,16 +113,18 @@ impl GuestRam {
         let mut set = PageSet::new(self.pages);
         let mut first = 0;
         for region in self.memory.iter() {
-            let bitmap = region.bitmap();
-            for page in 0..region.len() / PAGE_SIZE as u64 {
-                if bitmap.dirty_at((page * PAGE_SIZE as u64) as usize) {
-                    set.insert(first + page..first + page + 1);
-                }
-            }
-            bitmap.reset();
+            let mapping: &MmapRegion<AtomicBitmap> = region;
+            set.union_words(first, &mapping.bitmap().get_and_reset());
             first += region.len() / PAGE_SIZE as u64;
         }
         set
+    }
+
+    /// Writes whole pages from `first_page` of the image on.
+    pub(crate) fn write(&self, first_page: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.parts(first_page, bytes.len(), |region, at, range| {
+            region.write_slice(&bytes[range], at).map_err(std::io::Error::other)
+        })
     }
 
     /// Splits a range of image bytes at region borders and hands each part to `f` as (region, offset in it, range of the caller's buffer).
@@ -152,14 +155,6 @@ impl stasis_snapshot::capture::PageReader for GuestRam {
     fn read(&self, first_page: u64, buf: &mut [u8]) -> std::io::Result<()> {
         self.parts(first_page, buf.len(), |region, at, range| {
             region.read_slice(&mut buf[range], at).map_err(std::io::Error::other)
-        })
-    }
-}
-
-impl stasis_snapshot::restore::PageWriter for GuestRam {
-    fn write(&self, first_page: u64, pages: &[u8]) -> std::io::Result<()> {
-        self.parts(first_page, pages.len(), |region, at, range| {
-            region.write_slice(&pages[range], at).map_err(std::io::Error::other)
         })
     }
 }

@@ -94,6 +94,17 @@ impl Register {
     }
 }
 
+/// The feature registers as text, for a snapshot's platform section.
+pub(crate) fn feature_list(leaves: &[CpuidLeaf]) -> Vec<String> {
+    let mut list = Vec::new();
+    for &(function, index, registers) in FEATURE_REGISTERS {
+        for leaf in leaves.iter().filter(|l| l.function == function && l.index == index) {
+            list.extend(registers.iter().map(|r| format!("{function:#x}.{index}.{r:?}={:#x}", r.of(leaf)).to_lowercase()));
+        }
+    }
+    list
+}
+
 /// Feature bits that the guest has and this host lacks, one text each ("leaf 0x7.0 ebx lacks 0x20"). Empty: the guest can run here.
 pub(crate) fn missing_features(guest: &[CpuidLeaf], host: &[CpuidLeaf]) -> Vec<String> {
     // Bits that KVM or this VMM set whatever the hardware has, or that follow from a control register.

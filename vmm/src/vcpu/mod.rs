@@ -16,7 +16,7 @@ pub(crate) mod state;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Mutex, Once};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 pub(crate) use msr::saved_indices;
 use state::{Context, VcpuState};
 
-use crate::bus::{Bus, Outcome};
+use crate::bus::{Bus, Outcome, lock};
 use crate::kvm::KvmError;
 
 /// How long a vCPU may take to answer a command or a kick. It only has to leave the guest and finish one exit.
@@ -74,8 +74,7 @@ pub enum VcpuError {
 
 enum Command {
     Run,
-    Save { tsc_shift: u64, reply: SyncSender<Result<VcpuState, KvmError>> },
-    Restore { state: Box<VcpuState>, tsc_shift: u64, reply: SyncSender<Result<(), KvmError>> },
+    Save(SyncSender<Result<VcpuState, KvmError>>),
     Quit,
 }
 
@@ -128,7 +127,8 @@ impl ImmediateExit {
 pub(crate) struct Vcpu {
     index: u8,
     commands: SyncSender<Command>,
-    parked: Receiver<()>,
+    /// Behind a lock only so that a machine can be looked at from several threads; one at a time waits.
+    parked: Mutex<Receiver<()>>,
     immediate_exit: ImmediateExit,
     thread: Option<JoinHandle<()>>,
 }
@@ -148,24 +148,11 @@ impl Vcpu {
             .name(format!("vcpu{index}"))
             .spawn(move || Thread { index, fd, shared, immediate_exit: own_byte }.serve(&inbox, &parked_tx))
             .map_err(|source| VcpuError::Start { index, source })?;
-        Ok(Self { index, commands, parked, immediate_exit, thread: Some(thread) })
+        Ok(Self { index, commands, parked: Mutex::new(parked), immediate_exit, thread: Some(thread) })
     }
 
     fn send(&self, command: Command, what: &'static str) -> Result<(), VcpuError> {
         self.commands.send(command).map_err(|_| VcpuError::Silent { index: self.index, what })
-    }
-
-    fn ask<T>(
-        &self,
-        what: &'static str,
-        command: impl FnOnce(SyncSender<Result<T, KvmError>>) -> Command,
-    ) -> Result<T, VcpuError> {
-        let (reply, answer) = sync_channel(1);
-        self.send(command(reply), what)?;
-        answer
-            .recv_timeout(ANSWER_DEADLINE)
-            .map_err(|_| VcpuError::Silent { index: self.index, what })?
-            .map_err(|source| VcpuError::Kvm { index: self.index, source })
     }
 
     /// Lets the parked vCPU run the guest.
@@ -184,7 +171,7 @@ impl Vcpu {
 
     /// Waits until the kicked vCPU has completed its last exit and parked.
     pub(crate) fn await_parked(&self) -> Result<(), VcpuError> {
-        match self.parked.recv_timeout(ANSWER_DEADLINE) {
+        match lock(&self.parked).recv_timeout(ANSWER_DEADLINE) {
             Ok(()) => Ok(()),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 Err(VcpuError::Silent { index: self.index, what: "park" })
@@ -194,12 +181,12 @@ impl Vcpu {
 
     /// Saves the parked vCPU.
     pub(crate) fn save(&self) -> Result<VcpuState, VcpuError> {
-        self.ask("save", |reply| Command::Save { tsc_shift: 0, reply })
-    }
-
-    /// Restores the parked vCPU; see [`Context::tsc_shift`].
-    pub(crate) fn restore(&self, state: VcpuState, tsc_shift: u64) -> Result<(), VcpuError> {
-        self.ask("restore", |reply| Command::Restore { state: Box::new(state), tsc_shift, reply })
+        let (reply, answer) = sync_channel(1);
+        self.send(Command::Save(reply), "save")?;
+        answer
+            .recv_timeout(ANSWER_DEADLINE)
+            .map_err(|_| VcpuError::Silent { index: self.index, what: "save" })?
+            .map_err(|source| VcpuError::Kvm { index: self.index, source })
     }
 }
 
@@ -235,23 +222,20 @@ impl Thread {
                         return;
                     }
                 }
-                Command::Save { tsc_shift, reply } => {
-                    let _ = reply.send(state::save(&self.fd, &self.context(tsc_shift)));
-                }
-                Command::Restore { state, tsc_shift, reply } => {
-                    let _ = reply.send(state::restore(&self.fd, &self.context(tsc_shift), &state));
+                Command::Save(reply) => {
+                    let _ = reply.send(state::save(&self.fd, &self.context()));
                 }
                 Command::Quit => return,
             }
         }
     }
 
-    fn context(&self, tsc_shift: u64) -> Context<'_> {
+    fn context(&self) -> Context<'_> {
         Context {
             xsave_size: self.shared.xsave_size,
             msr_indices: &self.shared.msr_indices,
             allowed_msrs: &self.shared.allowed_msrs,
-            tsc_shift,
+            tsc_shift: 0,
         }
     }
 

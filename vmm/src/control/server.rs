@@ -1,0 +1,482 @@
+//! The VMM's end of the control API.
+//!
+//! One task a connection; one lock around the machine, which requests hold as long as they change it. A capture holds the machine only
+//! while it saves state and while it takes the outcome over; in between the state is `capturing` and nothing else is allowed but to look
+//! and to cancel. Calls into KVM are short and blocking: they run in place on a worker of the runtime.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use stasis_snapshot::capture::Options;
+use stasis_snapshot::grant::{Access, GrantedObject};
+use stasis_snapshot::granted::{GrantedPacks, Patience};
+use stasis_snapshot::ids::Digest;
+use stasis_snapshot::manifest::Manifest;
+use tokio::net::UnixListener;
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::fds::Inbox;
+use super::types::{
+    BootRequest, CaptureReport, CaptureRequest, DiskConfig, ErrorBody, FdToken, Metrics, PauseReport, RestoreReport,
+    RestoreRequest, VmState, VmStatus,
+};
+use crate::machine::restore::{self, RestoreFailed};
+use crate::machine::{BootFiles, Disk, Host, Machine};
+use crate::vcpu::Ended;
+
+/// Longest request body: a capture with a grant for each pack of the largest machine.
+const MAX_BODY: usize = 16 << 20;
+/// Longest manifest.
+const MAX_MANIFEST: u64 = stasis_snapshot::manifest::MAX_LEN;
+
+/// Why a request was not done. The name of the variant in snake case is [`ErrorBody::code`].
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The request makes no sense.
+    #[error("{0}")]
+    BadRequest(String),
+    /// No such route.
+    #[error("no such request: {0}")]
+    NotFound(String),
+    /// The machine's state forbids it.
+    #[error("the machine is {state:?}, which forbids {what}")]
+    WrongState {
+        /// Its state.
+        state: VmState,
+        /// The request.
+        what: &'static str,
+    },
+    /// The capture was cancelled or ran out of time; the machine is paused.
+    #[error("the capture was {0}")]
+    Cancelled(&'static str),
+    /// It was tried and failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Refusal {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::WrongState { .. } | Self::Cancelled(_) => StatusCode::CONFLICT,
+            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    fn code(&self) -> &'static str {
+        match self {
+            Self::BadRequest(_) => "bad_request",
+            Self::NotFound(_) => "not_found",
+            Self::WrongState { .. } => "wrong_state",
+            Self::Cancelled(_) => "cancelled",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+/// An error and its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // A transparent variant repeats its source.
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Failed(chain(&error))
+}
+
+/// What the server is started with.
+pub struct Settings {
+    /// Id of the sandbox, for its answers.
+    pub id: String,
+    /// Directory of sockets and logs.
+    pub run_dir: PathBuf,
+    /// MSRs that a restore may leave out.
+    pub allowed_msrs: Vec<u32>,
+}
+
+struct Server {
+    settings: Settings,
+    files: Inbox,
+    machine: Mutex<Option<Box<Machine>>>,
+    /// The running capture, if any. Locked after `machine`.
+    capture: Mutex<Option<CancellationToken>>,
+    ended: mpsc::Sender<Ended>,
+    shutdown: watch::Sender<bool>,
+}
+
+/// Why [`serve`] returned.
+pub enum Finished {
+    /// It was asked to.
+    Shutdown,
+    /// The machine ended by itself.
+    Machine(Ended),
+}
+
+/// Serves `listener` until shutdown is asked for or the machine ends.
+pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> Finished {
+    let (ended_tx, mut ended) = mpsc::channel(8);
+    let (shutdown, mut asked) = watch::channel(false);
+    let server = Arc::new(Server {
+        settings,
+        files,
+        machine: Mutex::new(None),
+        capture: Mutex::new(None),
+        ended: ended_tx,
+        shutdown,
+    });
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let server = server.clone();
+                    tokio::spawn(async move {
+                        let service = service_fn(move |request| answer(server.clone(), request));
+                        if let Err(error) = hyper::server::conn::http1::Builder::new()
+                            .serve_connection(TokioIo::new(stream), service)
+                            .await
+                        {
+                            tracing::debug!(%error, "control connection");
+                        }
+                    });
+                }
+                Err(error) => tracing::warn!(%error, "control socket"),
+            },
+            Some(ended) = ended.recv() => return Finished::Machine(ended),
+            _ = asked.changed() => {
+                // The answer is on its way; the connection's task needs a moment to write it.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                return Finished::Shutdown;
+            }
+        }
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Answer, http::Error> {
+    let what = format!("{} {}", request.method(), request.uri().path());
+    match route(&server, request).await {
+        Ok(answer) => answer,
+        Err(refusal) => {
+            tracing::info!(what, %refusal, "refused");
+            let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string() };
+            Response::builder()
+                .status(refusal.status())
+                .body(Full::from(serde_json::to_vec(&body).unwrap_or_default()))
+        }
+    }
+}
+
+async fn route(server: &Arc<Server>, request: Request<Incoming>) -> Result<Result<Answer, http::Error>, Refusal> {
+    let (head, body) = request.into_parts();
+    let body = Limited::new(body, MAX_BODY)
+        .collect()
+        .await
+        .map_err(|e| Refusal::BadRequest(format!("cannot read the body: {e}")))?
+        .to_bytes();
+    Ok(match (&head.method, head.uri.path()) {
+        (&Method::GET, "/v1/vm") => json(&server.status().await),
+        (&Method::GET, "/v1/metrics") => json(&server.metrics().await),
+        (&Method::PUT, "/v1/vm/boot") => json(&server.boot(parse(&body)?).await?),
+        (&Method::PUT, "/v1/vm/restore") => json(&server.restore(parse(&body)?).await?),
+        (&Method::PUT, "/v1/vm/pause") => json(&server.pause().await?),
+        (&Method::PUT, "/v1/vm/resume") => json(&server.resume().await?),
+        (&Method::POST, "/v1/vm/capture") => {
+            // A connection that breaks must not leave a capture half taken over: it runs in a task of its own.
+            let (server, request) = (server.clone(), parse(&body)?);
+            let captured = tokio::spawn(async move { server.capture(request).await }).await.map_err(failed)?;
+            let (draft, report) = captured?;
+            let report = serde_json::to_string(&report).unwrap_or_default();
+            Response::builder().header(super::REPORT_HEADER, report).body(Full::from(draft))
+        }
+        (&Method::DELETE, "/v1/vm/capture") => {
+            if let Some(capture) = &*server.capture.lock().await {
+                capture.cancel();
+            }
+            empty()
+        }
+        (&Method::PUT, "/v1/vm/console") => {
+            server.console(&body).await?;
+            empty()
+        }
+        (&Method::PUT, "/v1/vm/shutdown") => {
+            server.shutdown.send_replace(true);
+            empty()
+        }
+        (method, path) => return Err(Refusal::NotFound(format!("{method} {path}"))),
+    })
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|e| Refusal::BadRequest(format!("cannot read the request: {e}")))
+}
+
+fn json(value: &impl Serialize) -> Result<Answer, http::Error> {
+    Response::builder()
+        .header("content-type", "application/json")
+        .body(Full::from(serde_json::to_vec(value).unwrap_or_default()))
+}
+
+fn empty() -> Result<Answer, http::Error> {
+    Response::builder().status(StatusCode::NO_CONTENT).body(Full::default())
+}
+
+impl Server {
+    fn host(&self) -> Host {
+        let ended = self.ended.clone();
+        Host {
+            run_dir: self.settings.run_dir.clone(),
+            allowed_msrs: self.settings.allowed_msrs.clone(),
+            // The first end decides; a queue full of others loses nothing.
+            ended: Box::new(move |why| drop(ended.try_send(why))),
+        }
+    }
+
+    async fn state(&self, machine: Option<&Machine>) -> VmState {
+        match machine {
+            None => VmState::Empty,
+            Some(_) if self.capture.lock().await.is_some() => VmState::Capturing,
+            Some(machine) if machine.is_paused() => VmState::Paused,
+            Some(_) => VmState::Running,
+        }
+    }
+
+    async fn describe(&self, machine: Option<&Machine>) -> VmStatus {
+        VmStatus {
+            id: self.settings.id.clone(),
+            pid: std::process::id(),
+            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            state: self.state(machine).await,
+            machine: machine.map(Machine::config),
+        }
+    }
+
+    async fn status(&self) -> VmStatus {
+        let machine = self.machine.lock().await;
+        self.describe(machine.as_deref()).await
+    }
+
+    async fn metrics(&self) -> Metrics {
+        self.machine.lock().await.as_deref().map(Machine::metrics).unwrap_or_default()
+    }
+
+    fn take(&self, what: &str, token: FdToken) -> Result<std::fs::File, Refusal> {
+        self.files
+            .take(token)
+            .ok_or_else(|| Refusal::BadRequest(format!("no descriptor was sent for the {what} under token {}", token.0)))
+    }
+
+    fn disks(&self, configs: Vec<DiskConfig>) -> Result<Vec<Disk>, Refusal> {
+        let disk = |config: DiskConfig| {
+            let base = match (config.base, config.base_digest) {
+                (Some(token), Some(digest)) => {
+                    let digest = digest
+                        .parse::<Digest>()
+                        .map_err(|e| Refusal::BadRequest(format!("base_digest: {}", chain(&e))))?;
+                    Some((self.take("disk base", token)?, digest))
+                }
+                (None, None) => None,
+                _ => return Err(Refusal::BadRequest("base and base_digest belong together".to_owned())),
+            };
+            let overlay = config.overlay.map(|token| self.take("disk overlay", token)).transpose()?;
+            if overlay.is_some() == config.read_only {
+                return Err(Refusal::BadRequest("a disk has an overlay or is read_only".to_owned()));
+            }
+            let size = config.size_mib.checked_mul(1 << 20);
+            let size = size.ok_or_else(|| Refusal::BadRequest(format!("size_mib {}", config.size_mib)))?;
+            Disk::new(base, overlay, size).map_err(failed)
+        };
+        configs.into_iter().map(disk).collect()
+    }
+
+    async fn boot(&self, request: BootRequest) -> Result<VmStatus, Refusal> {
+        let mut slot = self.machine.lock().await;
+        self.only_in(VmState::Empty, slot.as_deref(), "a boot").await?;
+        let files = BootFiles {
+            kernel: self.take("kernel", request.kernel)?,
+            initramfs: request.initramfs.map(|token| self.take("initramfs", token)).transpose()?,
+            cmdline: request.cmdline,
+        };
+        let disks = self.disks(request.disks)?;
+        let machine =
+            tokio::task::block_in_place(|| Machine::boot(&request.machine, files, disks, self.host())).map_err(failed)?;
+        *slot = Some(Box::new(machine));
+        Ok(self.describe(slot.as_deref()).await)
+    }
+
+    async fn only_in(&self, wanted: VmState, machine: Option<&Machine>, what: &'static str) -> Result<(), Refusal> {
+        let state = self.state(machine).await;
+        if state == wanted { Ok(()) } else { Err(Refusal::WrongState { state, what }) }
+    }
+
+    async fn restore(&self, request: RestoreRequest) -> Result<RestoreReport, Refusal> {
+        let mut slot = self.machine.lock().await;
+        self.only_in(VmState::Empty, slot.as_deref(), "a restore").await?;
+        let started = Instant::now();
+        let digest = request
+            .manifest_digest
+            .parse::<Digest>()
+            .map_err(|e| Refusal::BadRequest(format!("manifest_digest: {}", chain(&e))))?;
+        let mut bytes = Vec::new();
+        self.take("manifest", request.manifest)?.take(MAX_MANIFEST).read_to_end(&mut bytes).map_err(failed)?;
+        let manifest = Manifest::decode_checked(&bytes, digest).map_err(failed)?;
+        drop(bytes);
+        let input = restore::Input {
+            packs: Arc::new(self.granted(request.packs)?),
+            disks: self.disks(request.disks)?,
+            generation_id: generation_id(&request.generation_id)?,
+            host: self.host(),
+        };
+        let manifest_us = started.elapsed().as_micros() as u64;
+        let (machine, report) = restore::restore(manifest, input).await.map_err(|e: RestoreFailed| failed(e))?;
+        *slot = Some(Box::new(machine));
+        Ok(RestoreReport { manifest_us, ..report })
+    }
+
+    /// The grants with the files they name.
+    fn granted(&self, objects: Vec<GrantedObject>) -> Result<GrantedPacks, Refusal> {
+        let mut files = HashMap::new();
+        for object in &objects {
+            if let Access::Fd(token) = object.access {
+                files.insert(token, self.take(&object.key, FdToken(token))?);
+            }
+        }
+        GrantedPacks::new(objects, &mut files, Patience::default()).map_err(failed)
+    }
+
+    async fn pause(&self) -> Result<PauseReport, Refusal> {
+        let mut slot = self.machine.lock().await;
+        let state = self.state(slot.as_deref()).await;
+        let (Some(machine), VmState::Running | VmState::Paused) = (slot.as_deref_mut(), state) else {
+            return Err(Refusal::WrongState { state, what: "a pause" });
+        };
+        tokio::task::block_in_place(|| {
+            let stop = machine.pause().map_err(failed)?;
+            let counts = machine.dirty_counts(&Options::default()).map_err(failed)?;
+            Ok(PauseReport {
+                dirty_memory_pages: counts.memory_pages,
+                dirty_disk_blocks: counts.disk_blocks,
+                packs_needed: counts.packs_needed,
+                stop_us: stop.as_micros() as u64,
+            })
+        })
+    }
+
+    async fn resume(&self) -> Result<VmStatus, Refusal> {
+        let mut slot = self.machine.lock().await;
+        self.only_in(VmState::Paused, slot.as_deref(), "a resume").await?;
+        if let Some(machine) = slot.as_deref_mut() {
+            tokio::task::block_in_place(|| machine.resume()).map_err(failed)?;
+        }
+        Ok(self.describe(slot.as_deref()).await)
+    }
+
+    async fn capture(&self, request: CaptureRequest) -> Result<(Vec<u8>, CaptureReport), Refusal> {
+        let options = Options { connections: request.connections.max(1), ..Options::default() };
+        let cancel = CancellationToken::new();
+        let sink = Arc::new(self.granted(request.packs)?);
+        let prepared = {
+            let mut slot = self.machine.lock().await;
+            self.only_in(VmState::Paused, slot.as_deref(), "a capture").await?;
+            let Some(machine) = slot.as_deref_mut() else {
+                return Err(Refusal::WrongState { state: VmState::Empty, what: "a capture" });
+            };
+            let prepared =
+                tokio::task::block_in_place(|| machine.prepare_capture(sink, options, cancel.clone())).map_err(failed)?;
+            *self.capture.lock().await = Some(cancel.clone());
+            prepared
+        };
+        let started = Instant::now();
+        let deadline = Duration::from_millis(request.deadline_ms);
+        let mut capture = std::pin::pin!(stasis_snapshot::capture::capture(prepared.request));
+        let mut late = false;
+        let outcome = tokio::select! {
+            outcome = &mut capture => outcome,
+            () = tokio::time::sleep(deadline) => {
+                late = true;
+                cancel.cancel();
+                // A cancelled capture ends by itself, and must be waited for: it may be reading memory.
+                capture.await
+            }
+        };
+        let upload_us = started.elapsed().as_micros() as u64;
+        let mut slot = self.machine.lock().await;
+        *self.capture.lock().await = None;
+        let Some(machine) = slot.as_deref_mut() else {
+            return Err(Refusal::WrongState { state: VmState::Empty, what: "a capture" });
+        };
+        let stats = outcome.as_ref().map(|c| c.stats).unwrap_or_default();
+        let state_us = prepared.state.micros;
+        let draft = tokio::task::block_in_place(|| machine.finish_capture(prepared.state, outcome)).map_err(|e| {
+            match (late, cancel.is_cancelled()) {
+                (true, _) => Refusal::Cancelled("too slow: its deadline passed"),
+                (false, true) => Refusal::Cancelled("cancelled"),
+                (false, false) => failed(e),
+            }
+        })?;
+        let report = CaptureReport {
+            state_us,
+            upload_us,
+            scanned_pages: stats.scanned_pages,
+            zero_pages: stats.zero_pages,
+            base_pages: stats.base_pages,
+            sent_pages: stats.sent_pages,
+            sent_bytes: stats.sent_bytes,
+            packs: stats.packs,
+        };
+        Ok((draft, report))
+    }
+
+    async fn console(&self, input: &[u8]) -> Result<(), Refusal> {
+        let slot = self.machine.lock().await;
+        self.only_in(VmState::Running, slot.as_deref(), "console input").await?;
+        let taken = slot.as_deref().map_or(0, |machine| machine.console_input(input));
+        if taken < input.len() {
+            return Err(Refusal::Failed(format!("the serial port took {taken} of {} bytes", input.len())));
+        }
+        Ok(())
+    }
+}
+
+fn generation_id(hex: &str) -> Result<[u8; 16], Refusal> {
+    u128::from_str_radix(hex, 16)
+        .ok()
+        .filter(|_| hex.len() == 32)
+        .map(u128::to_be_bytes)
+        .ok_or_else(|| Refusal::BadRequest("generation_id must be 32 hexadecimal digits".to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generation_ids_are_16_bytes_of_hex() {
+        assert_eq!(generation_id("000102030405060708090a0b0c0d0e0f").unwrap()[..3], [0, 1, 2]);
+        for bad in ["", "00", "zz0102030405060708090a0b0c0d0e0f", "+00102030405060708090a0b0c0d0e0f0"] {
+            assert!(generation_id(bad).is_err(), "{bad}");
+        }
+    }
+}

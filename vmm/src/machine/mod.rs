@@ -1,0 +1,286 @@
+//! A machine: its KVM objects, memory, vCPUs and devices, made by booting or by restoring, and stopped and started as one.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `spec` | the machine's shape and the codec of its parts' states |
+//! | `disk` | one disk, as the block device, the capture and the restore share it |
+//! | `devices` | the device set, its place on the bus, its interrupts |
+//! | `capture` | from a paused machine to what a capture needs, and to the draft of a manifest |
+//! | `restore` | from a manifest to a paused machine |
+//!
+//! One thread at a time uses a [`Machine`] (the control server's lock). It stops in the order vCPUs, then device thread, and starts in the
+//! reverse order: devices may still raise interrupts while vCPUs stand, but no vCPU may ring a device that is being saved.
+
+pub(crate) mod capture;
+mod devices;
+mod disk;
+pub(crate) mod restore;
+mod spec;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap, kvm_pit_config};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use crate::boot::{self, BootError};
+use crate::control::types::{ExitCounts, MachineConfig, Metrics};
+use crate::dirty::{self, DirtyError, DirtyTracker};
+use crate::io_thread::{Closed, IoThread, IoThreadError};
+use crate::kvm::{self, During, KvmError};
+use crate::layout;
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::registers::CpuidLeaf;
+use crate::vcpu::{self, Ended, Vcpu, VcpuError, cpuid};
+use devices::DeviceSet;
+pub use devices::DeviceError;
+pub use disk::{Disk, DiskError};
+use spec::MachineSpec;
+pub use spec::SpecError;
+
+/// A machine cannot be made, stopped or started.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum MachineError {
+    #[error("the machine cannot be made as asked")]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Devices(#[from] DeviceError),
+    #[error(transparent)]
+    IoThread(#[from] IoThreadError),
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+}
+
+/// What a machine needs from the process around it.
+pub struct Host {
+    /// Directory of sockets and logs.
+    pub run_dir: PathBuf,
+    /// MSRs that a restore may leave out.
+    pub allowed_msrs: Vec<u32>,
+    /// Told when a vCPU ends for good.
+    pub ended: Box<dyn Fn(Ended) + Send + Sync>,
+}
+
+/// Files to boot from.
+pub struct BootFiles {
+    /// ELF vmlinux or bzImage.
+    pub kernel: File,
+    /// Initial RAM file system.
+    pub initramfs: Option<File>,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// How long stopping took.
+pub(crate) type StopTime = Duration;
+
+/// A machine. The fields are dropped in this order: vCPU and device threads end before what they use.
+pub struct Machine {
+    vcpus: Vec<Vcpu>,
+    /// Held while the machine is paused.
+    gate: Option<Closed>,
+    io: IoThread,
+    devices: DeviceSet,
+    shared: Arc<vcpu::Shared>,
+    vm: VmFd,
+    ram: Arc<GuestRam>,
+    dirty: DirtyTracker,
+    /// Pages that are durable outside the parent: see [`capture`].
+    base: capture::Parent,
+    spec: MachineSpec,
+    /// CPUID of this host's KVM.
+    supported: Vec<CpuidLeaf>,
+}
+
+/// The parts that booting and restoring make alike.
+struct Frame {
+    kvm: Kvm,
+    vm: VmFd,
+    ram: Arc<GuestRam>,
+    supported: Vec<CpuidLeaf>,
+}
+
+impl Frame {
+    fn new(spec: &MachineSpec) -> Result<Self, MachineError> {
+        let kvm = kvm::open()?;
+        let supported = cpuid::supported(&kvm)?;
+        let vm = create_vm(&kvm)?;
+        vm.set_tss_address(layout::KVM_TSS as usize).during("place the TSS")?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).during("place the identity map")?;
+        vm.create_irq_chip().during("create the interrupt controllers")?;
+        vm.create_pit2(kvm_pit_config::default()).during("create the interval timer")?;
+        let manual = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&manual).during("clear the dirty log by hand")?;
+        let ram = Arc::new(GuestRam::new(spec.memory_bytes())?);
+        Ok(Self { kvm, vm, ram, supported })
+    }
+
+    /// vCPUs with their CPUID.
+    fn vcpu_fds(&self, spec: &MachineSpec) -> Result<Vec<VcpuFd>, MachineError> {
+        let mut fds = Vec::new();
+        for index in 0..spec.vcpus {
+            let fd = self.vm.create_vcpu(u64::from(index)).during("create a vCPU")?;
+            fd.set_cpuid2(&cpuid::for_vcpu(&self.supported, index, spec.vcpus)?).during("write cpuid")?;
+            fds.push(fd);
+        }
+        Ok(fds)
+    }
+}
+
+/// Creates the VM. A pending signal makes the kernel answer EINTR here, which means nothing but "again".
+fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    const TRIES: usize = 5;
+    let mut last = None;
+    for _ in 0..TRIES {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => last = Some(e),
+            other => return other.during("create a VM"),
+        }
+    }
+    Err(last.unwrap_or_else(|| kvm_ioctls::Error::new(libc::EINTR))).during("create a VM")
+}
+
+impl Machine {
+    /// Boots a machine; its vCPUs run when this returns.
+    pub fn boot(config: &MachineConfig, files: BootFiles, disks: Vec<Disk>, host: Host) -> Result<Self, MachineError> {
+        let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
+        let frame = Frame::new(&spec)?;
+        let fds = frame.vcpu_fds(&spec)?;
+        let devices = DeviceSet::new(&spec, disks, &frame.ram, &frame.vm, &host.run_dir)?;
+        let memory = frame.ram.guest_memory();
+        crate::acpi::write(memory, spec.vcpus, devices.windows())
+            .map_err(|e| BootError::Write { what: "ACPI tables", source: Box::new(e) })?;
+        let entry = boot::load(memory, spec.memory_bytes(), files.kernel, files.initramfs, &files.cmdline)?;
+        if let Some(first) = fds.first() {
+            boot::set_entry(first, memory, entry)?;
+        }
+        let dirty = DirtyTracker::for_boot(frame.ram.pages());
+        dirty::set_memslots(&frame.vm, &frame.ram, false)?;
+        let base = capture::Parent::none(&frame.ram, &devices);
+        let machine = Self::assemble(frame, spec, fds, devices, dirty, base, host)?;
+        machine.run_all()?;
+        Ok(machine)
+    }
+
+    /// Starts the threads, parked; the gate is open.
+    fn assemble(
+        frame: Frame,
+        spec: MachineSpec,
+        fds: Vec<VcpuFd>,
+        devices: DeviceSet,
+        dirty: DirtyTracker,
+        base: capture::Parent,
+        host: Host,
+    ) -> Result<Self, MachineError> {
+        // Which MSRs exist depends on the CPUID, which is set by now.
+        let msr_indices = fds.first().map(|fd| vcpu::saved_indices(&frame.kvm, fd)).transpose()?.unwrap_or_default();
+        let shared = Arc::new(vcpu::Shared {
+            bus: devices.bus(),
+            xsave_size: kvm::xsave_size(&frame.vm),
+            msr_indices,
+            allowed_msrs: host.allowed_msrs,
+            ended: host.ended,
+            exits: vcpu::ExitCounts::default(),
+        });
+        let io = IoThread::start(devices.virtio())?;
+        let vcpus = fds
+            .into_iter()
+            .zip(0..)
+            .map(|(fd, index)| Vcpu::start(index, fd, shared.clone()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let Frame { vm, ram, supported, .. } = frame;
+        Ok(Self { vcpus, gate: None, io, devices, shared, vm, ram, dirty, base, spec, supported })
+    }
+
+    fn run_all(&self) -> Result<(), VcpuError> {
+        self.vcpus.iter().try_for_each(Vcpu::run)
+    }
+
+    /// The machine's shape.
+    pub fn config(&self) -> MachineConfig {
+        self.spec.config()
+    }
+
+    /// Nothing runs: vCPUs and device thread are parked.
+    pub fn is_paused(&self) -> bool {
+        self.gate.is_some()
+    }
+
+    /// Stops vCPUs, then devices. Idempotent. On an error some may stand: [`resume`](Self::resume) starts those again.
+    pub fn pause(&mut self) -> Result<StopTime, MachineError> {
+        if self.is_paused() {
+            return Ok(Duration::ZERO);
+        }
+        let started = Instant::now();
+        // All kicks before any wait: the vCPUs stop together.
+        self.vcpus.iter().for_each(Vcpu::kick);
+        self.vcpus.iter().try_for_each(Vcpu::await_parked)?;
+        self.gate = Some(self.io.close_gate()?);
+        Ok(started.elapsed())
+    }
+
+    /// Closes the gate of a machine whose vCPUs have never run.
+    fn hold(&mut self) -> Result<(), IoThreadError> {
+        self.gate = Some(self.io.close_gate()?);
+        Ok(())
+    }
+
+    /// Starts devices, then vCPUs. Notifications and interrupts that were on their way when the machine stopped (or was saved) are made up
+    /// for: each device looks at its queues and raises its interrupt once.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        let Some(gate) = self.gate.take() else { return Ok(()) };
+        self.devices.kick();
+        drop(gate);
+        self.run_all()?;
+        Ok(())
+    }
+
+    /// Input for the guest's serial port; answers how many bytes fitted.
+    pub fn console_input(&self, input: &[u8]) -> usize {
+        self.devices.console_input(input)
+    }
+
+    /// Counters.
+    pub fn metrics(&self) -> Metrics {
+        let exit_counter = self.devices.exit_counts().map(|c| ExitCounts { outs: c.outs, ins: c.ins, out_gaps: c.out_gaps });
+        Metrics {
+            exits: self.shared.exits.snapshot(),
+            console_bytes: self.devices.console_bytes(),
+            block_requests: self.devices.block_requests(),
+            overhead_kib: overhead_kib(Path::new("/proc/self/smaps")),
+            exit_counter,
+        }
+    }
+}
+
+/// Resident memory of this process outside the guest memory file, KiB. 0 where the kernel does not tell.
+fn overhead_kib(smaps: &Path) -> u64 {
+    let Ok(text) = std::fs::read_to_string(smaps) else { return 0 };
+    let mut guest = false;
+    let mut total = 0;
+    for line in text.lines() {
+        if let Some(rss) = line.strip_prefix("Rss:") {
+            if !guest {
+                total += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
+            }
+        } else if line.split_whitespace().next().is_some_and(|range| range.contains('-') && !range.ends_with(':')) {
+            guest = line.contains("/memfd:guest-memory");
+        }
+    }
+    total
+}

@@ -1,0 +1,180 @@
+//! What a snapshot says about the machine besides its pages: its shape, and the named, versioned states of its parts.
+//!
+//! Everything here is persisted: the types are ours, positional (postcard) and versioned, and an encoding is refused as a whole when bytes
+//! are left over.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use stasis_snapshot::manifest::{StateBlob, Versioned};
+
+use crate::control::types::MachineConfig;
+use crate::layout::LAYOUT_VERSION;
+
+/// Version of [`MachineSpec`].
+const SPEC_VERSION: u16 = 1;
+/// Bounds that a spec from a snapshot must keep, as a boot request must.
+const MAX_VCPUS: u8 = 8;
+const MIN_MEMORY_MIB: u32 = 16;
+const MAX_MEMORY_MIB: u32 = 8192;
+/// More disks than this have no window.
+const MAX_DISKS: usize = 8;
+
+/// A machine or a part of it in a snapshot is not one that this VMM can make.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum SpecError {
+    #[error("vcpus must be 1 to {MAX_VCPUS}, not {0}")]
+    Vcpus(u8),
+    #[error("memory must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB, not {0}")]
+    Memory(u32),
+    #[error("a machine has at most {MAX_DISKS} disks, not {0}")]
+    Disks(usize),
+    #[error("{what} is version {version}; this VMM reads {reads}")]
+    Version { what: String, version: u16, reads: u16 },
+    #[error("{0} is missing from the snapshot")]
+    Missing(String),
+    #[error("{what} cannot be decoded")]
+    Decode {
+        what: String,
+        #[source]
+        source: postcard::Error,
+    },
+    #[error("{what} cannot be encoded")]
+    Encode {
+        what: String,
+        #[source]
+        source: postcard::Error,
+    },
+    #[error("{0} is followed by bytes that do not belong to it")]
+    Trailing(String),
+}
+
+/// One block device of the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskSpec {
+    /// Size the guest sees, 4 KiB blocks.
+    pub(crate) blocks: u64,
+    pub(crate) read_only: bool,
+}
+
+/// The machine's shape.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MachineSpec {
+    layout: u16,
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u32,
+    pub(crate) vsock_cid: Option<u32>,
+    pub(crate) exit_counter: bool,
+    pub(crate) disks: Vec<DiskSpec>,
+}
+
+impl MachineSpec {
+    pub(crate) fn new(config: &MachineConfig, disks: Vec<DiskSpec>) -> Result<Self, SpecError> {
+        let spec = Self {
+            layout: LAYOUT_VERSION,
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            vsock_cid: config.vsock_cid,
+            exit_counter: config.exit_counter,
+            disks,
+        };
+        spec.check()?;
+        Ok(spec)
+    }
+
+    fn check(&self) -> Result<(), SpecError> {
+        if self.layout != LAYOUT_VERSION {
+            let what = "the machine's layout".to_owned();
+            return Err(SpecError::Version { what, version: self.layout, reads: LAYOUT_VERSION });
+        }
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(SpecError::Vcpus(self.vcpus));
+        }
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
+            return Err(SpecError::Memory(self.memory_mib));
+        }
+        if self.disks.len() > MAX_DISKS {
+            return Err(SpecError::Disks(self.disks.len()));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn config(&self) -> MachineConfig {
+        MachineConfig {
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            vsock_cid: self.vsock_cid,
+            exit_counter: self.exit_counter,
+        }
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+
+    pub(crate) fn encode(&self) -> Result<Versioned, SpecError> {
+        Ok(Versioned { version: SPEC_VERSION, bytes: encode("the machine's shape", self)? })
+    }
+
+    pub(crate) fn decode(spec: &Versioned) -> Result<Self, SpecError> {
+        let decoded: Self = decode("the machine's shape", spec.version, SPEC_VERSION, &spec.bytes)?;
+        decoded.check()?;
+        Ok(decoded)
+    }
+}
+
+/// Encodes the state of one part.
+pub(crate) fn blob(kind: &str, version: u16, state: &impl Serialize) -> Result<StateBlob, SpecError> {
+    Ok(StateBlob { kind: kind.to_owned(), version, bytes: encode(kind, state)? })
+}
+
+/// Decodes the state of one part of a snapshot.
+pub(crate) fn unblob<T: DeserializeOwned>(blobs: &[StateBlob], kind: &str, version: u16) -> Result<T, SpecError> {
+    let blob = blobs.iter().find(|b| b.kind == kind).ok_or_else(|| SpecError::Missing(format!("state {kind:?}")))?;
+    decode(kind, blob.version, version, &blob.bytes)
+}
+
+fn encode(what: &str, value: &impl Serialize) -> Result<Vec<u8>, SpecError> {
+    postcard::to_stdvec(value).map_err(|source| SpecError::Encode { what: what.to_owned(), source })
+}
+
+fn decode<T: DeserializeOwned>(what: &str, version: u16, reads: u16, bytes: &[u8]) -> Result<T, SpecError> {
+    if version != reads {
+        return Err(SpecError::Version { what: what.to_owned(), version, reads });
+    }
+    let (value, rest) =
+        postcard::take_from_bytes(bytes).map_err(|source| SpecError::Decode { what: what.to_owned(), source })?;
+    if rest.is_empty() { Ok(value) } else { Err(SpecError::Trailing(what.to_owned())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> MachineConfig {
+        MachineConfig { vcpus: 2, memory_mib: 512, vsock_cid: Some(3), exit_counter: false }
+    }
+
+    #[test]
+    fn a_shape_survives_and_an_impossible_one_is_refused_by_name() {
+        let spec = MachineSpec::new(&config(), vec![DiskSpec { blocks: 9, read_only: true }]).unwrap();
+        assert_eq!(MachineSpec::decode(&spec.encode().unwrap()).unwrap(), spec);
+        for (vcpus, memory_mib, part) in [(0, 512, "vcpus"), (9, 512, "vcpus"), (1, 8, "memory"), (1, 9000, "memory")] {
+            let bad = MachineConfig { vcpus, memory_mib, ..config() };
+            assert!(MachineSpec::new(&bad, vec![]).unwrap_err().to_string().contains(part));
+        }
+    }
+
+    #[test]
+    fn other_versions_missing_states_and_trailing_bytes_are_errors() {
+        let mut spec = MachineSpec::new(&config(), vec![]).unwrap().encode().unwrap();
+        spec.bytes.push(0);
+        assert!(matches!(MachineSpec::decode(&spec), Err(SpecError::Trailing(_))));
+        spec.version = 7;
+        assert!(matches!(MachineSpec::decode(&spec), Err(SpecError::Version { version: 7, .. })));
+        let blobs = [blob("a", 1, &5_u32).unwrap()];
+        assert_eq!(unblob::<u32>(&blobs, "a", 1).unwrap(), 5);
+        assert!(matches!(unblob::<u32>(&blobs, "b", 1), Err(SpecError::Missing(_))));
+        assert!(matches!(unblob::<u32>(&blobs, "a", 2), Err(SpecError::Version { .. })));
+    }
+}
