@@ -6,9 +6,10 @@
 //!
 //! # Threads
 //!
-//! All methods take `&self`. One lock guards the two bitmaps and is held for the length of a write, so writes are serial and a bit is
-//! set only after the bytes are in the file. Reads take the lock just to look at the bitmaps. A read that runs beside a write of the
-//! same blocks may see either; the write's dirty bit comes after it, so a capture that read too early finds the block dirty again.
+//! All methods take `&self`. One lock guards the two bitmaps and is held for the length of a write, so writes are serial. Dirty bits
+//! are set before the bytes are written, so that a write that fails half-way is not lost on a capture; present bits after, so that
+//! nobody reads a block that is not there. Reads take the lock just to look at the bitmaps: a read beside a write of the same blocks
+//! may see either, and a capture that took the dirty set before the write finds the block dirty again.
 
 mod block_set;
 
@@ -175,6 +176,7 @@ impl Overlay {
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.check(offset, data.len() as u64)?;
         let mut blocks = self.lock();
+        blocks.dirty.insert(&blocks_of(offset, data.len() as u64));
         let result = self.write_locked(&mut blocks, offset, data);
         blocks.torn |= result.is_err();
         result
@@ -202,7 +204,6 @@ impl Overlay {
             };
             let written = block..(offset + len as u64).div_ceil(BLOCK_BYTES);
             blocks.present.insert(&written);
-            blocks.dirty.insert(&written);
             offset += len as u64;
             data = &data[len..];
         }
@@ -215,12 +216,12 @@ impl Overlay {
         let end = offset + len;
         let whole = offset.div_ceil(BLOCK_BYTES)..end / BLOCK_BYTES;
         let mut blocks = self.lock();
+        blocks.dirty.insert(&blocks_of(offset, len));
         let result = if whole.is_empty() {
             self.zero_partial(&mut blocks, offset, end)
         } else {
             self.zero_partial(&mut blocks, offset, whole.start * BLOCK_BYTES)
                 .and_then(|()| self.zero_blocks(&mut blocks, &whole))
-                .map(|()| blocks.dirty.insert(&whole))
                 .and_then(|()| self.zero_partial(&mut blocks, whole.end * BLOCK_BYTES, end))
         };
         blocks.torn |= result.is_err();
@@ -433,6 +434,11 @@ impl Overlay {
             _ => Ok(()),
         }
     }
+}
+
+/// Blocks that `len` bytes at `offset` touch.
+fn blocks_of(offset: u64, len: u64) -> Range<u64> {
+    offset / BLOCK_BYTES..(offset + len).div_ceil(BLOCK_BYTES)
 }
 
 fn io_error(operation: &'static str, offset: u64, source: io::Error) -> OverlayError {

@@ -24,6 +24,11 @@ pub mod rng;
 mod status;
 pub mod vsock;
 
+#[cfg(test)]
+mod driver;
+#[cfg(test)]
+mod hostile_tests;
+
 use std::os::fd::RawFd;
 
 use serde::{Deserialize, Serialize};
