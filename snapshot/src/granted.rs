@@ -1,14 +1,28 @@
 //! Packs read and written over grants: what a VMM uses instead of a store.
 //!
 //! Pack PUTs are idempotent (the name belongs to one commit, the body is fixed), so they are retried on time-outs, lost connections and
-//! 5xx; refusals (401, 403, 404, 507) are not.
+//! 5xx; refusals (401, 403, 404, 507) are not. All URLs share one client, so that connections are reused.
 
-use std::{collections::HashMap, fs::File, ops::Range, time::Duration};
+use std::{
+    collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use reqwest::{StatusCode, header::RANGE, redirect};
 
-use crate::{grant::GrantedObject, store::StoreError};
+use crate::{
+    grant::{Access, GrantedObject},
+    store::{
+        ErrorKind, Operation, StoreError,
+        directory::io_kind,
+        http::{refused, unanswered, wrong_length},
+    },
+};
+
+/// Bytes of an error document that are read for its code.
+const ERROR_BODY: usize = 4096;
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 /// Where finished packs go.
 #[async_trait]
@@ -47,7 +61,29 @@ impl Default for Patience {
 
 /// A set of granted packs: a [`PackSink`] over writable grants (in the order given), a [`PackSource`] over readable ones.
 #[derive(Debug)]
-pub struct GrantedPacks {}
+pub struct GrantedPacks {
+    client: reqwest::Client,
+    patience: Patience,
+    /// In the order given.
+    objects: Vec<(String, Way)>,
+    by_key: HashMap<String, usize>,
+}
+
+#[derive(Clone)]
+enum Way {
+    Url(String),
+    File(Arc<File>),
+}
+
+// A presigned URL is a credential.
+impl std::fmt::Debug for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Url(_) => f.write_str("Url"),
+            Self::File(file) => file.fmt(f),
+        }
+    }
+}
 
 impl GrantedPacks {
     /// `files` holds the descriptors that the grants name by token; each is taken. A grant without its descriptor is an error.
@@ -56,21 +92,209 @@ impl GrantedPacks {
         files: &mut HashMap<u64, File>,
         patience: Patience,
     ) -> Result<Self, StoreError> {
-        let _ = (objects, files, patience);
-        todo!()
+        let client = reqwest::Client::builder()
+            .redirect(redirect::Policy::none())
+            .build()
+            .map_err(|error| unanswered(Operation::Grant, "", error))?;
+        let mut ways = Vec::with_capacity(objects.len());
+        let mut by_key = HashMap::with_capacity(objects.len());
+        for GrantedObject { key, access } in objects {
+            let way = match access {
+                Access::Url(url) => Way::Url(url),
+                Access::Fd(token) => {
+                    Way::File(Arc::new(files.remove(&token).ok_or_else(|| {
+                        StoreError::new(ErrorKind::Other, Operation::Grant, &key)
+                            .because(format!("no descriptor was sent under token {token}"))
+                    })?))
+                }
+            };
+            by_key.insert(key.clone(), ways.len());
+            ways.push((key, way));
+        }
+        Ok(Self {
+            client,
+            patience,
+            objects: ways,
+            by_key,
+        })
     }
+
+    /// How many grants there are.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// Tries until it succeeds, is refused, or patience ends.
+    async fn patiently<T, F>(&self, mut attempt: impl FnMut() -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut wait = self.patience.backoff;
+        let mut left = self.patience.attempts.max(1);
+        loop {
+            left -= 1;
+            match attempt().await {
+                Err(error) if error.is_retryable() && left > 0 => {
+                    tracing::debug!(key = error.key, error = %error, "trying again");
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(MAX_BACKOFF);
+                }
+                done => return done,
+            }
+        }
+    }
+
+    async fn put_url(&self, key: &str, url: &str, bytes: Bytes) -> Result<(), StoreError> {
+        let lost = |error| unanswered(Operation::Put, key, error);
+        let request = self.client.put(url).timeout(self.patience.attempt);
+        let answer = request.body(bytes).send().await.map_err(lost)?;
+        if answer.status().is_success() {
+            Ok(())
+        } else {
+            Err(refusal(Operation::Put, key, answer).await)
+        }
+    }
+
+    async fn get_url(&self, key: &str, url: &str, range: &Range<u64>) -> Result<Bytes, StoreError> {
+        let lost = |error| unanswered(Operation::Get, key, error);
+        let request = self.client.get(url).timeout(self.patience.attempt);
+        let mut answer = request
+            .header(RANGE, format!("bytes={}-{}", range.start, range.end - 1))
+            .send()
+            .await
+            .map_err(lost)?;
+        let expected = range.end - range.start;
+        match answer.status() {
+            StatusCode::PARTIAL_CONTENT => {}
+            // The whole object, because the store ignores ranges.
+            StatusCode::OK => {
+                return Err(wrong_length(
+                    key,
+                    answer.content_length().unwrap_or(0),
+                    expected,
+                ));
+            }
+            _ => return Err(refusal(Operation::Get, key, answer).await),
+        }
+        let mut bytes = Vec::with_capacity(expected as usize);
+        while let Some(chunk) = answer.chunk().await.map_err(lost)? {
+            if (bytes.len() + chunk.len()) as u64 > expected {
+                return Err(wrong_length(
+                    key,
+                    (bytes.len() + chunk.len()) as u64,
+                    expected,
+                ));
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        if bytes.len() as u64 == expected {
+            Ok(bytes.into())
+        } else {
+            Err(wrong_length(key, bytes.len() as u64, expected))
+        }
+    }
+}
+
+/// The error for an answer that is no success; reads the start of its body.
+async fn refusal(operation: Operation, key: &str, mut answer: reqwest::Response) -> StoreError {
+    let mut body = Vec::new();
+    while body.len() < ERROR_BODY
+        && let Ok(Some(chunk)) = answer.chunk().await
+    {
+        body.extend_from_slice(&chunk);
+    }
+    refused(operation, key, answer.status().as_u16(), &body)
+}
+
+/// Runs `work` on the file on a blocking thread.
+async fn with_file<T: Send + 'static>(
+    operation: Operation,
+    key: &str,
+    file: &Arc<File>,
+    work: impl FnOnce(&File) -> std::io::Result<T> + Send + 'static,
+) -> Result<T, StoreError> {
+    let file = Arc::clone(file);
+    let result = tokio::task::spawn_blocking(move || work(&file)).await;
+    result
+        .map_err(|error| StoreError::new(ErrorKind::Other, operation, key).because(error))?
+        .map_err(|error| {
+            StoreError::new(io_kind(&error), operation, key)
+                .applied(operation == Operation::Put)
+                .because(error)
+        })
 }
 
 #[async_trait]
 impl PackSink for GrantedPacks {
-    async fn put(&self, _n: u32, _bytes: Bytes) -> Result<String, StoreError> {
-        todo!()
+    async fn put(&self, n: u32, bytes: Bytes) -> Result<String, StoreError> {
+        let Some((key, way)) = self.objects.get(n as usize) else {
+            return Err(
+                StoreError::new(ErrorKind::Other, Operation::Put, format!("pack {n}"))
+                    .because(format!("only {} packs were granted", self.objects.len())),
+            );
+        };
+        match way {
+            Way::Url(url) => {
+                self.patiently(|| self.put_url(key, url, bytes.clone()))
+                    .await?;
+            }
+            Way::File(file) => {
+                self.patiently(|| {
+                    let bytes = bytes.clone();
+                    with_file(Operation::Put, key, file, move |file| {
+                        file.set_len(0)?;
+                        file.write_all_at(&bytes, 0)?;
+                        file.sync_all()
+                    })
+                })
+                .await?;
+            }
+        }
+        Ok(key.clone())
     }
 }
 
 #[async_trait]
 impl PackSource for GrantedPacks {
-    async fn get_range(&self, _key: &str, _range: Range<u64>) -> Result<Bytes, StoreError> {
-        todo!()
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let way = self
+            .by_key
+            .get(key)
+            .and_then(|&at| self.objects.get(at))
+            .map(|(_, way)| way);
+        let Some(way) = way else {
+            return Err(StoreError::new(ErrorKind::Forbidden, Operation::Get, key)
+                .because("the pack was not granted"));
+        };
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        match way {
+            Way::Url(url) => self.patiently(|| self.get_url(key, url, &range)).await,
+            Way::File(file) => {
+                self.patiently(|| {
+                    let Range { start, end } = range;
+                    with_file(Operation::Get, key, file, move |file| {
+                        let len = file.metadata()?.len();
+                        if end > len {
+                            let what = format!("{len} bytes, a range ends at {end}");
+                            return Err(std::io::Error::new(
+                                std::io::ErrorKind::UnexpectedEof,
+                                what,
+                            ));
+                        }
+                        let mut bytes = vec![0; (end - start) as usize];
+                        file.read_exact_at(&mut bytes, start)?;
+                        Ok(Bytes::from(bytes))
+                    })
+                })
+                .await
+            }
+        }
     }
 }

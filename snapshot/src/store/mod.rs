@@ -5,6 +5,7 @@
 
 pub mod directory;
 pub mod error;
+pub(crate) mod http;
 pub mod probe;
 pub mod s3;
 
