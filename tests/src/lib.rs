@@ -1,1 +1,11 @@
-//! End-to-end tests, the nested-host rig and what they share
+//! What the end-to-end tests share: real parts, started and driven as an operator or client would.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`host`] | what this machine can run, and where the built parts are |
+//! | [`vmm`] | one `stasis-vmm` process without a supervisor, its pulse guest, and captures into a store |
+//! | [`suite`] | a test binary whose tests may need what the machine lacks, and then say so |
+
+pub mod host;
+pub mod suite;
+pub mod vmm;

@@ -80,10 +80,8 @@ fn dsdt(virtio_windows: u32) -> Vec<u8> {
     body.extend(serial());
     body.extend(generation_id());
     body.extend(event_device());
-    let s5 = aml::Name::new(
-        aml::Path::new("_S5_"),
-        &aml::Package::new(vec![&layout::SLEEP_TYPE_S5, &0_u8, &0_u8, &0_u8]),
-    );
+    let s5 =
+        aml::Name::new(aml::Path::new("_S5_"), &aml::Package::new(vec![&layout::SLEEP_TYPE_S5, &0_u8, &0_u8, &0_u8]));
     body.extend(bytes(&s5));
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     table.append_slice(&body);

@@ -38,7 +38,9 @@ pub enum BootError {
         source: std::io::Error,
     },
     /// The initramfs does not fit between kernel and end of low memory.
-    #[error("the initramfs ({initramfs} bytes) does not fit into {free} bytes behind the kernel; give the guest more memory")]
+    #[error(
+        "the initramfs ({initramfs} bytes) does not fit into {free} bytes behind the kernel; give the guest more memory"
+    )]
     NoRoom {
         /// Its size.
         initramfs: u64,
@@ -119,7 +121,12 @@ pub(crate) fn load(
 }
 
 /// Puts the initramfs as high as possible below the gap: kernels want it away from where they unpack.
-fn load_initramfs(memory: &GuestMemory, memory_bytes: u64, kernel_end: u64, mut file: File) -> Result<(u64, u64), BootError> {
+fn load_initramfs(
+    memory: &GuestMemory,
+    memory_bytes: u64,
+    kernel_end: u64,
+    mut file: File,
+) -> Result<(u64, u64), BootError> {
     let read = |source| BootError::Read { what: "initramfs", source };
     let size = file.seek(SeekFrom::End(0)).map_err(read)?;
     file.rewind().map_err(read)?;
@@ -296,7 +303,8 @@ fn write_identity_map(memory: &GuestMemory) -> Result<(), BootError> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;
     let put = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).map_err(write("boot page tables"));
-    let (pml4, pdpt, pds) = (layout::BOOT_PAGE_TABLES, layout::BOOT_PAGE_TABLES + 0x1000, layout::BOOT_PAGE_TABLES + 0x2000);
+    let (pml4, pdpt, pds) =
+        (layout::BOOT_PAGE_TABLES, layout::BOOT_PAGE_TABLES + 0x1000, layout::BOOT_PAGE_TABLES + 0x2000);
     put(pml4, pdpt | PRESENT_WRITABLE)?;
     for gib in 0..4 {
         put(pdpt + gib * 8, (pds + gib * 0x1000) | PRESENT_WRITABLE)?;

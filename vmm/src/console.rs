@@ -53,7 +53,8 @@ mod tests {
         for _ in 0..40 {
             log.write_all(&[b'x'; 100_000]).unwrap();
         }
-        let sizes: Vec<u64> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();
+        let sizes: Vec<u64> =
+            std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();
         assert_eq!(sizes.len(), 2);
         assert!(sizes.iter().sum::<u64>() <= 2 * (LIMIT + 100_000));
     }

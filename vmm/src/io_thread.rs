@@ -40,7 +40,10 @@ pub(crate) struct Closed {
 /// What the gate is told.
 enum Order {
     /// Say so on the first, then wait until the second is dropped.
-    Hold { reached: SyncSender<()>, open: Receiver<()> },
+    Hold {
+        reached: SyncSender<()>,
+        open: Receiver<()>,
+    },
     Quit,
 }
 
@@ -93,16 +96,15 @@ pub(crate) struct IoThread {
 impl IoThread {
     /// Starts the loop for these devices, with the gate open.
     pub(crate) fn start(devices: &[Arc<Mutex<MmioDevice>>]) -> Result<Self, IoThreadError> {
-        fn fail<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl FnOnce(E) -> IoThreadError {
+        fn fail<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+            what: &'static str,
+        ) -> impl FnOnce(E) -> IoThreadError {
             move |source| IoThreadError::Start { what, source: source.into() }
         }
         let bell = EventFd::new(libc::EFD_NONBLOCK).map_err(fail("eventfd"))?;
         let (orders, inbox) = sync_channel(4);
-        let gate = Arc::new(Mutex::new(Gate {
-            orders: inbox,
-            bell: bell.try_clone().map_err(fail("eventfd"))?,
-            quit: false,
-        }));
+        let gate =
+            Arc::new(Mutex::new(Gate { orders: inbox, bell: bell.try_clone().map_err(fail("eventfd"))?, quit: false }));
         let mut manager: EventManager<Box<dyn MutEventSubscriber + Send>> =
             EventManager::new().map_err(|e| fail("epoll")(std::io::Error::other(e.to_string())))?;
         manager.add_subscriber(Box::new(GateSubscriber(gate.clone())));

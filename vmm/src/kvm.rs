@@ -1,8 +1,8 @@
 //! The few KVM calls that kvm-ioctls does not wrap, and opening `/dev/kvm` with an error a person can act on.
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr,
-    kvm_sregs2,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr, kvm_sregs2,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
@@ -150,8 +150,7 @@ pub fn xsave_size(vm: &VmFd) -> usize {
 /// Reads the XSAVE area: `size` is [`xsave_size`] of the VM.
 pub fn get_xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u32>, KvmError> {
     let mut area = vec![0_u32; size.div_ceil(4)];
-    let request =
-        if size > size_of::<kvm_bindings::kvm_xsave>() { KVM_GET_XSAVE2() } else { KVM_GET_XSAVE() };
+    let request = if size > size_of::<kvm_bindings::kvm_xsave>() { KVM_GET_XSAVE2() } else { KVM_GET_XSAVE() };
     // SAFETY: the kernel writes as many bytes as KVM_CAP_XSAVE2 of this VM says (a page without it); `area` has them.
     check(unsafe { vmm_sys_util::ioctl::ioctl_with_mut_ptr(vcpu, request, area.as_mut_ptr()) }).during("read xsave")?;
     Ok(area)

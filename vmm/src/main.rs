@@ -43,7 +43,9 @@ fn main() -> ExitCode {
     let run_dir = arguments.run_dir.clone();
     let note = match start(arguments) {
         Ok(Finished::Shutdown) => ExitNote { status: 0, reason: "shutdown was asked for".to_owned() },
-        Ok(Finished::Machine(Ended::ByGuest(reason))) => ExitNote { status: 2, reason: format!("the guest ended: {reason}") },
+        Ok(Finished::Machine(Ended::ByGuest(reason))) => {
+            ExitNote { status: 2, reason: format!("the guest ended: {reason}") }
+        }
         Ok(Finished::Machine(Ended::Failed(reason))) => ExitNote { status: 3, reason },
         Err(error) => ExitNote { status: 1, reason: format!("cannot start: {}", chain(&*error)) },
     };
@@ -72,8 +74,7 @@ fn start(arguments: Arguments) -> Result<Finished, Box<dyn std::error::Error>> {
     let finished = runtime.block_on(async {
         let listener = tokio::net::UnixListener::bind(arguments.run_dir.join(CONTROL_SOCKET))?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let settings =
-            Settings { id: arguments.id, run_dir: arguments.run_dir, allowed_msrs: arguments.allow_msr };
+        let settings = Settings { id: arguments.id, run_dir: arguments.run_dir, allowed_msrs: arguments.allow_msr };
         Ok::<_, std::io::Error>(tokio::select! {
             finished = serve(listener, files, settings) => finished,
             _ = terminate.recv() => Finished::Shutdown,

@@ -67,8 +67,11 @@ pub(crate) fn save(vm: &VmFd, wall_ns: u64) -> Result<VmState, KvmError> {
     let pit = Pit::from(&vm.get_pit2().during("read the interval timer")?);
     let clock_ns = vm.get_clock().during("read kvmclock")?.clock;
     let host_tsc = host_tsc();
-    let (master, slave, io) =
-        (irqchip(vm, k::KVM_IRQCHIP_PIC_MASTER)?, irqchip(vm, k::KVM_IRQCHIP_PIC_SLAVE)?, irqchip(vm, k::KVM_IRQCHIP_IOAPIC)?);
+    let (master, slave, io) = (
+        irqchip(vm, k::KVM_IRQCHIP_PIC_MASTER)?,
+        irqchip(vm, k::KVM_IRQCHIP_PIC_SLAVE)?,
+        irqchip(vm, k::KVM_IRQCHIP_IOAPIC)?,
+    );
     // SAFETY: KVM filled the arm that the chip id asks for; every arm is plain integers.
     let (master, slave, io) = unsafe { (master.chip.pic, slave.chip.pic, io.chip.ioapic) };
     let redirections = std::array::from_fn(|i| {

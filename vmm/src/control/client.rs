@@ -13,8 +13,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::types::{
-    BootRequest, CaptureReport, CaptureRequest, ErrorBody, FdToken, Metrics, PauseReport, RestoreReport, RestoreRequest,
-    VmStatus,
+    BootRequest, CaptureReport, CaptureRequest, ErrorBody, FdToken, Metrics, PauseReport, RestoreReport,
+    RestoreRequest, VmStatus,
 };
 
 /// Deadline of a call that only moves state about.

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 
 use super::types::FdToken;
@@ -79,12 +79,8 @@ impl Inbox {
             let mut tokens = [0_u8; MAX_PER_MESSAGE * 8];
             let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PER_MESSAGE))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let message = recvmsg(
-                stream.as_fd(),
-                &mut [IoSliceMut::new(&mut tokens)],
-                &mut ancillary,
-                RecvFlags::CMSG_CLOEXEC,
-            )?;
+            let message =
+                recvmsg(stream.as_fd(), &mut [IoSliceMut::new(&mut tokens)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
             if message.bytes == 0 {
                 return Ok(());
             }

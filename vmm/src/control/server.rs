@@ -182,9 +182,7 @@ async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Answe
         Err(refusal) => {
             tracing::info!(what, %refusal, "refused");
             let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string() };
-            Response::builder()
-                .status(refusal.status())
-                .body(Full::from(serde_json::to_vec(&body).unwrap_or_default()))
+            Response::builder().status(refusal.status()).body(Full::from(serde_json::to_vec(&body).unwrap_or_default()))
         }
     }
 }
@@ -283,9 +281,9 @@ impl Server {
     }
 
     fn take(&self, what: &str, token: FdToken) -> Result<std::fs::File, Refusal> {
-        self.files
-            .take(token)
-            .ok_or_else(|| Refusal::BadRequest(format!("no descriptor was sent for the {what} under token {}", token.0)))
+        self.files.take(token).ok_or_else(|| {
+            Refusal::BadRequest(format!("no descriptor was sent for the {what} under token {}", token.0))
+        })
     }
 
     fn disks(&self, configs: Vec<DiskConfig>) -> Result<Vec<Disk>, Refusal> {
@@ -320,8 +318,8 @@ impl Server {
             cmdline: request.cmdline,
         };
         let disks = self.disks(request.disks)?;
-        let machine =
-            tokio::task::block_in_place(|| Machine::boot(&request.machine, files, disks, self.host())).map_err(failed)?;
+        let machine = tokio::task::block_in_place(|| Machine::boot(&request.machine, files, disks, self.host()))
+            .map_err(failed)?;
         *slot = Some(Box::new(machine));
         Ok(self.describe(slot.as_deref()).await)
     }
@@ -403,8 +401,8 @@ impl Server {
             let Some(machine) = slot.as_deref_mut() else {
                 return Err(Refusal::WrongState { state: VmState::Empty, what: "a capture" });
             };
-            let prepared =
-                tokio::task::block_in_place(|| machine.prepare_capture(sink, options, cancel.clone())).map_err(failed)?;
+            let prepared = tokio::task::block_in_place(|| machine.prepare_capture(sink, options, cancel.clone()))
+                .map_err(failed)?;
             *self.capture.lock().await = Some(cancel.clone());
             prepared
         };
@@ -429,13 +427,14 @@ impl Server {
         };
         let stats = outcome.as_ref().map(|c| c.stats).unwrap_or_default();
         let state_us = prepared.state.micros;
-        let draft = tokio::task::block_in_place(|| machine.finish_capture(prepared.state, outcome)).map_err(|e| {
-            match (late, cancel.is_cancelled()) {
-                (true, _) => Refusal::Cancelled("too slow: its deadline passed"),
-                (false, true) => Refusal::Cancelled("cancelled"),
-                (false, false) => failed(e),
-            }
-        })?;
+        let draft =
+            tokio::task::block_in_place(|| machine.finish_capture(prepared.state, outcome)).map_err(|e| {
+                match (late, cancel.is_cancelled()) {
+                    (true, _) => Refusal::Cancelled("too slow: its deadline passed"),
+                    (false, true) => Refusal::Cancelled("cancelled"),
+                    (false, false) => failed(e),
+                }
+            })?;
         let report = CaptureReport {
             state_us,
             upload_us,

@@ -8,9 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use stasis_snapshot::capture::{
-    BaseInput, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, packs_needed,
-};
+use stasis_snapshot::capture::{BaseInput, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, packs_needed};
 use stasis_snapshot::granted::PackSink;
 use stasis_snapshot::image::ImageMap;
 use stasis_snapshot::manifest::{Arch, Base, Boot, Image, ImageKind, Manifest, Platform, StateBlob, Versioned};

@@ -124,9 +124,8 @@ impl DeviceSet {
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| host("draw a generation id")(e.into()))?;
-        let generation =
-            VmGenId::new(ram.guest_memory(), GuestAddress(layout::VMGENID), irq(vm, layout::GED_GSI)?, id)
-                .map_err(bad_state("vmgenid"))?;
+        let generation = VmGenId::new(ram.guest_memory(), GuestAddress(layout::VMGENID), irq(vm, layout::GED_GSI)?, id)
+            .map_err(bad_state("vmgenid"))?;
         let exit_counter = machine.exit_counter.then(ExitCounter::new);
         let virtio = Self::place(models(machine, &disks, run_dir)?, ram, vm)?;
         Ok(Self::from_parts(serial, exit_counter, virtio, generation, disks, false))
@@ -143,7 +142,8 @@ impl DeviceSet {
         generation_id: [u8; 16],
     ) -> Result<Self, DeviceError> {
         let saved: SerialState = spec::unblob(state, SERIAL, SerialState::VERSION)?;
-        let serial = Serial::restore(&saved, irq(vm, layout::SERIAL_GSI)?, console(run_dir)?).map_err(bad_state(SERIAL))?;
+        let serial =
+            Serial::restore(&saved, irq(vm, layout::SERIAL_GSI)?, console(run_dir)?).map_err(bad_state(SERIAL))?;
         let exit_counter = if machine.exit_counter {
             Some(ExitCounter::restore(&spec::unblob(state, EXIT_COUNTER, ExitCounterState::VERSION)?))
         } else {

@@ -22,7 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::boot::{self, BootError};
@@ -34,8 +36,8 @@ use crate::layout;
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::registers::CpuidLeaf;
 use crate::vcpu::{self, Ended, Vcpu, VcpuError, cpuid};
-use devices::DeviceSet;
 pub use devices::DeviceError;
+use devices::DeviceSet;
 pub use disk::{Disk, DiskError};
 use spec::MachineSpec;
 pub use spec::SpecError;
@@ -257,7 +259,8 @@ impl Machine {
 
     /// Counters.
     pub fn metrics(&self) -> Metrics {
-        let exit_counter = self.devices.exit_counts().map(|c| ExitCounts { outs: c.outs, ins: c.ins, out_gaps: c.out_gaps });
+        let exit_counter =
+            self.devices.exit_counts().map(|c| ExitCounts { outs: c.outs, ins: c.ins, out_gaps: c.out_gaps });
         Metrics {
             exits: self.shared.exits.snapshot(),
             console_bytes: self.devices.console_bytes(),

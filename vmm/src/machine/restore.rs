@@ -136,7 +136,8 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     report.pages_us = started.elapsed().as_micros() as u64;
 
     let started = Instant::now();
-    let machine = tokio::task::block_in_place(|| place(&manifest, spec, frame, input.disks, input.generation_id, input.host))?;
+    let machine =
+        tokio::task::block_in_place(|| place(&manifest, spec, frame, input.disks, input.generation_id, input.host))?;
     report.state_us = started.elapsed().as_micros() as u64;
     Ok((machine, report))
 }
@@ -162,8 +163,7 @@ fn place(
     };
     for (index, fd) in fds.iter().enumerate() {
         let saved: VcpuState = spec::unblob(&manifest.state, &vcpu_kind(index), vcpu_state::VERSION)?;
-        vcpu_state::restore(fd, &context, &saved)
-            .map_err(|source| VcpuError::Kvm { index: index as u8, source })?;
+        vcpu_state::restore(fd, &context, &saved).map_err(|source| VcpuError::Kvm { index: index as u8, source })?;
     }
     vm_state::restore(&frame.vm, &vm_saved, wall_ns())?;
     // After the VM: a device that raises its line now must find the controllers restored.

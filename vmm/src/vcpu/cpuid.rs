@@ -18,8 +18,7 @@ const SVM_BIT: u32 = 1 << 2;
 
 /// What KVM on this host can offer.
 pub(crate) fn supported(kvm: &Kvm) -> Result<Vec<CpuidLeaf>, KvmError> {
-    let cpuid =
-        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).during("ask for the supported CPUID")?;
+    let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).during("ask for the supported CPUID")?;
     Ok(cpuid.as_slice().iter().map(CpuidLeaf::from).collect())
 }
 
@@ -99,7 +98,9 @@ pub(crate) fn feature_list(leaves: &[CpuidLeaf]) -> Vec<String> {
     let mut list = Vec::new();
     for &(function, index, registers) in FEATURE_REGISTERS {
         for leaf in leaves.iter().filter(|l| l.function == function && l.index == index) {
-            list.extend(registers.iter().map(|r| format!("{function:#x}.{index}.{r:?}={:#x}", r.of(leaf)).to_lowercase()));
+            list.extend(
+                registers.iter().map(|r| format!("{function:#x}.{index}.{r:?}={:#x}", r.of(leaf)).to_lowercase()),
+            );
         }
     }
     list

@@ -267,7 +267,9 @@ impl Thread {
                     Outcome::Continue
                 }
                 Ok(VcpuExit::InternalError) => return Some(Ended::Failed(self.internal_error())),
-                Ok(other) => return Some(Ended::Failed(format!("KVM left the guest for a reason not handled: {other:?}"))),
+                Ok(other) => {
+                    return Some(Ended::Failed(format!("KVM left the guest for a reason not handled: {other:?}")));
+                }
                 Err(e) if e.errno() == libc::EINTR => {
                     counts.kicked.fetch_add(1, Ordering::Relaxed);
                     if self.fd.get_kvm_run().immediate_exit != 0 {
@@ -289,8 +291,12 @@ impl Thread {
         let run = self.fd.get_kvm_run();
         // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, so `internal` is the valid arm of the union.
         let internal = unsafe { run.__bindgen_anon_1.internal };
-        let data: Vec<String> =
-            internal.data.iter().take((internal.ndata as usize).min(internal.data.len())).map(|d| format!("{d:#x}")).collect();
+        let data: Vec<String> = internal
+            .data
+            .iter()
+            .take((internal.ndata as usize).min(internal.data.len()))
+            .map(|d| format!("{d:#x}"))
+            .collect();
         let rip = self.fd.get_regs().map(|r| r.rip).unwrap_or_default();
         let hint = if internal.suberror == kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {
             "KVM cannot emulate an instruction of this guest; without hardware virtualization stock kernels need tests/rig"

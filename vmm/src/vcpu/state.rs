@@ -57,7 +57,10 @@ type Save = fn(&VcpuFd, &Context<'_>, &mut VcpuState) -> Result<(), KvmError>;
 type Restore = fn(&VcpuFd, &Context<'_>, &VcpuState) -> Result<(), KvmError>;
 
 const SAVE_ORDER: &[Step<Save>] = &[
-    Step { why: "first: reading it makes KVM accept a pending INIT or SIPI, which changes CS and RIP", run: save_mp_state },
+    Step {
+        why: "first: reading it makes KVM accept a pending INIT or SIPI, which changes CS and RIP",
+        run: save_mp_state,
+    },
     Step { why: "after mp_state", run: save_regs },
     Step { why: "after mp_state", run: save_sregs },
     Step { why: "no order of its own", run: save_xsave },
@@ -65,8 +68,14 @@ const SAVE_ORDER: &[Step<Save>] = &[
     Step { why: "no order of its own", run: save_debug_regs },
     Step { why: "devices were saved before, so no interrupt arrives any more", run: save_lapic },
     Step { why: "before the MSRs, which are read against it", run: save_tsc },
-    Step { why: "read back from KVM, never from what was set: a second generation must see the same timer mode", run: save_cpuid },
-    Step { why: "after cpuid and lapic: values depend on the first, the deadline's meaning on the second", run: save_msrs },
+    Step {
+        why: "read back from KVM, never from what was set: a second generation must see the same timer mode",
+        run: save_cpuid,
+    },
+    Step {
+        why: "after cpuid and lapic: values depend on the first, the deadline's meaning on the second",
+        run: save_msrs,
+    },
     Step { why: "last: the reads above can move pending state into it", run: save_events },
 ];
 
@@ -78,11 +87,17 @@ const RESTORE_ORDER: &[Step<Restore>] = &[
     Step { why: "before xcrs, as the CPU's own reset value of XCR0 accepts any area", run: restore_xsave },
     Step { why: "no order of its own", run: restore_xcrs },
     Step { why: "no order of its own", run: restore_debug_regs },
-    Step { why: "before MSRs: KVM drops a deadline, and says it was taken, unless the timer is in deadline mode", run: restore_lapic },
+    Step {
+        why: "before MSRs: KVM drops a deadline, and says it was taken, unless the timer is in deadline mode",
+        run: restore_lapic,
+    },
     Step { why: "before MSRs: a deadline is compared with the counter", run: restore_tsc },
     Step { why: "TSC before all, TSC_DEADLINE after all", run: restore_msrs },
     Step { why: "last but one: everything above may clear it", run: restore_events },
-    Step { why: "tells the guest's watchdogs that it stood still; lost if said before the clock page is up to date", run: restore_clock_note },
+    Step {
+        why: "tells the guest's watchdogs that it stood still; lost if said before the clock page is up to date",
+        run: restore_clock_note,
+    },
 ];
 
 /// Reads the whole state.
@@ -296,6 +311,62 @@ mod tests {
             rearm_expired_deadline(&mut off, &lapic_in_mode(mode));
             assert_eq!(off[1].value, 0);
         }
+    }
+
+    /// A VM with one configured vCPU, as a machine makes it; `None` (said on standard error) where there is no KVM.
+    fn kvm_vcpu() -> Option<(kvm_ioctls::Kvm, kvm_ioctls::VmFd, VcpuFd)> {
+        let kvm = match kvm::open() {
+            Ok(kvm) => kvm,
+            Err(error) => {
+                eprintln!("left out: {error}");
+                return None;
+            }
+        };
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let supported = crate::vcpu::cpuid::supported(&kvm).unwrap();
+        vcpu.set_cpuid2(&crate::vcpu::cpuid::for_vcpu(&supported, 0, 1).unwrap()).unwrap();
+        Some((kvm, vm, vcpu))
+    }
+
+    /// Debug registers, registers, the timer's mode and a deadline far away arrive in another VM as they were, and a second save equals the first.
+    #[test]
+    fn a_vcpu_with_an_armed_deadline_arrives_whole_in_another_vm() {
+        const LVT_TIMER: usize = 0x320;
+        const FAR: u64 = 1 << 60;
+        let Some((kvm, vm, vcpu)) = kvm_vcpu() else { return };
+        let indices = msr::saved_indices(&kvm, &vcpu).unwrap();
+        let context =
+            Context { xsave_size: kvm::xsave_size(&vm), msr_indices: &indices, allowed_msrs: &[], tsc_shift: 0 };
+        let mut regs = vcpu.get_regs().unwrap();
+        (regs.rax, regs.rip, regs.rflags) = (0x1234_5678_9abc, 0x10_0000, 2);
+        vcpu.set_regs(&regs).unwrap();
+        let mut lapic = vcpu.get_lapic().unwrap();
+        // Software-enabled, timer in deadline mode on vector 0x40.
+        lapic.regs[0xf0..0xf4].copy_from_slice(&[0xff_u8.cast_signed(), 1, 0, 0]);
+        for (to, from) in lapic.regs[LVT_TIMER..LVT_TIMER + 4].iter_mut().zip((0x40_u32 | 0b10 << 17).to_le_bytes()) {
+            *to = from.cast_signed();
+        }
+        vcpu.set_lapic(&lapic).unwrap();
+        msr::write(&vcpu, &[msr(IA32_TSC_DEADLINE, FAR)], &[]).unwrap();
+
+        let saved = save(&vcpu, &context).unwrap();
+        let deadline = |s: &VcpuState| s.msrs.iter().find(|m| m.index == IA32_TSC_DEADLINE).map(|m| m.value);
+        assert_eq!(deadline(&saved), Some(FAR), "KVM keeps the deadline");
+        let (_kvm, _vm, other) = kvm_vcpu().unwrap();
+        restore(&other, &context, &saved).unwrap();
+        let mut again = save(&other, &context).unwrap();
+        assert_eq!(deadline(&again), Some(FAR));
+        // What counts time, or is rounded to a host boundary by KVM, differs; all else is the same.
+        let timeless = |s: &mut VcpuState| {
+            s.tsc_offset = None;
+            s.msrs.retain(|m| m.index != IA32_TSC);
+        };
+        let mut first = saved;
+        timeless(&mut first);
+        timeless(&mut again);
+        assert_eq!(first, again);
     }
 
     #[test]

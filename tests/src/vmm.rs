@@ -1,0 +1,218 @@
+//! One `stasis-vmm` process, driven without a supervisor: boot pulse, talk to it over the serial port, capture into a store, restore.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use stasis_snapshot::grant::{Access, GrantedObject};
+use stasis_snapshot::ids::Digest;
+use stasis_snapshot::manifest::Manifest;
+use stasis_snapshot::store::{ObjectStore, RawGrant};
+use stasis_vmm::control::client::Client;
+use stasis_vmm::control::types::{
+    BootRequest, CaptureReport, CaptureRequest, FdToken, MachineConfig, RestoreReport, RestoreRequest,
+};
+use stasis_vmm::control::{CONSOLE_LOG, CONTROL_SOCKET, EXIT_NOTE};
+
+use crate::host;
+
+/// Any error of a test.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// How long a guest or a VMM may take for what takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The pulse guest, built by `guest-images/pulse/build`.
+pub fn pulse() -> PathBuf {
+    host::built("images/pulse/pulse.elf")
+}
+
+/// Why pulse cannot run here.
+pub fn no_pulse() -> Option<String> {
+    host::no_kvm().or_else(|| host::missing(&pulse(), "guest-images/pulse/build makes it"))
+}
+
+/// A running VMM. Killed when dropped.
+pub struct Vmm {
+    /// Its control API.
+    pub client: Client,
+    /// Its run directory.
+    pub run_dir: PathBuf,
+    child: Child,
+    next_token: u64,
+    /// Console bytes that were looked at already.
+    seen: usize,
+}
+
+/// A capture that is in a store.
+pub struct Stored {
+    /// The manifest, encoded.
+    pub manifest: Vec<u8>,
+    /// What the VMM said of it.
+    pub report: CaptureReport,
+}
+
+impl Vmm {
+    /// Starts a process that has no machine yet.
+    pub async fn start(run_dir: &Path) -> Result<Self, Error> {
+        std::fs::create_dir_all(run_dir)?;
+        #[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts a VMM")]
+        let child = std::process::Command::new(host::program("stasis-vmm"))
+            .args(["--id", "test", "--run-dir"])
+            .arg(run_dir)
+            .env("RUST_LOG", "info")
+            .stderr(File::create(run_dir.join("vmm.log"))?)
+            .stdin(Stdio::null())
+            .spawn()?;
+        let vmm = Self { client: Client::new(run_dir), run_dir: run_dir.to_owned(), child, next_token: 1, seen: 0 };
+        until("the VMM's control socket", || Ok(run_dir.join(CONTROL_SOCKET).exists().then_some(()))).await?;
+        Ok(vmm)
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Boots pulse.
+    pub async fn boot_pulse(&mut self, vcpus: u8, memory_mib: u32, cmdline: &str) -> Result<(), Error> {
+        let kernel = self.send(vec![File::open(pulse())?]).await?[0];
+        let machine = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: true };
+        let request = BootRequest { machine, kernel, initramfs: None, cmdline: cmdline.to_owned(), disks: vec![] };
+        self.client.boot(&request).await?;
+        Ok(())
+    }
+
+    /// Sends files and answers their tokens.
+    pub async fn send(&mut self, files: Vec<File>) -> Result<Vec<FdToken>, Error> {
+        let named: Vec<_> = files.into_iter().zip(self.next_token..).map(|(f, t)| (FdToken(t), f)).collect();
+        let tokens: Vec<_> = named.iter().map(|(token, _)| *token).collect();
+        self.next_token += tokens.len() as u64;
+        if !named.is_empty() {
+            self.client.send_files(named).await?;
+        }
+        Ok(tokens)
+    }
+
+    /// Pauses and captures into `store` under `prefix`. The machine stays paused.
+    pub async fn capture(&mut self, store: &dyn ObjectStore, prefix: &str) -> Result<Stored, Error> {
+        let paused = self.client.pause().await?;
+        let keys: Vec<String> = (0..paused.packs_needed).map(|n| format!("{prefix}/pack/{n}")).collect();
+        let mut grants = Vec::new();
+        for key in &keys {
+            grants.push(store.grant_put(key, PATIENCE).await?);
+        }
+        let packs = self.grant(keys, grants).await?;
+        let request = CaptureRequest { packs, connections: 4, deadline_ms: 600_000 };
+        let (draft, report) = self.client.capture(&request).await?;
+        Ok(Stored { manifest: draft.to_vec(), report })
+    }
+
+    /// Restores a capture and leaves the machine paused.
+    pub async fn restore(&mut self, store: &dyn ObjectStore, manifest: &[u8]) -> Result<RestoreReport, Error> {
+        let keys: Vec<String> = Manifest::decode(manifest)?.packs.into_iter().map(|p| p.key).collect();
+        let mut grants = Vec::new();
+        for key in &keys {
+            grants.push(store.grant_get(key, PATIENCE).await?);
+        }
+        let packs = self.grant(keys, grants).await?;
+        let mut file = tempfile::tempfile()?;
+        std::io::Write::write_all(&mut file, manifest)?;
+        std::io::Seek::rewind(&mut file)?;
+        let token = self.send(vec![file]).await?[0];
+        let request = RestoreRequest {
+            manifest: token,
+            manifest_digest: Digest::of(manifest).to_string(),
+            packs,
+            disks: vec![],
+            generation_id: format!("{:032x}", rand::random::<u128>()),
+        };
+        Ok(self.client.restore(&request).await?)
+    }
+
+    async fn grant(&mut self, keys: Vec<String>, grants: Vec<RawGrant>) -> Result<Vec<GrantedObject>, Error> {
+        let mut files = Vec::new();
+        let mut objects = Vec::new();
+        for (key, grant) in keys.into_iter().zip(grants) {
+            let access = match grant {
+                RawGrant::Url(url) => Access::Url(url),
+                RawGrant::File(file) => {
+                    files.push(file);
+                    Access::Fd(self.next_token + files.len() as u64 - 1)
+                }
+            };
+            objects.push(GrantedObject { key, access });
+        }
+        self.send(files).await?;
+        Ok(objects)
+    }
+
+    /// Console output that was not looked at yet, up to and with the first `end`.
+    pub async fn console_until(&mut self, end: &str) -> Result<String, Error> {
+        let path = self.run_dir.join(CONSOLE_LOG);
+        let seen = self.seen;
+        let found = until(&format!("{end:?} on the console"), || {
+            let log = std::fs::read(&path)?;
+            let text = String::from_utf8_lossy(log.get(seen..).unwrap_or_default()).into_owned();
+            Ok(text.find(end).map(|at| text[..at + end.len()].to_owned()))
+        })
+        .await?;
+        self.seen += found.len();
+        Ok(found)
+    }
+
+    /// Sends a byte to pulse and waits for the line that answers it.
+    pub async fn ask_pulse(&mut self, byte: u8, answer: &str) -> Result<String, Error> {
+        self.client.console(bytes::Bytes::copy_from_slice(&[byte])).await?;
+        self.console_until(answer).await?;
+        let line = self.console_until("\n").await?;
+        Ok(line.trim().to_owned())
+    }
+
+    /// Pulse's digest of its memory and the number of its last pass. It stands still, so both stay.
+    pub async fn digest(&mut self) -> Result<(String, String), Error> {
+        let digest = self.ask_pulse(b'd', "D ").await?;
+        self.console_until("g ").await?;
+        let pass = self.console_until("\n").await?;
+        Ok((digest, pass.trim().to_owned()))
+    }
+
+    /// Ends the process and waits until it is gone.
+    pub async fn shutdown(mut self) -> Result<(), Error> {
+        self.client.shutdown().await?;
+        let status = until("the VMM's end", || Ok(self.child.try_wait()?)).await?;
+        if !status.success() {
+            let note = std::fs::read_to_string(self.run_dir.join(EXIT_NOTE)).unwrap_or_default();
+            return Err(format!("the VMM ended with {status}: {note}").into());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until `check` has an answer, or gives up with what was waited for.
+pub async fn until<T>(what: &str, mut check: impl FnMut() -> std::io::Result<Option<T>>) -> Result<T, Error> {
+    let started = Instant::now();
+    loop {
+        if let Some(answer) = check()? {
+            return Ok(answer);
+        }
+        if started.elapsed() > PATIENCE {
+            return Err(format!("waited {} s for {what}", PATIENCE.as_secs()).into());
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// A store in a directory.
+pub fn directory_store(root: &Path) -> Result<Arc<dyn ObjectStore>, Error> {
+    Ok(Arc::new(stasis_snapshot::store::directory::DirectoryStore::open(root)?))
+}

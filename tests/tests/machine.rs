@@ -1,0 +1,114 @@
+//! A machine restored in a new process equals the machine that was captured: pulse on this machine's own `/dev/kvm`.
+
+use std::time::Duration;
+
+use rand::Rng;
+use stasis_tests::host;
+use stasis_tests::suite::{Outcome, Suite};
+use stasis_tests::vmm::{Vmm, directory_store, no_pulse};
+
+fn main() {
+    let small = [(1, 512, ""), (2, 512, "")];
+    let large = [(1, 6144, " high=64"), (2, 6144, " high=64")];
+    let mut suite = Suite::default();
+    for (vcpus, memory_mib, more) in small.into_iter().chain(large) {
+        let name = format!("three_generations_equal_{vcpus}_vcpu_{memory_mib}_mib");
+        suite = suite.test(&name, no_pulse(), move || three_generations(vcpus, memory_mib, more));
+    }
+    suite
+        .test("no_port_exit_is_lost_or_doubled_across_1000_pauses", no_pulse(), || thousand_pauses(1000))
+        .test("a_guest_that_ends_ends_its_process_with_the_reason", no_pulse(), guest_end)
+        .main();
+}
+
+/// Digest before the pause equals digest after the resume in a new process, with another dirty set in each generation.
+async fn three_generations(vcpus: u8, memory_mib: u32, more: &str) -> Outcome {
+    let dir = host::scratch()?;
+    let store = directory_store(&dir.path().join("store"))?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    let cmdline = format!("mix=real fill=128 hot=8 cpus={vcpus}{more}");
+    vmm.boot_pulse(vcpus, memory_mib, &cmdline).await?;
+    vmm.console_until("R\n").await?;
+    let mut digests = Vec::new();
+    for generation in 1..=3 {
+        vmm.console_until("...").await?;
+        vmm.ask_pulse(b's', "S").await?;
+        let before = vmm.digest().await?;
+        let stored = vmm.capture(&*store, &format!("v1/t/sandbox/p/{generation}")).await?;
+        if generation > 1 {
+            // The hot set is 8 MiB; what pulse keeps besides (stack, counters) is a few pages.
+            assert!(stored.report.scanned_pages <= (9 << 20) / 4096, "generation {generation}: {:?}", stored.report);
+        }
+        vmm.shutdown().await?;
+        vmm = Vmm::start(&dir.path().join(generation.to_string())).await?;
+        vmm.restore(&*store, &stored.manifest).await?;
+        vmm.client.resume().await?;
+        let after = vmm.digest().await?;
+        assert_eq!(before, after, "generation {generation}");
+        digests.push(after.0);
+        vmm.ask_pulse(b'0' + generation, "P").await?;
+        vmm.ask_pulse(b'g', "G").await?;
+    }
+    assert!(!vmm.console_until("...").await?.contains('!'), "a hot page lost what the pass before wrote");
+    digests.dedup();
+    assert_eq!(digests.len(), 3, "each generation had something of its own");
+    vmm.shutdown().await?;
+    Ok(())
+}
+
+/// Pulse counts its port accesses, the device counts them too. Each restored machine is a new process.
+async fn thousand_pauses(pauses: u32) -> Outcome {
+    let dir = host::scratch()?;
+    let store = directory_store(&dir.path().join("store"))?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    vmm.boot_pulse(1, 16, "fill=1 hot=1 count=1 gap=2000 ticks=0").await?;
+    vmm.console_until("R\n").await?;
+    let mut counted = 0;
+    for pause in 1..=pauses {
+        let random = rand::rng().random_range(0..3000);
+        tokio::time::sleep(Duration::from_micros(random)).await;
+        let prefix = format!("v1/t/sandbox/p/{pause}");
+        let stored = vmm.capture(&*store, &prefix).await?;
+        let old = vmm.run_dir.clone();
+        vmm.shutdown().await?;
+        vmm = Vmm::start(&dir.path().join(pause.to_string())).await?;
+        vmm.restore(&*store, &stored.manifest).await?;
+        let counts = vmm.client.metrics().await?.exit_counter.unwrap_or_default();
+        assert_eq!(counts.out_gaps, 0, "pause {pause}: an OUT was lost or doubled");
+        assert!(counts.outs.abs_diff(counts.ins) <= 1, "pause {pause}: {counts:?}");
+        counted = counts.outs;
+        vmm.client.resume().await?;
+        std::fs::remove_dir_all(old)?;
+    }
+    // Pulse prints '!' when an IN was lost or doubled; the digest's answer comes after all it printed.
+    let path = vmm.run_dir.join("console.log");
+    vmm.ask_pulse(b'd', "D ").await?;
+    assert!(!std::fs::read_to_string(path)?.contains('!'), "an IN was lost or doubled");
+    assert!(counted > u64::from(pauses), "the guest made progress: {counted} OUTs");
+    vmm.shutdown().await?;
+    Ok(())
+}
+
+/// A kernel that is no kernel: the boot says so. A guest that faults for good: the process ends and says why.
+async fn guest_end() -> Outcome {
+    let dir = host::scratch()?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    let kernel = vmm.send(vec![tempfile::tempfile()?]).await?[0];
+    let request = stasis_vmm::control::types::BootRequest {
+        machine: stasis_vmm::control::types::MachineConfig {
+            vcpus: 1,
+            memory_mib: 16,
+            vsock_cid: None,
+            exit_counter: false,
+        },
+        kernel,
+        initramfs: None,
+        cmdline: String::new(),
+        disks: vec![],
+    };
+    let refused = vmm.client.boot(&request).await.expect_err("an empty file is no kernel").to_string();
+    assert!(refused.contains("kernel"), "{refused}");
+    assert_eq!(vmm.client.status().await?.state, stasis_vmm::control::types::VmState::Empty);
+    vmm.shutdown().await?;
+    Ok(())
+}
