@@ -1,2 +1,111 @@
-//! The guest agent.
-fn main() {}
+//! The guest agent: PID 1 of a sandbox, and the one who runs commands in it. `lib.rs` holds the protocol it speaks.
+//!
+//! - `init`: what PID 1 does before it serves: modules, the root disk, mounts, loopback
+//! - `reaper`: the one place that waits for child processes
+//! - `exec`: one command, its output and its end
+//! - `wake`: clock and random pool after a restore
+//! - `server`: HTTP over vsock
+//!
+//! One thread runs everything: tokio's current-thread runtime. No task blocks for longer than a `fork` takes.
+
+mod exec;
+mod init;
+mod reaper;
+mod server;
+mod wake;
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use reaper::{Adoption, Reaper};
+use stasis_agent::protocol::AGENT_PORT;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+
+const USAGE: &str =
+    "usage: stasis-agent            serve on vsock, and first set the guest up when PID 1
+       stasis-agent --unix PATH  serve on a unix socket";
+
+fn main() -> ExitCode {
+    let is_init = std::process::id() == 1;
+    let ended = run(is_init, &std::env::args_os().skip(1).collect::<Vec<_>>());
+    if let Err(error) = &ended {
+        report(error.as_ref());
+    }
+    if is_init {
+        init::shut_down();
+    }
+    if ended.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Prints an error and its causes.
+fn report(error: &dyn Error) {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        line = format!("{line}: {inner}");
+        cause = inner.source();
+    }
+    eprintln!("stasis-agent: {line}");
+}
+
+fn run(is_init: bool, arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
+    // The kernel hands PID 1 the words of its command line that it does not know.
+    let socket = match arguments {
+        _ if is_init => None,
+        [] => None,
+        [flag, path] if flag == "--unix" => Some(PathBuf::from(path)),
+        _ => return Err(USAGE.into()),
+    };
+    if is_init {
+        init::set_up()?;
+    }
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(is_init, socket))
+}
+
+/// Serves until a signal asks to stop.
+async fn serve(is_init: bool, socket: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let reaper = Arc::new(Reaper::start(if is_init {
+        Adoption::Everyone
+    } else {
+        Adoption::OwnChildren
+    })?);
+    let router = server::router(reaper);
+    let served = async {
+        if let Some(path) = socket {
+            let listener = UnixListener::bind(&path)
+                .map_err(|source| format!("cannot listen on {}: {source}", path.display()))?;
+            ready();
+            server::serve(listener, router).await;
+        } else {
+            let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT))
+                .map_err(|source| format!("cannot listen on vsock port {AGENT_PORT}: {source}"))?;
+            ready();
+            server::serve(listener, router).await;
+        }
+        Ok::<(), Box<dyn Error>>(())
+    };
+    tokio::select! {
+        ended = served => ended,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// Who watches the console waits for this line.
+fn ready() {
+    eprintln!("stasis-agent: ready");
+}

@@ -1,0 +1,180 @@
+//! HTTP/1.1 for the protocol, over whatever accepts connections.
+//!
+//! Each connection is a task of its own. A listener lives through everything: a virtio-vsock transport reset after a restore ends the
+//! connected sockets and those not accepted yet, never the listening one, so an error of `accept` concerns one connection.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use serde::de::DeserializeOwned;
+use stasis_agent::protocol::{AgentError, ExecReply, ExecRequest, Health, PROTOCOL, WakeReply};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio_vsock::{VsockListener, VsockStream};
+
+use crate::exec::{self, ExecError};
+use crate::reaper::Reaper;
+use crate::wake::{self, WakeError};
+
+/// Connections served at once; the next one waits in the listener's queue.
+const CONNECTIONS: usize = 128;
+/// For the head of a request to come, counted from the connection or from the end of the request before.
+const HEAD_DEADLINE: Duration = Duration::from_mins(1);
+/// After a failed `accept`: if it fails for want of descriptors, the next one does too.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// A listening socket.
+pub(crate) trait Listen {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    /// The next connection; an error says nothing about the one after.
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>>;
+}
+
+impl Listen for VsockListener {
+    type Stream = VsockStream;
+    async fn accept(&self) -> io::Result<VsockStream> {
+        Ok(VsockListener::accept(self).await?.0)
+    }
+}
+
+impl Listen for UnixListener {
+    type Stream = UnixStream;
+    async fn accept(&self) -> io::Result<UnixStream> {
+        Ok(UnixListener::accept(self).await?.0)
+    }
+}
+
+/// Serves connections for ever.
+pub(crate) async fn serve(listener: impl Listen, router: Router) {
+    let free = Arc::new(Semaphore::new(CONNECTIONS));
+    // The semaphore is never closed, so this ends only with the task.
+    while let Ok(permit) = Arc::clone(&free).acquire_owned().await {
+        let stream = loop {
+            match listener.accept().await {
+                Ok(stream) => break stream,
+                Err(error) => {
+                    eprintln!("stasis-agent: cannot accept a connection: {error}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        };
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let mut http = http1::Builder::new();
+            http.timer(TokioTimer::new())
+                .header_read_timeout(HEAD_DEADLINE);
+            // A peer that goes away or speaks no HTTP is its own business; a command it started goes on.
+            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            drop(permit);
+        });
+    }
+}
+
+/// The routes of the protocol.
+pub(crate) fn router(reaper: Arc<Reaper>) -> Router {
+    Router::new()
+        .route("/v1/health", get(health))
+        .route("/v1/exec", post(run_command))
+        .route("/v1/wake", post(wake_up))
+        .fallback(async |uri: Uri| {
+            Refusal(
+                StatusCode::NOT_FOUND,
+                format!("no such path: {}", uri.path()),
+            )
+        })
+        .with_state(reaper)
+}
+
+async fn health() -> Result<Json<Health>, Refusal> {
+    const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+    let boot_id = std::fs::read_to_string(BOOT_ID).map_err(|error| {
+        Refusal(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("cannot read {BOOT_ID}: {error}"),
+        )
+    })?;
+    Ok(Json(Health {
+        protocol: PROTOCOL,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        boot_id: boot_id.trim().to_owned(),
+    }))
+}
+
+async fn run_command(
+    State(reaper): State<Arc<Reaper>>,
+    body: Bytes,
+) -> Result<Json<ExecReply>, Refusal> {
+    let request: ExecRequest = parse(&body)?;
+    // In a task of its own: dropping this future, as a lost connection does, must not take the command's output pipes away.
+    let reply = tokio::spawn(async move { exec::run(&reaper, request).await }).await;
+    match reply {
+        Ok(Ok(reply)) => Ok(Json(reply)),
+        Ok(Err(error)) => Err(error.into()),
+        Err(error) => Err(Refusal(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("the command's task failed: {error}"),
+        )),
+    }
+}
+
+async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
+    let received = Instant::now();
+    Ok(Json(wake::apply(&parse(&body)?, received)?))
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|error| {
+        Refusal(
+            StatusCode::BAD_REQUEST,
+            format!("cannot read the request: {error}"),
+        )
+    })
+}
+
+/// An [`AgentError`] and its status.
+#[derive(Debug)]
+struct Refusal(StatusCode, String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(AgentError { message: self.1 })).into_response()
+    }
+}
+
+impl From<ExecError> for Refusal {
+    fn from(error: ExecError) -> Self {
+        Self(StatusCode::BAD_REQUEST, chain(&error))
+    }
+}
+
+impl From<WakeError> for Refusal {
+    fn from(error: WakeError) -> Self {
+        let status = match error {
+            WakeError::BadEntropy | WakeError::BadTime(_) => StatusCode::BAD_REQUEST,
+            WakeError::Kernel { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self(status, chain(&error))
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+#[cfg(test)]
+mod tests;
