@@ -1,1 +1,43 @@
-//! The supervisor: REST API, state machine, journal, grants and commits; the command line
+//! The supervisor: REST API, state machine, journal, grants and commits; the command line.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`config`] | file, environment, flags; checked before anything starts |
+//! | [`states`] | the state machine of a sandbox, as a table |
+//! | [`record`], [`ids`], [`network_policy`] | what a sandbox is |
+//! | [`validate`] | requests from JSON to checked values |
+//! | [`journal`] | SQLite: keys, records, operations, transitions |
+//! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
+//! | [`supervisor`] | the operations, restart, recovery, timers |
+//! | [`store`] | the object store, heads and grants as the supervisor uses them |
+//! | [`template`], [`host`] | what sandboxes boot from; what this host can run |
+//! | [`vmm_process`], [`agent_client`] | VMM processes; the agent in a guest |
+//! | [`routes`] | the REST API |
+//! | [`error`] | every failure, and the one conversion to HTTP |
+//! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
+//! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
+//! | [`cli`] | the program `stasis` |
+//!
+//! A test drives it with [`supervisor::Supervisor::start`], or as the program `stasis serve`.
+//!
+//! This crate knows no KVM and no devices: it talks to `stasis-vmm` over its control socket, and to a guest over its agent's protocol.
+pub mod agent_client;
+pub mod cli;
+pub mod config;
+pub mod dev;
+pub mod error;
+pub mod host;
+pub mod ids;
+pub mod journal;
+pub mod network_policy;
+pub mod record;
+pub mod registry;
+pub mod routes;
+pub mod sources;
+pub mod states;
+pub mod store;
+pub mod supervisor;
+pub mod template;
+pub mod timing;
+pub mod validate;
+pub mod vmm_process;

@@ -1,0 +1,195 @@
+//! The supervisor's end of the agent protocol: HTTP/1.1 over the host end of the guest's vsock (connect, `CONNECT <port>\n`, `OK …\n`).
+//! One connection a request, since connections do not survive a pause. Answers are untrusted: bounded, and never trusted beyond their text.
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use stasis_agent::protocol::{AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, WakeReply, WakeRequest};
+use stasis_vmm::control::VSOCK_SOCKET;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+
+/// Longest line that answers `CONNECT`.
+const MAX_OK: usize = 64;
+
+/// Why the agent did not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentFailure {
+    /// Nobody listens, or the connection broke.
+    #[error("the connection to the agent failed: {0}")]
+    Connection(String),
+    /// It did not answer in time.
+    #[error("the agent did not answer within {0:?}")]
+    Deadline(Duration),
+    /// It refused.
+    #[error("{message}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// Its words.
+        message: String,
+    },
+    /// It answered something else.
+    #[error("the agent's answer makes no sense: {0}")]
+    Nonsense(String),
+}
+
+/// The agent behind one vsock socket.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    socket: PathBuf,
+    answer_limit: usize,
+}
+
+impl Agent {
+    /// The one in the VM with this run directory. Answers larger than `answer_limit` bytes are refused.
+    pub fn new(run_dir: &Path, answer_limit: usize) -> Self {
+        Self { socket: run_dir.join(VSOCK_SOCKET), answer_limit }
+    }
+
+    /// `GET /v1/health`.
+    pub async fn health(&self, within: Duration) -> Result<Health, AgentFailure> {
+        self.call(Method::GET, "/v1/health", None::<&()>, within).await
+    }
+
+    /// `POST /v1/exec`.
+    pub async fn exec(&self, request: &ExecRequest, within: Duration) -> Result<ExecReply, AgentFailure> {
+        self.call(Method::POST, "/v1/exec", Some(request), within).await
+    }
+
+    /// `POST /v1/wake`.
+    pub async fn wake(&self, request: &WakeRequest, within: Duration) -> Result<WakeReply, AgentFailure> {
+        self.call(Method::POST, "/v1/wake", Some(request), within).await
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+        within: Duration,
+    ) -> Result<T, AgentFailure> {
+        let body = match body {
+            None => Bytes::new(),
+            Some(body) => serde_json::to_vec(body).map_err(|e| AgentFailure::Nonsense(e.to_string()))?.into(),
+        };
+        match tokio::time::timeout(within, self.exchange(method, path, body)).await {
+            Ok(answer) => {
+                let answer = answer?;
+                serde_json::from_slice(&answer).map_err(|e| AgentFailure::Nonsense(e.to_string()))
+            }
+            Err(_) => Err(AgentFailure::Deadline(within)),
+        }
+    }
+
+    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, AgentFailure> {
+        let broken = |e: &dyn std::fmt::Display| AgentFailure::Connection(e.to_string());
+        let stream = self.connect().await.map_err(|e| broken(&e))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+        let pump = tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(http::header::HOST, "agent")
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|e| broken(&e))?;
+        let answer = async {
+            let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
+            let status = response.status();
+            let bytes = Limited::new(response.into_body(), self.answer_limit)
+                .collect()
+                .await
+                .map_err(|e| broken(&e))?
+                .to_bytes();
+            Ok((status, bytes))
+        }
+        .await;
+        pump.abort();
+        let (status, bytes) = answer?;
+        if status == StatusCode::OK {
+            return Ok(bytes);
+        }
+        let message = serde_json::from_slice::<AgentError>(&bytes)
+            .map_or_else(|_| String::from_utf8_lossy(bytes.get(..200).unwrap_or(&bytes)).into_owned(), |e| e.message);
+        Err(AgentFailure::Refused { status: status.as_u16(), message })
+    }
+
+    async fn connect(&self) -> io::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.socket).await?;
+        stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).await?;
+        let mut line = Vec::with_capacity(MAX_OK);
+        // Octet by octet: what follows the line belongs to HTTP.
+        while line.last() != Some(&b'\n') {
+            if line.len() == MAX_OK {
+                return Err(io::Error::other("the vsock device answered something else than OK"));
+            }
+            line.push(stream.read_u8().await?);
+        }
+        if line.starts_with(b"OK ") || line == b"OK\n" {
+            Ok(stream)
+        } else {
+            Err(io::Error::other(format!("the vsock device answered {:?}", String::from_utf8_lossy(&line))))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncBufReadExt as _, BufReader};
+    use tokio::net::UnixListener;
+
+    async fn answering(reply: &'static str) -> (tempfile::TempDir, Agent) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(VSOCK_SOCKET)).unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let mut stream = BufReader::new(stream);
+                let mut line = String::new();
+                stream.read_line(&mut line).await.unwrap();
+                assert_eq!(line, "CONNECT 1\n");
+                stream.write_all(b"OK 1073741824\n").await.unwrap();
+                while line != "\r\n" {
+                    line.clear();
+                    stream.read_line(&mut line).await.unwrap();
+                }
+                stream.write_all(reply.as_bytes()).await.unwrap();
+            }
+        });
+        let agent = Agent::new(dir.path(), 1000);
+        (dir, agent)
+    }
+
+    #[tokio::test]
+    async fn a_healthy_agent_is_understood() {
+        let (_dir, agent) = answering(
+            "HTTP/1.1 200 OK\r\ncontent-length: 43\r\n\r\n{\"protocol\":1,\"version\":\"x\",\"boot_id\":\"abc\"}",
+        )
+        .await;
+        assert_eq!(agent.health(Duration::from_secs(5)).await.unwrap().boot_id, "abc");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_carries_its_message() {
+        let (_dir, agent) =
+            answering("HTTP/1.1 400 Bad Request\r\ncontent-length: 17\r\n\r\n{\"message\":\"cwd\"}").await;
+        let error = agent.health(Duration::from_secs(5)).await.unwrap_err();
+        assert!(matches!(error, AgentFailure::Refused { status: 400, message } if message == "cwd"));
+    }
+
+    #[tokio::test]
+    async fn an_answer_beyond_the_limit_or_without_end_is_refused() {
+        let (_dir, agent) = answering("HTTP/1.1 200 OK\r\ncontent-length: 2000000\r\n\r\n").await;
+        assert!(agent.health(Duration::from_millis(200)).await.is_err());
+        let missing = Agent::new(Path::new("/nonexistent"), 10);
+        assert!(matches!(missing.health(Duration::from_secs(1)).await, Err(AgentFailure::Connection(_))));
+    }
+}

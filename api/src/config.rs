@@ -1,0 +1,403 @@
+//! Configuration of the supervisor: a TOML file, then environment variables, then flags; the last one that says something wins.
+//! Everything is checked before anything starts, and an error names the field.
+//!
+//! ```toml
+//! listen = "127.0.0.1:7878"
+//! data_dir = "/var/lib/stasis"
+//! images_dir = "/usr/share/stasis/images"
+//!
+//! [store]
+//! kind = "s3"                        # or "directory"
+//! bucket = "sandboxes"
+//! endpoint = "https://s3.eu-central-1.amazonaws.com"
+//! region = "eu-central-1"
+//! # access_key, secret_key: better in STASIS_STORE_ACCESS_KEY and STASIS_STORE_SECRET_KEY
+//! ```
+
+use serde::Deserialize;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Longest data directory, octets: `sun_path` holds 107 and a NUL, and the sockets of a sandbox lie below it.
+const MAX_DATA_DIR: usize = 107 - "/run/".len() - "sbx-01234567890123456789".len() - "/control.sock".len();
+
+/// The whole configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Address of the REST API.
+    pub listen: SocketAddr,
+    /// Journal, run directories, scratch.
+    pub data_dir: PathBuf,
+    /// Holds `templates/*/template.json`.
+    pub images_dir: PathBuf,
+    /// The VMM's program; beside our own when absent.
+    #[serde(default)]
+    pub vmm: Option<PathBuf>,
+    /// Where sandboxes sleep.
+    pub store: StoreConfig,
+    /// Bounds.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Deadlines.
+    #[serde(default)]
+    pub deadlines: Deadlines,
+}
+
+/// The object store.
+#[derive(Clone, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum StoreConfig {
+    /// A directory of this host.
+    Directory {
+        /// Its path; made when missing.
+        path: PathBuf,
+    },
+    /// A bucket.
+    S3 {
+        /// `http://…` or `https://…`, without the bucket.
+        endpoint: String,
+        /// Bucket, which must exist.
+        bucket: String,
+        /// Region; any word for stores that have none.
+        #[serde(default = "default_region")]
+        region: String,
+        /// Access key.
+        access_key: String,
+        /// Secret key.
+        secret_key: String,
+        /// Put the bucket in the path rather than in the host name.
+        #[serde(default = "default_true")]
+        path_style: bool,
+    },
+}
+
+impl fmt::Debug for StoreConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory { path } => f.debug_struct("Directory").field("path", path).finish(),
+            Self::S3 { endpoint, bucket, region, .. } => f
+                .debug_struct("S3")
+                .field("endpoint", endpoint)
+                .field("bucket", bucket)
+                .field("region", region)
+                .finish_non_exhaustive(),
+        }
+    }
+}
+
+fn default_region() -> String {
+    "us-east-1".to_owned()
+}
+
+fn default_true() -> bool {
+    true
+}
+
+/// Bounds on what clients may ask for.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Bytes of a request body at most.
+    pub body_bytes: usize,
+    /// Sandboxes with a VM at once, of one tenant.
+    pub sandboxes: usize,
+    /// Bytes kept of each of stdout and stderr of a command.
+    pub output_bytes: usize,
+    /// PUTs in flight of one capture.
+    pub connections: u16,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 16 }
+    }
+}
+
+/// How long to wait for what, in milliseconds.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Deadlines {
+    /// From the start of a VMM to a guest that is ready.
+    pub boot_ms: u64,
+    /// One request to a VMM that is not a capture or a restore.
+    pub control_ms: u64,
+    /// The upload of a capture.
+    pub capture_ms: u64,
+    /// A restore.
+    pub restore_ms: u64,
+    /// One request to the store that is not conditional.
+    pub store_ms: u64,
+    /// One conditional PUT.
+    pub commit_ms: u64,
+    /// Settling one commit; when it is over, the answer is "outcome unknown" and settling goes on without the client.
+    pub settle_ms: u64,
+    /// The agent's answer to a wake.
+    pub wake_ms: u64,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            boot_ms: 180_000,
+            control_ms: 20_000,
+            capture_ms: 240_000,
+            restore_ms: 240_000,
+            store_ms: 30_000,
+            commit_ms: 10_000,
+            settle_ms: 40_000,
+            wake_ms: 60_000,
+        }
+    }
+}
+
+macro_rules! deadlines {
+    ($($name:ident = $field:ident),*) => {
+        impl Deadlines {
+            $(
+                #[doc = concat!("[`Deadlines::", stringify!($field), "`] as a duration.")]
+                pub fn $name(&self) -> Duration {
+                    Duration::from_millis(self.$field)
+                }
+            )*
+
+            fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($field), self.$field)),*]
+            }
+        }
+    };
+}
+
+deadlines!(
+    boot = boot_ms,
+    control = control_ms,
+    capture = capture_ms,
+    restore = restore_ms,
+    store = store_ms,
+    commit = commit_ms,
+    settle = settle_ms,
+    wake = wake_ms
+);
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {path}", path = path.display())]
+    Read {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file, an environment variable or a flag says something that is no configuration.
+    #[error("the configuration is wrong: {0}")]
+    Syntax(String),
+    /// A value is out of range.
+    #[error("the configuration is wrong: {field} {error}")]
+    Value {
+        /// Path of the field.
+        field: String,
+        /// What is wrong with it.
+        error: String,
+    },
+}
+
+/// A setting from outside the file: its path and its text.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// Dotted path of the field.
+    pub field: &'static str,
+    /// Where it comes from, for errors: a variable or a flag.
+    pub origin: String,
+    /// Its value as text.
+    pub text: String,
+}
+
+/// Environment variables and the fields they set.
+pub const VARIABLES: &[(&str, &str)] = &[
+    ("STASIS_LISTEN", "listen"),
+    ("STASIS_DATA_DIR", "data_dir"),
+    ("STASIS_IMAGES_DIR", "images_dir"),
+    ("STASIS_VMM", "vmm"),
+    ("STASIS_STORE_KIND", "store.kind"),
+    ("STASIS_STORE_PATH", "store.path"),
+    ("STASIS_STORE_ENDPOINT", "store.endpoint"),
+    ("STASIS_STORE_BUCKET", "store.bucket"),
+    ("STASIS_STORE_REGION", "store.region"),
+    ("STASIS_STORE_ACCESS_KEY", "store.access_key"),
+    ("STASIS_STORE_SECRET_KEY", "store.secret_key"),
+    ("STASIS_STORE_PATH_STYLE", "store.path_style"),
+    ("STASIS_LIMITS_BODY_BYTES", "limits.body_bytes"),
+    ("STASIS_LIMITS_SANDBOXES", "limits.sandboxes"),
+    ("STASIS_LIMITS_OUTPUT_BYTES", "limits.output_bytes"),
+    ("STASIS_LIMITS_CONNECTIONS", "limits.connections"),
+    ("STASIS_DEADLINES_BOOT_MS", "deadlines.boot_ms"),
+    ("STASIS_DEADLINES_CONTROL_MS", "deadlines.control_ms"),
+    ("STASIS_DEADLINES_CAPTURE_MS", "deadlines.capture_ms"),
+    ("STASIS_DEADLINES_RESTORE_MS", "deadlines.restore_ms"),
+    ("STASIS_DEADLINES_STORE_MS", "deadlines.store_ms"),
+    ("STASIS_DEADLINES_COMMIT_MS", "deadlines.commit_ms"),
+    ("STASIS_DEADLINES_SETTLE_MS", "deadlines.settle_ms"),
+    ("STASIS_DEADLINES_WAKE_MS", "deadlines.wake_ms"),
+];
+
+/// The settings that environment variables make.
+pub fn from_environment(get: impl Fn(&str) -> Option<String>) -> Vec<Setting> {
+    VARIABLES
+        .iter()
+        .filter_map(|(name, field)| get(name).map(|text| Setting { field, origin: (*name).to_owned(), text }))
+        .collect()
+}
+
+impl Config {
+    /// The configuration of `file` overlaid with `settings`, the later ones winning, checked.
+    pub fn load(file: Option<&Path>, settings: &[Setting]) -> Result<Self, ConfigError> {
+        let text = match file {
+            None => String::new(),
+            Some(path) => {
+                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?
+            }
+        };
+        let origin = file.map_or_else(|| "(no file)".to_owned(), |p| p.display().to_string());
+        let mut table: toml::Table = text.parse().map_err(|e| ConfigError::Syntax(format!("{origin}: {e}")))?;
+        for setting in settings {
+            overlay(&mut table, setting)?;
+        }
+        let config: Self = table.try_into().map_err(|e: toml::de::Error| {
+            ConfigError::Syntax(format!("{origin} and settings: {}", e.to_string().trim().replace('\n', " ")))
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |field: &str, error: String| Err(ConfigError::Value { field: field.to_owned(), error });
+        let data_dir = std::path::absolute(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone());
+        if data_dir.as_os_str().len() > MAX_DATA_DIR {
+            return wrong(
+                "data_dir",
+                format!(
+                    "{} is too long: unix sockets below it would have more than 107 octets; at most {MAX_DATA_DIR}",
+                    data_dir.display()
+                ),
+            );
+        }
+        if let StoreConfig::S3 { endpoint, bucket, access_key, secret_key, .. } = &self.store {
+            if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+                return wrong("store.endpoint", format!("{endpoint:?} must start with http:// or https://"));
+            }
+            for (field, value) in
+                [("store.bucket", bucket), ("store.access_key", access_key), ("store.secret_key", secret_key)]
+            {
+                if value.is_empty() {
+                    return wrong(field, "must not be empty".to_owned());
+                }
+            }
+        }
+        for (field, value, low, high) in [
+            ("limits.body_bytes", self.limits.body_bytes, 1024, 1 << 30),
+            ("limits.sandboxes", self.limits.sandboxes, 1, 100_000),
+            ("limits.output_bytes", self.limits.output_bytes, 1024, 64 << 20),
+            ("limits.connections", usize::from(self.limits.connections), 1, 256),
+        ] {
+            if !(low..=high).contains(&value) {
+                return wrong(field, format!("must be between {low} and {high}, not {value}"));
+            }
+        }
+        for (field, value) in self.deadlines.all() {
+            if !(10..=3_600_000).contains(&value) {
+                return wrong(&format!("deadlines.{field}"), format!("must be between 10 and 3600000 ms, not {value}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError> {
+    let (section, name) = match setting.field.split_once('.') {
+        Some((section, name)) => {
+            let entry = table.entry(section).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            match entry.as_table_mut() {
+                Some(inner) => (inner, name),
+                None => return Err(ConfigError::Syntax(format!("{section} must be a section, [{section}]"))),
+            }
+        }
+        None => (table, setting.field),
+    };
+    let wrong = |kind: &str| {
+        ConfigError::Syntax(format!("{} ({}): {:?} is not {kind}", setting.field, setting.origin, setting.text))
+    };
+    let value = if setting.field.starts_with("limits.") || setting.field.starts_with("deadlines.") {
+        toml::Value::Integer(setting.text.parse().map_err(|_| wrong("a whole number"))?)
+    } else if setting.field == "store.path_style" {
+        toml::Value::Boolean(setting.text.parse().map_err(|_| wrong("true or false"))?)
+    } else {
+        toml::Value::String(setting.text.clone())
+    };
+    section.insert(name.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIRECTORY: &str = "listen = '127.0.0.1:1'\ndata_dir = '/tmp/d'\nimages_dir = '/tmp/i'\n[store]\nkind = 'directory'\npath = '/tmp/s'\n";
+
+    fn load(text: &str, settings: &[(&'static str, &str)]) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stasis.toml");
+        std::fs::write(&path, text).unwrap();
+        let settings = settings
+            .iter()
+            .map(|(field, text)| Setting { field, origin: "test".to_owned(), text: (*text).to_owned() })
+            .collect::<Vec<_>>();
+        Config::load(Some(&path), &settings).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_file_loads_and_settings_win() {
+        let config = load(DIRECTORY, &[("limits.sandboxes", "3"), ("listen", "127.0.0.1:9")]).unwrap();
+        assert_eq!((config.limits.sandboxes, config.listen.port()), (3, 9));
+        assert_eq!(config.deadlines.commit(), Duration::from_secs(10));
+    }
+
+    #[test]
+    fn every_error_names_its_field() {
+        let long = format!("/{}", "x".repeat(200));
+        for (settings, field) in [
+            (vec![("listen", "nowhere")], "listen"),
+            (vec![("limits.sandboxes", "0")], "limits.sandboxes"),
+            (vec![("limits.sandboxes", "many")], "limits.sandboxes"),
+            (vec![("deadlines.commit_ms", "1")], "deadlines.commit_ms"),
+            (vec![("store.kind", "tape")], "kind"),
+            (vec![("data_dir", long.as_str())], "data_dir"),
+        ] {
+            let error = load(DIRECTORY, &settings).unwrap_err();
+            assert!(error.contains(field), "{error}");
+        }
+        assert!(load("", &[]).unwrap_err().contains("listen"));
+        assert!(load(&format!("colour = 'red'\n{DIRECTORY}"), &[]).unwrap_err().contains("colour"));
+        assert!(load("listen = [", &[]).unwrap_err().contains("stasis.toml"));
+        let s3 = DIRECTORY.replace(
+            "'directory'\npath = '/tmp/s'",
+            "'s3'\nendpoint='ftp://x'\nbucket='b'\naccess_key='a'\nsecret_key='hush'",
+        );
+        assert!(load(&s3, &[]).unwrap_err().contains("store.endpoint"));
+        assert!(
+            load(&s3, &[("store.endpoint", "http://x"), ("store.bucket", "")]).unwrap_err().contains("store.bucket")
+        );
+        let config = load(&s3, &[("store.endpoint", "http://x")]).unwrap();
+        assert!(!format!("{config:?}").contains("hush"));
+    }
+
+    #[test]
+    fn each_variable_sets_its_field() {
+        let settings = from_environment(|name| (name == "STASIS_LISTEN").then(|| "1.2.3.4:5".to_owned()));
+        assert_eq!((settings.len(), settings[0].field), (1, "listen"));
+    }
+}

@@ -1,0 +1,7 @@
+//! What `stasis dev` and tests need beside a supervisor: an S3 server of our own, and a proxy that injects faults on the wire.
+
+mod fault_proxy;
+mod s3;
+
+pub use fault_proxy::{Fault, FaultProxy, Rule, Seen};
+pub use s3::{EmbeddedError, EmbeddedS3};

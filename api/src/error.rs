@@ -1,0 +1,364 @@
+//! What can go wrong with a request, in the words of the domain. [`Error::status`] and [`Error::code`] are the only place where an error
+//! becomes an HTTP status: exhaustive, so that a new variant must be placed.
+
+use crate::ids::SandboxId;
+use crate::journal::JournalError;
+use crate::record::PortableError;
+use crate::states::State;
+use crate::template::TemplateError;
+use crate::validate::FieldError;
+use http::StatusCode;
+use stasis_snapshot::commit::HeadError;
+use stasis_snapshot::layout::BadName;
+use stasis_snapshot::manifest::ManifestError;
+use stasis_snapshot::store::{ErrorKind, StoreError};
+use stasis_vmm::control::client::ClientError;
+use std::io;
+use std::sync::Arc;
+
+/// A failed request.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No key, or one that is not accepted.
+    #[error("a valid API key is required, in the authorization or leap0-authorization header")]
+    Unauthorized,
+    /// Unknown, of another tenant, or not an id at all.
+    #[error("there is no sandbox {0:?}")]
+    NotFound(String),
+    /// The body is no JSON object.
+    #[error("the body must be a JSON object: {0}")]
+    BadJson(String),
+    /// The body is larger than allowed.
+    #[error("the body is larger than {limit} bytes")]
+    TooLarge {
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// Fields are wrong.
+    #[error("the request is not valid: {}", .0.iter().map(|e| format!("{} {}", e.field, e.error)).collect::<Vec<_>>().join("; "))]
+    Invalid(Vec<FieldError>),
+    /// The state forbids it.
+    #[error("sandbox {id} is {state}: cannot {verb} it now")]
+    State {
+        /// Which.
+        id: SandboxId,
+        /// Its state.
+        state: State,
+        /// What was asked.
+        verb: &'static str,
+    },
+    /// The tenant has as many as it may have.
+    #[error("the limit of {limit} sandboxes is reached: delete or pause one first")]
+    Limit {
+        /// How many.
+        limit: usize,
+    },
+    /// The guest of this sandbox has no agent.
+    #[error("sandbox {id}: template {template:?} has no agent, so it runs no commands")]
+    NoAgent {
+        /// Which.
+        id: SandboxId,
+        /// Its template.
+        template: String,
+    },
+    /// A template cannot be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// This host cannot run the guest.
+    #[error("{0}")]
+    Host(String),
+    /// The store failed.
+    #[error("cannot {action}")]
+    Store {
+        /// What was tried.
+        action: &'static str,
+        /// The store's answer.
+        #[source]
+        source: StoreError,
+    },
+    /// An object is not what was written.
+    #[error("{object} is damaged; the sandbox stays as it is")]
+    Damaged {
+        /// Its key.
+        object: String,
+        /// What is wrong.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The outcome of a commit is not known yet.
+    #[error(
+        "the store did not say whether the {action} of {id} was committed; the guest stays stopped until it is known. Ask for its state"
+    )]
+    Unknown {
+        /// Which sandbox.
+        id: SandboxId,
+        /// Which operation.
+        action: &'static str,
+        /// The last thing the store said.
+        #[source]
+        source: StoreError,
+    },
+    /// Another supervisor owns it.
+    #[error("sandbox {id} belongs to supervisor {owner} (epoch {epoch})")]
+    Fenced {
+        /// Which.
+        id: SandboxId,
+        /// Whose.
+        owner: String,
+        /// Since which epoch.
+        epoch: u64,
+    },
+    /// The VMM refused, or cannot be reached.
+    #[error("sandbox {id}: cannot {action}")]
+    Vmm {
+        /// Which.
+        id: SandboxId,
+        /// What was tried.
+        action: &'static str,
+        /// What the store did to the VMM, when that is why.
+        store: Option<ErrorKind>,
+        /// Why.
+        #[source]
+        source: ClientError,
+    },
+    /// The VMM ended.
+    #[error("sandbox {id}: its VMM ended: {reason}")]
+    VmmEnded {
+        /// Which.
+        id: SandboxId,
+        /// Why.
+        reason: String,
+    },
+    /// Something took too long.
+    #[error("sandbox {id}: {what} took longer than {ms} ms")]
+    Deadline {
+        /// Which.
+        id: SandboxId,
+        /// What.
+        what: &'static str,
+        /// The deadline.
+        ms: u128,
+    },
+    /// The VMM's draft of a manifest is not what a well-behaved VMM sends.
+    #[error("sandbox {id}: the VMM's draft was refused: {what}")]
+    Draft {
+        /// Which.
+        id: SandboxId,
+        /// What is wrong.
+        what: String,
+        /// Why.
+        #[source]
+        source: Option<ManifestError>,
+    },
+    /// The agent failed.
+    #[error("sandbox {id}: its agent cannot {action}: {what}")]
+    Agent {
+        /// Which.
+        id: SandboxId,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        what: String,
+    },
+    /// The agent refused to start the command.
+    #[error("the command could not be started: {0}")]
+    Command(String),
+    /// A file or a process of this host failed.
+    #[error("cannot {action}")]
+    Local {
+        /// What was tried.
+        action: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A head could not be built or read.
+    #[error("the head of {id} cannot be used")]
+    Head {
+        /// Which.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: HeadError,
+    },
+    /// A record in the bucket cannot be used.
+    #[error("the record of {id} in the bucket cannot be used")]
+    Portable {
+        /// Which.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: PortableError,
+    },
+    /// A tenant or id that cannot be part of a key.
+    #[error(transparent)]
+    Name(#[from] BadName),
+    /// The operation that this request waited for failed.
+    #[error("{0}")]
+    Shared(Arc<Error>),
+    /// A bug.
+    #[error("internal error: {0}; please report it")]
+    Bug(&'static str),
+}
+
+impl Error {
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::BadJson(_) | Self::Invalid(_) | Self::Command(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
+            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::State { .. } | Self::Limit { .. } | Self::Fenced { .. } => StatusCode::CONFLICT,
+            Self::Template(e) => match e {
+                TemplateError::Unknown { .. } => StatusCode::BAD_REQUEST,
+                TemplateError::File { .. }
+                | TemplateError::Description { .. }
+                | TemplateError::Malformed { .. }
+                | TemplateError::Journal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            },
+            Self::Host(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Store { source, .. } => store_status(source.kind),
+            Self::Vmm { store: Some(kind), .. } => store_status(*kind),
+            Self::Damaged { .. } | Self::Agent { .. } => StatusCode::BAD_GATEWAY,
+            Self::Unknown { .. } | Self::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Vmm { store: None, .. }
+            | Self::VmmEnded { .. }
+            | Self::Draft { .. }
+            | Self::Local { .. }
+            | Self::Journal(_)
+            | Self::Head { .. }
+            | Self::Portable { .. }
+            | Self::Name(_)
+            | Self::Bug(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Shared(e) => e.status(),
+        }
+    }
+
+    /// A stable word for machines, in the `stasis-error` header.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unauthorized => "unauthorized",
+            Self::NotFound(_) => "not-found",
+            Self::BadJson(_) => "bad-json",
+            Self::TooLarge { .. } => "too-large",
+            Self::Invalid(_) => "invalid",
+            Self::State { .. } => "wrong-state",
+            Self::Limit { .. } => "limit",
+            Self::NoAgent { .. } => "no-agent",
+            Self::Template(_) => "template",
+            Self::Host(_) => "host",
+            Self::Store { .. } => "store",
+            Self::Damaged { .. } => "damaged",
+            Self::Unknown { .. } => OUTCOME_UNKNOWN,
+            Self::Fenced { .. } => "fenced",
+            Self::Vmm { store: Some(_), .. } => "store",
+            Self::Vmm { store: None, .. } => "vmm",
+            Self::VmmEnded { .. } => "vmm-ended",
+            Self::Deadline { .. } => "deadline",
+            Self::Draft { .. } => "draft",
+            Self::Agent { .. } => "agent",
+            Self::Command(_) => "command",
+            Self::Local { .. }
+            | Self::Journal(_)
+            | Self::Head { .. }
+            | Self::Portable { .. }
+            | Self::Name(_)
+            | Self::Bug(_) => "internal",
+            Self::Shared(e) => e.code(),
+        }
+    }
+
+    /// The whole chain of causes on one line.
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+}
+
+fn store_status(kind: ErrorKind) -> StatusCode {
+    match kind {
+        ErrorKind::Unavailable | ErrorKind::Conflict => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Full => StatusCode::INSUFFICIENT_STORAGE,
+        ErrorKind::NotFound
+        | ErrorKind::PreconditionFailed
+        | ErrorKind::Unauthorized
+        | ErrorKind::Forbidden
+        | ErrorKind::NoSuchBucket
+        | ErrorKind::Corrupt
+        | ErrorKind::Other => StatusCode::BAD_GATEWAY,
+    }
+}
+
+/// What the store did, read off the words of a process that only passes words on: kinds print the same on both sides.
+pub fn store_kind_in(message: &str) -> Option<ErrorKind> {
+    [
+        ErrorKind::Unauthorized,
+        ErrorKind::Forbidden,
+        ErrorKind::Unavailable,
+        ErrorKind::Full,
+        ErrorKind::NoSuchBucket,
+        ErrorKind::NotFound,
+        ErrorKind::Corrupt,
+        ErrorKind::Conflict,
+    ]
+    .into_iter()
+    .find(|kind| message.contains(&kind.to_string()))
+}
+
+/// The [`Error::code`] of an operation whose outcome is not known.
+pub const OUTCOME_UNKNOWN: &str = "outcome-unknown";
+
+/// An error and its causes on one line, outermost first; a cause that its parent already quotes is left out.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// Adds what was tried to a store error.
+pub trait StoreContext<T> {
+    /// `action` completes "cannot …".
+    fn doing(self, action: &'static str) -> Result<T, Error>;
+}
+
+impl<T> StoreContext<T> for Result<T, StoreError> {
+    fn doing(self, action: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Store { action, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stasis_snapshot::store::Operation;
+
+    #[test]
+    fn store_errors_keep_their_meaning() {
+        let status =
+            |kind| Error::Store { action: "x", source: StoreError::new(kind, Operation::Put, "k") }.status().as_u16();
+        assert_eq!(status(ErrorKind::Unavailable), 503);
+        assert_eq!(status(ErrorKind::Full), 507);
+        assert_eq!(status(ErrorKind::Forbidden), 502);
+    }
+
+    #[test]
+    fn a_chain_names_every_cause_once() {
+        let cause = StoreError::new(ErrorKind::Forbidden, Operation::Put, "v1/a").because("signature does not match");
+        let text = Error::Store { action: "store the manifest", source: cause }.chain();
+        assert_eq!(
+            text,
+            "cannot store the manifest: put \"v1/a\": the store forbids it (403): signature does not match"
+        );
+    }
+}

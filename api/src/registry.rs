@@ -1,0 +1,305 @@
+//! The sandboxes of this supervisor, and the one place where their state moves.
+//!
+//! Each sandbox has one operation lock ([`Sandbox::lock`]): whoever changes it holds that lock from the first check to the last effect, in a
+//! task of its own that no client can cancel. Its record is published on a watch channel, so that anybody may read it or wait for a change
+//! without the lock. The lock of the map and the small locks inside a sandbox are never held across a wait.
+
+use crate::error::Error;
+use crate::ids::SandboxId;
+use crate::journal::{Journal, Move};
+use crate::record::Record;
+use crate::sources::Sources;
+use crate::states::{self, Event, State};
+use crate::vmm_process::Vmm;
+use stasis_snapshot::commit::Current;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use tokio::sync::{Notify, OwnedMutexGuard, watch};
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each critical section replaces or reads one value: a panic leaves the old or the new one.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The finished wakes of a sandbox: lets those who waited for one share its failure instead of trying again.
+#[derive(Clone, Debug, Default)]
+pub struct Wakes {
+    /// How many have ended.
+    pub ended: u64,
+    /// Why the last one failed; `None` when it did not.
+    pub failure: Option<Arc<Error>>,
+}
+
+/// One sandbox.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its id.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub tenant: String,
+    operation: Arc<tokio::sync::Mutex<()>>,
+    record: watch::Sender<Record>,
+    vm: Mutex<Option<Arc<Vmm>>>,
+    head: Mutex<Option<Current>>,
+    wakes: Mutex<Wakes>,
+    phase: Mutex<Option<&'static str>>,
+}
+
+/// The operation lock of a sandbox, held.
+pub type OperationGuard = OwnedMutexGuard<()>;
+
+impl Sandbox {
+    fn new(record: Record) -> Self {
+        Self {
+            id: record.id.clone(),
+            tenant: record.tenant.clone(),
+            operation: Arc::default(),
+            record: watch::Sender::new(record),
+            vm: Mutex::default(),
+            head: Mutex::default(),
+            wakes: Mutex::default(),
+            phase: Mutex::default(),
+        }
+    }
+
+    /// Where it stands now.
+    pub fn record(&self) -> Record {
+        self.record.borrow().clone()
+    }
+
+    /// Its state now.
+    pub fn state(&self) -> State {
+        self.record.borrow().state
+    }
+
+    /// Waits for the operation lock. What held before may not hold any more.
+    pub async fn lock(&self) -> OperationGuard {
+        self.operation.clone().lock_owned().await
+    }
+
+    /// The operation lock if nobody has it.
+    pub fn try_lock(&self) -> Option<OperationGuard> {
+        self.operation.clone().try_lock_owned().ok()
+    }
+
+    /// Its VM, while there is one.
+    pub fn vm(&self) -> Option<Arc<Vmm>> {
+        locked(&self.vm).clone()
+    }
+
+    /// Attaches a VM, or takes it away.
+    pub fn set_vm(&self, vm: Option<Arc<Vmm>>) {
+        *locked(&self.vm) = vm;
+    }
+
+    /// The head as last read or written; `None` when it must be read first.
+    pub fn head(&self) -> Option<Current> {
+        locked(&self.head).clone()
+    }
+
+    /// Remembers the head, or that it must be read.
+    pub fn set_head(&self, head: Option<Current>) {
+        *locked(&self.head) = head;
+    }
+
+    /// The wakes that have ended.
+    pub fn wakes(&self) -> Wakes {
+        locked(&self.wakes).clone()
+    }
+
+    /// Counts an ended wake.
+    pub fn wake_ended(&self, failure: Option<Arc<Error>>) {
+        let mut wakes = locked(&self.wakes);
+        wakes.ended += 1;
+        wakes.failure = failure;
+    }
+
+    /// What its operation is doing, for people who watch.
+    pub fn phase(&self) -> Option<&'static str> {
+        *locked(&self.phase)
+    }
+
+    /// Says what its operation is doing.
+    pub fn set_phase(&self, phase: Option<&'static str>) {
+        *locked(&self.phase) = phase;
+    }
+}
+
+/// All sandboxes.
+#[derive(Debug)]
+pub struct Registry {
+    journal: Arc<Journal>,
+    sources: Sources,
+    sandboxes: RwLock<HashMap<SandboxId, Arc<Sandbox>>>,
+    deadlines_changed: Notify,
+}
+
+impl std::fmt::Debug for Sources {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sources")
+    }
+}
+
+impl Registry {
+    /// With what the journal knows.
+    pub fn load(journal: Arc<Journal>, sources: Sources) -> Result<Self, Error> {
+        let sandboxes = journal.records()?.into_iter().map(|r| (r.id.clone(), Arc::new(Sandbox::new(r)))).collect();
+        Ok(Self { journal, sources, sandboxes: RwLock::new(sandboxes), deadlines_changed: Notify::new() })
+    }
+
+    /// One of `tenant`'s. Another tenant's is as unknown as one that does not exist.
+    pub fn find(&self, tenant: &str, id: &str) -> Result<Arc<Sandbox>, Error> {
+        SandboxId::parse(id)
+            .and_then(|id| self.get(&id))
+            .filter(|sandbox| sandbox.tenant == tenant)
+            .ok_or_else(|| Error::NotFound(id.to_owned()))
+    }
+
+    /// One of anybody's.
+    pub fn get(&self, id: &SandboxId) -> Option<Arc<Sandbox>> {
+        self.sandboxes.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// All of them, in no order.
+    pub fn all(&self) -> Vec<Arc<Sandbox>> {
+        self.sandboxes.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Adds one that is about to be made, or one that was found in the bucket; `event` is what it comes from.
+    pub fn add(&self, record: Record, note: Option<&str>) -> Result<Arc<Sandbox>, Error> {
+        self.journal
+            .store_move(&record, &Move { before: None, event: Event::Create, at: self.sources.now_ms(), note })?;
+        let sandbox = Arc::new(Sandbox::new(record));
+        self.sandboxes.write().unwrap_or_else(PoisonError::into_inner).insert(sandbox.id.clone(), sandbox.clone());
+        Ok(sandbox)
+    }
+
+    /// Moves a sandbox because somebody asks for it: journaled first, and refused when the table forbids it or the journal fails.
+    pub fn begin(&self, sandbox: &Sandbox, event: Event, verb: &'static str) -> Result<Record, Error> {
+        let record = sandbox.record();
+        let Some(next) = self.moved(&record, event, |_| {}) else {
+            return Err(Error::State { id: sandbox.id.clone(), state: record.state, verb });
+        };
+        let by = Move { before: Some(record.state), event, at: next.state_changed_at, note: None };
+        self.journal.store_move(&next, &by)?;
+        Ok(self.publish(sandbox, next))
+    }
+
+    /// Moves a sandbox because of what has happened. A fact stands even when the journal cannot take it; the failure is logged, and a restart
+    /// finds the facts again.
+    pub fn record(
+        &self,
+        sandbox: &Sandbox,
+        event: Event,
+        note: Option<&str>,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Record, Error> {
+        let record = sandbox.record();
+        let Some(next) = self.moved(&record, event, change) else {
+            tracing::error!(id = %sandbox.id, state = %record.state, ?event, "a move that the state table forbids");
+            return Err(Error::Bug("a move that the state table forbids"));
+        };
+        let by = Move { before: Some(record.state), event, at: next.state_changed_at, note };
+        tracing::info!(id = %sandbox.id, before = %record.state, ?event, after = %next.state, note, "state");
+        if let Err(error) = self.journal.store_move(&next, &by) {
+            tracing::error!(id = %sandbox.id, error = crate::error::chain(&error), "a transition could not be journaled");
+        }
+        Ok(self.publish(sandbox, next))
+    }
+
+    /// Changes a record without a move.
+    pub fn amend(&self, sandbox: &Sandbox, change: impl FnOnce(&mut Record)) -> Result<Record, Error> {
+        let mut next = sandbox.record();
+        change(&mut next);
+        self.journal.store_record(&next)?;
+        Ok(self.publish(sandbox, next))
+    }
+
+    fn moved(&self, record: &Record, event: Event, change: impl FnOnce(&mut Record)) -> Option<Record> {
+        let now = self.sources.now_ms();
+        let mut next = record.clone();
+        next.state = states::next(Some(record.state), event)?;
+        next.state_changed_at = now;
+        if next.state == State::Running {
+            // The life starts anew at each entry, or a woken sandbox would be overdue at once.
+            next.launched_at = Some(now);
+            next.deadline = Some(now + i64::from(record.spec.timeout_s) * 1000);
+        } else {
+            next.deadline = None;
+        }
+        change(&mut next);
+        Some(next)
+    }
+
+    fn publish(&self, sandbox: &Sandbox, record: Record) -> Record {
+        sandbox.record.send_replace(record.clone());
+        self.deadlines_changed.notify_one();
+        record
+    }
+
+    /// Waits until some deadline may have changed.
+    pub async fn deadline_change(&self) {
+        self.deadlines_changed.notified().await;
+    }
+
+    /// Sandboxes of `tenant` that have a VM or are about to.
+    pub fn with_vm(&self, tenant: &str) -> usize {
+        self.all()
+            .iter()
+            .filter(|s| s.tenant == tenant && !matches!(s.state(), State::Paused | State::Stopped | State::Deleted))
+            .count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::tests_support::sample;
+
+    fn registry() -> Registry {
+        Registry::load(Arc::new(Journal::in_memory().unwrap()), Sources::system()).unwrap()
+    }
+
+    #[test]
+    fn a_sandbox_is_found_by_its_tenant_alone() {
+        let registry = registry();
+        registry.add(sample("sbx-a"), None).unwrap();
+        assert!(registry.find("dev", "sbx-a").is_ok());
+        for (tenant, id) in [("other", "sbx-a"), ("dev", "sbx-b"), ("dev", "../sbx-a"), ("dev", "")] {
+            assert!(matches!(registry.find(tenant, id), Err(Error::NotFound(_))), "{tenant} {id}");
+        }
+    }
+
+    #[test]
+    fn a_life_starts_at_each_entry_to_running() {
+        let registry = registry();
+        let sandbox = registry.add(sample("sbx-a"), None).unwrap();
+        let running = registry.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
+        assert_eq!(running.deadline.unwrap() - running.launched_at.unwrap(), 300_000);
+        assert_eq!(registry.begin(&sandbox, Event::Pause, "pause").unwrap().deadline, None);
+        let again = registry.record(&sandbox, Event::Failed, None, |_| {}).unwrap();
+        assert!(again.deadline.unwrap() >= running.deadline.unwrap());
+    }
+
+    #[test]
+    fn a_refused_move_changes_nothing() {
+        let registry = registry();
+        let sandbox = registry.add(sample("sbx-a"), None).unwrap();
+        let before = sandbox.record();
+        let error = registry.begin(&sandbox, Event::Pause, "pause").unwrap_err();
+        assert!(matches!(error, Error::State { state: State::Starting, verb: "pause", .. }));
+        assert!(error.to_string().contains("starting"));
+        assert_eq!(sandbox.record(), before);
+        assert_eq!(registry.journal.transitions(&sandbox.id).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_was_journaled_is_loaded() {
+        let journal = Arc::new(Journal::in_memory().unwrap());
+        let first = Registry::load(journal.clone(), Sources::system()).unwrap();
+        let sandbox = first.add(sample("sbx-a"), None).unwrap();
+        first.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
+        let second = Registry::load(journal, Sources::system()).unwrap();
+        assert_eq!(second.get(&sandbox.id).unwrap().record(), sandbox.record());
+    }
+}

@@ -1,0 +1,83 @@
+//! What is in the bucket for one sandbox: head, manifest, packs, and its past here. An extension of ours, for people.
+
+use super::{Shared, Tenant, answers};
+use crate::error::{Error, StoreContext as _, chain};
+use crate::registry::Sandbox;
+use crate::store::place;
+use crate::supervisor::Core;
+use axum::Json;
+use axum::extract::{Path, State};
+use serde_json::{Value, json};
+use stasis_snapshot::image::PageRef;
+use stasis_snapshot::manifest::{Image, ImageKind, Manifest, ManifestRef};
+
+/// 200 with everything; damage is part of the answer, not an error.
+pub(super) async fn inspect(
+    State(core): Shared,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, Error> {
+    let sandbox = core.registry.find(&tenant, &id)?;
+    let place = place(&sandbox.tenant, &sandbox.id)?;
+    let objects = core.store.list_all(place.prefix()).await?;
+    let head = core.store.head_of(&place).read().await.doing("read the head")?;
+    let manifest = match head.as_ref().and_then(|current| current.head.manifest.as_ref()) {
+        Some(named) => Some(describe(&core, named).await),
+        None => None,
+    };
+    let total: u64 = objects.iter().map(|(_, size)| size).sum();
+    Ok(Json(json!({
+        "sandbox": answers::live_sandbox(&sandbox),
+        "vmm": vmm(&sandbox),
+        "head": head.map(|current| json!({ "etag": current.etag, "body": current.head })),
+        "manifest": manifest,
+        "objects": objects.iter().map(|(key, bytes)| json!({ "key": key, "bytes": bytes })).collect::<Vec<_>>(),
+        "objects_bytes": total,
+        "transitions": core.journal.transitions(&sandbox.id)?,
+    })))
+}
+
+fn vmm(sandbox: &Sandbox) -> Value {
+    sandbox.vm().map_or(Value::Null, |vm| json!({ "pid": vm.identity().pid, "run_dir": vm.run_dir() }))
+}
+
+async fn describe(core: &Core, named: &ManifestRef) -> Value {
+    let read = async {
+        let object = core.store.objects().get(&named.key).await.map_err(|e| chain(&e))?;
+        let manifest = Manifest::decode_checked(&object.bytes, named.digest).map_err(|e| chain(&e))?;
+        Ok::<_, String>((object.bytes.len(), manifest))
+    };
+    match read.await {
+        Err(problem) => json!({ "key": named.key, "digest": named.digest, "problem": problem }),
+        Ok((bytes, manifest)) => json!({
+            "key": named.key,
+            "digest": named.digest,
+            "bytes": bytes,
+            "platform": manifest.platform,
+            "lineage": manifest.lineage,
+            "packs": manifest.packs.iter().map(|pack| json!({
+                "key": pack.key, "bytes": pack.size, "digest": pack.digest, "frames": pack.frames.len(),
+            })).collect::<Vec<_>>(),
+            "images": manifest.images.iter().map(image).collect::<Vec<_>>(),
+            "state": manifest.state.iter().map(|blob| json!({
+                "kind": blob.kind, "version": blob.version, "bytes": blob.bytes.len(),
+            })).collect::<Vec<_>>(),
+        }),
+    }
+}
+
+fn image(image: &Image) -> Value {
+    let (mut zero, mut packed, mut base) = (0, 0, 0);
+    for run in image.map.runs() {
+        match run.at {
+            PageRef::Zero => zero += run.pages,
+            PageRef::Pack { .. } => packed += run.pages,
+            PageRef::Base { .. } => base += run.pages,
+        }
+    }
+    let kind = match image.kind {
+        ImageKind::Memory => "memory".to_owned(),
+        ImageKind::Disk(n) => format!("disk/{n}"),
+    };
+    json!({ "kind": kind, "pages": image.map.pages(), "zero": zero, "packed": packed, "base": base })
+}

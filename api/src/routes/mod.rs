@@ -1,0 +1,105 @@
+//! The REST API: requests in, answers out. Handlers parse, check the key, call the supervisor and convert; they decide nothing.
+//!
+//! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
+//! contract does not have: `POST …/resume`, `GET …/inspect`, `POST /v1/recover`, `/healthz`, `/readyz`, and the headers `server-timing` and
+//! `stasis-error`.
+
+mod answers;
+mod auth;
+mod health;
+mod inspect;
+mod sandboxes;
+
+use crate::error::Error;
+use crate::supervisor::Core;
+use auth::Tenant;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn};
+use axum::response::Response;
+use axum::routing::{MethodRouter, delete, get, post};
+use serde_json::{Map, Value};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The whole API over `core`.
+pub fn router(core: Arc<Core>) -> Router {
+    let mut app = Router::new();
+    let routes: [(&str, MethodRouter<Arc<Core>>); 10] = [
+        ("/v1/sandbox", post(sandboxes::create)),
+        ("/v1/sandboxes", get(sandboxes::list)),
+        ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
+        ("/v1/sandbox/{id}/pause", post(sandboxes::pause)),
+        ("/v1/sandbox/{id}/resume", post(sandboxes::resume)),
+        ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
+        ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
+        ("/v1/recover", post(sandboxes::recover)),
+        ("/healthz", get(health::health)),
+        ("/readyz", get(health::ready)),
+    ];
+    for (path, methods) in routes {
+        app = app.route(path, methods.clone()).route(&format!("{path}/"), methods);
+    }
+    app.fallback(unknown_route).method_not_allowed_fallback(wrong_method).layer(from_fn(log)).with_state(core)
+}
+
+async fn unknown_route(request: Request) -> Response {
+    answers::plain(
+        StatusCode::NOT_FOUND,
+        &format!("there is no {} {}", request.method(), request.uri().path()),
+        "no-route",
+    )
+}
+
+async fn wrong_method(request: Request) -> Response {
+    let message = format!("{} does not take {}", request.uri().path(), request.method());
+    answers::plain(StatusCode::METHOD_NOT_ALLOWED, &message, "wrong-method")
+}
+
+async fn log(request: Request, next: Next) -> Response {
+    let (method, path, begun) = (request.method().clone(), request.uri().path().to_owned(), Instant::now());
+    let response = next.run(request).await;
+    let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    tracing::info!(%method, path, status = response.status().as_u16(), ms, "request");
+    response
+}
+
+/// The body as a JSON object; an empty one counts as `{}`. Content types are not looked at: the contract's clients often send none.
+async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error> {
+    let limit = core.config.limits.body_bytes;
+    let bytes = match axum::body::to_bytes(body, limit).await {
+        Ok(bytes) => bytes,
+        Err(e) if is_too_large(&e) => return Err(Error::TooLarge { limit }),
+        Err(e) => return Err(Error::BadJson(format!("it cannot be read: {e}"))),
+    };
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Ok(Map::new());
+    }
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(_) => Err(Error::BadJson("it is another JSON value".to_owned())),
+        Err(e) => Err(Error::BadJson(e.to_string())),
+    }
+}
+
+fn is_too_large(error: &axum::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.is::<http_body_util::LengthLimitError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The shared state, as handlers take it.
+type Shared = State<Arc<Core>>;
+
+impl axum::response::IntoResponse for Error {
+    fn into_response(self) -> Response {
+        answers::error(&self)
+    }
+}

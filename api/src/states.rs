@@ -1,0 +1,267 @@
+//! The state machine of a sandbox, as data. [`TABLE`] is the whole of it; [`next`] is the only reader, and `registry` the only caller that moves.
+//!
+//! ```text
+//!            ready            pause              committed
+//! starting ────────▶ running ───────▶ snapshotting ──────────▶ paused ──resume──▶ unpausing ──ready──▶ running
+//!     │ failed          │ ▲                │ failed, cancelled      ▲                 │ failed
+//!     ▼                 │ └────────────────┘                        └─────────────────┘
+//!  deleted ◀──gone── deleting ◀──delete── running, paused, stopped, deleting
+//! ```
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// What a sandbox is doing, in the words of the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Its VM boots.
+    Starting,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are parked and its state is being stored.
+    Snapshotting,
+    /// No VM; its commit is in the bucket.
+    Paused,
+    /// A VM is being made from its commit.
+    Unpausing,
+    /// Its disk is being stored, its memory dropped.
+    Stopping,
+    /// No VM; its disk is in the bucket.
+    Stopped,
+    /// Its VM and its objects are being removed.
+    Deleting,
+    /// Gone for ever; the record says why.
+    Deleted,
+}
+
+/// What happens to a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// Asked for.
+    Create,
+    /// The guest is ready for requests.
+    Ready,
+    /// Pause or auto-pause.
+    Pause,
+    /// The pause's head is proven committed.
+    Committed,
+    /// A named snapshot.
+    Snapshot,
+    /// The named snapshot is proven committed.
+    Captured,
+    /// Resume, invoke, any tool request.
+    Resume,
+    /// Stop.
+    Stop,
+    /// The stop's head is proven committed.
+    Stored,
+    /// Start of a stopped one.
+    Start,
+    /// A start of a stopped one failed.
+    StartFailed,
+    /// The operation of a transition state failed, was cancelled or timed out, and that is proven.
+    Failed,
+    /// The VM died and a commit exists.
+    LostCommitted,
+    /// The VM died and nothing was ever committed.
+    Lost,
+    /// Delete.
+    Delete,
+    /// Nothing is left.
+    Gone,
+}
+
+/// One row: in `from`, `event` leads to `to`. `from` is `None` for what does not exist yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Before.
+    pub from: Option<State>,
+    /// What happens.
+    pub event: Event,
+    /// After.
+    pub to: State,
+}
+
+const fn row(from: State, event: Event, to: State) -> Row {
+    Row { from: Some(from), event, to }
+}
+
+/// Every legal move. What is not here is refused.
+pub const TABLE: &[Row] = &[
+    Row { from: None, event: Event::Create, to: State::Starting },
+    row(State::Starting, Event::Ready, State::Running),
+    row(State::Starting, Event::Failed, State::Deleted),
+    row(State::Starting, Event::StartFailed, State::Stopped),
+    row(State::Running, Event::Pause, State::Snapshotting),
+    row(State::Snapshotting, Event::Committed, State::Paused),
+    row(State::Snapshotting, Event::Failed, State::Running),
+    row(State::Running, Event::Snapshot, State::Snapshotting),
+    row(State::Snapshotting, Event::Captured, State::Running),
+    row(State::Paused, Event::Resume, State::Unpausing),
+    row(State::Unpausing, Event::Ready, State::Running),
+    row(State::Unpausing, Event::Failed, State::Paused),
+    row(State::Running, Event::Stop, State::Stopping),
+    row(State::Stopping, Event::Stored, State::Stopped),
+    row(State::Stopping, Event::Failed, State::Running),
+    row(State::Stopped, Event::Start, State::Starting),
+    row(State::Running, Event::Delete, State::Deleting),
+    row(State::Paused, Event::Delete, State::Deleting),
+    row(State::Stopped, Event::Delete, State::Deleting),
+    // A delete that failed stays where it is, and is asked for again.
+    row(State::Deleting, Event::Delete, State::Deleting),
+    row(State::Deleting, Event::Gone, State::Deleted),
+    // A VM may die at any time that it exists.
+    row(State::Running, Event::LostCommitted, State::Paused),
+    row(State::Running, Event::Lost, State::Deleted),
+    row(State::Snapshotting, Event::LostCommitted, State::Paused),
+    row(State::Snapshotting, Event::Lost, State::Deleted),
+    row(State::Stopping, Event::LostCommitted, State::Paused),
+    row(State::Stopping, Event::Lost, State::Deleted),
+];
+
+/// Where `event` leads from `from`; `None` when the table forbids it.
+pub fn next(from: Option<State>, event: Event) -> Option<State> {
+    TABLE.iter().find(|row| row.from == from && row.event == event).map(|row| row.to)
+}
+
+impl State {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Starting,
+        Self::Running,
+        Self::Snapshotting,
+        Self::Paused,
+        Self::Unpausing,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Deleting,
+        Self::Deleted,
+    ];
+
+    /// The API's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Snapshotting => "snapshotting",
+            Self::Paused => "paused",
+            Self::Unpausing => "unpausing",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Deleting => "deleting",
+            Self::Deleted => "deleted",
+        }
+    }
+
+    /// Reads the API's word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == word)
+    }
+
+    /// An operation is under way, whose end leads out of this state.
+    pub fn in_transition(self) -> bool {
+        matches!(self, Self::Starting | Self::Snapshotting | Self::Unpausing | Self::Stopping | Self::Deleting)
+    }
+
+    /// A request that needs `running` waits for the end of this state instead of being refused (design §7).
+    pub fn leads_to_running(self) -> bool {
+        matches!(self, Self::Starting | Self::Unpausing)
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EVENTS: [Event; 16] = [
+        Event::Create,
+        Event::Ready,
+        Event::Pause,
+        Event::Committed,
+        Event::Snapshot,
+        Event::Captured,
+        Event::Resume,
+        Event::Stop,
+        Event::Stored,
+        Event::Start,
+        Event::StartFailed,
+        Event::Failed,
+        Event::LostCommitted,
+        Event::Lost,
+        Event::Delete,
+        Event::Gone,
+    ];
+
+    #[test]
+    fn no_pair_of_state_and_event_has_two_rows() {
+        for (i, a) in TABLE.iter().enumerate() {
+            assert!(!TABLE[i + 1..].iter().any(|b| a.from == b.from && a.event == b.event), "{a:?}");
+        }
+    }
+
+    #[test]
+    fn requests_are_legal_exactly_where_the_design_says() {
+        let from = |event| State::ALL.into_iter().filter(|s| next(Some(*s), event).is_some()).collect::<Vec<_>>();
+        assert_eq!(from(Event::Pause), [State::Running]);
+        assert_eq!(from(Event::Resume), [State::Paused]);
+        assert_eq!(from(Event::Stop), [State::Running]);
+        assert_eq!(from(Event::Start), [State::Stopped]);
+        assert_eq!(from(Event::Delete), [State::Running, State::Paused, State::Stopped, State::Deleting]);
+        assert_eq!(from(Event::Create), []);
+    }
+
+    #[test]
+    fn every_transition_state_can_end_well_and_badly() {
+        for state in State::ALL.into_iter().filter(|s| s.in_transition() && *s != State::Deleting) {
+            let ends = TABLE.iter().filter(|row| row.from == Some(state)).map(|row| row.to).collect::<Vec<_>>();
+            assert!(ends.iter().any(|to| !to.in_transition()), "{state} never ends");
+            assert!(next(Some(state), Event::Failed).is_some(), "{state} cannot fail");
+        }
+    }
+
+    #[test]
+    fn nothing_leaves_deleted() {
+        assert!(EVENTS.into_iter().all(|event| next(Some(State::Deleted), event).is_none()));
+    }
+
+    #[test]
+    fn words_read_back() {
+        for state in State::ALL {
+            assert_eq!(State::parse(state.as_str()), Some(state));
+        }
+        assert_eq!(State::parse("creating"), None);
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: `paused` is only entered from a proven commit, a failed wake, or a loss with a commit.
+        #[test]
+        fn paused_means_committed(events in prop::collection::vec(0..EVENTS.len(), 0..200)) {
+            let mut state = next(None, Event::Create);
+            let mut committed = false;
+            for event in events.into_iter().map(|i| EVENTS[i]) {
+                // The caller's part of the contract: it reports a loss as what it is.
+                if (event == Event::LostCommitted && !committed) || (event == Event::Lost && committed) {
+                    continue;
+                }
+                let Some(to) = next(state, event) else { continue };
+                committed |= matches!(event, Event::Committed | Event::Stored);
+                if to == State::Paused {
+                    prop_assert!(committed);
+                }
+                if state == Some(State::Deleted) {
+                    prop_assert!(false, "left deleted");
+                }
+                state = Some(to);
+            }
+        }
+    }
+}

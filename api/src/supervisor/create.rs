@@ -1,0 +1,128 @@
+//! Create: the first head claims the id while the guest boots; the answer comes when the guest takes requests.
+//!
+//! Failure at any step ends the VM, writes a tombstone if a head may exist, and leaves the sandbox `deleted` with the reason.
+
+use super::{Core, blocking, detached};
+use crate::error::Error;
+use crate::ids::SandboxId;
+use crate::journal::OperationKind;
+use crate::record::{Record, Spec};
+use crate::registry::Sandbox;
+use crate::states::{Event, State};
+use crate::template::{Ready, Template};
+use crate::timing::Timing;
+use crate::validate::{self, FieldError, TemplateLimits};
+use serde_json::{Map, Value};
+use stasis_snapshot::commit::{Attempt, Change, HeadState};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+/// Makes a sandbox of `tenant` as `body` asks for it and waits until it runs.
+pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -> Result<(Record, Timing), Error> {
+    let begun = Instant::now();
+    let name = validate::template_name(body).map_err(Error::Invalid)?;
+    let template = {
+        let (core, name) = (core.clone(), name.clone());
+        blocking(move || Ok(core.templates.find(&name, &core.journal)?)).await
+    };
+    let template = match template {
+        Err(Error::Template(error @ crate::template::TemplateError::Unknown { .. })) => {
+            return Err(Error::Invalid(vec![FieldError {
+                field: "template_name".to_owned(),
+                error: format!("is unknown: {error}"),
+            }]));
+        }
+        other => other?,
+    };
+    let limits = TemplateLimits { min_memory_mib: template.min_memory_mib, disk_mib: template.disk_mib };
+    let asked = validate::create(body, limits).map_err(Error::Invalid)?;
+    core.kvm.check(&template)?;
+    let spec = Spec {
+        template_name: name,
+        template_id: template.id(),
+        template_digest: template.digest.clone(),
+        rootfs_digest: template.rootfs_digest.clone(),
+        agent: template.ready == Ready::Agent,
+        vcpu: asked.vcpu,
+        memory_mib: asked.memory_mib,
+        disk_mib: template.disk_mib,
+        timeout_s: asked.timeout_s,
+        auto_pause: asked.auto_pause,
+        env_vars: asked.env_vars,
+        network_policy: asked.network_policy,
+        created_at: core.sources.now_ms(),
+    };
+    let (core, tenant) = (core.clone(), tenant.to_owned());
+    detached(async move {
+        let sandbox = admit(&core, tenant, spec)?;
+        // Nobody else knows the sandbox yet, and the table forbids everything in `starting`.
+        let guard = sandbox.lock().await;
+        let operation = core.journal.begin(&sandbox.id, OperationKind::Create, core.sources.now_ms())?;
+        let mut timing = Timing::default();
+        timing.since("template", begun);
+        let outcome = match boot(&core, &sandbox, &template, operation, &mut timing).await {
+            Ok(()) => {
+                let head = sandbox.head().map(|current| (current.head.epoch, current.head.seq));
+                core.registry.record(&sandbox, Event::Ready, None, |record| {
+                    (record.epoch, record.seq) = head.unwrap_or_default();
+                })
+            }
+            Err(error) => {
+                let reason = error.chain();
+                core.end_vm(&sandbox).await;
+                core.registry
+                    .record(&sandbox, Event::Failed, Some(&reason), |record| record.reason = Some(reason.clone()))?;
+                sandbox.set_head(None);
+                if let Err(left) = core.bury(&sandbox).await {
+                    tracing::warn!(id = %sandbox.id, error = left.chain(), "a failed create may have left a head");
+                }
+                Err(error)
+            }
+        };
+        let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
+        core.journal.end(operation, &note, core.sources.now_ms())?;
+        drop(guard);
+        outcome.map(|record| (record, timing))
+    })
+    .await
+}
+
+fn admit(core: &Core, tenant: String, spec: Spec) -> Result<Arc<Sandbox>, Error> {
+    let limit = core.config.limits.sandboxes;
+    let _one_at_a_time = core.admission.lock().unwrap_or_else(PoisonError::into_inner);
+    if core.registry.with_vm(&tenant) >= limit {
+        return Err(Error::Limit { limit });
+    }
+    core.registry.add(Record::new(SandboxId::new(&core.sources), tenant, spec), None)
+}
+
+async fn boot(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    template: &Template,
+    operation: crate::journal::OperationId,
+    timing: &mut Timing,
+) -> Result<(), Error> {
+    let change = Change { state: HeadState::Live, manifest: None, record: Core::head_record(sandbox, State::Running)? };
+    let attempt = Attempt::first(sandbox.id.as_str(), &core.owner, change, core.commit_id())
+        .map_err(Core::head_error(sandbox))?;
+    core.propose(operation, &[&attempt])?;
+    let begun = Instant::now();
+    let vm = core.start_vmm(sandbox).await?;
+    timing.since("spawn", begun);
+    let begun = Instant::now();
+    // The first failure drops the other: the caller ends the VM, and a head that may still land gets a tombstone.
+    let (claimed, booted) = tokio::try_join!(
+        async {
+            core.commit(sandbox, &attempt, "claim the id").await?;
+            Ok::<_, Error>(begun.elapsed())
+        },
+        async {
+            core.boot(sandbox, &vm, template).await?;
+            Ok(begun.elapsed())
+        }
+    )?;
+    timing.phase("claim", claimed);
+    timing.phase("boot", booted);
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! Commits to a sandbox's head that several operations share. See `stasis_snapshot::commit` for the protocol; here are only its uses.
+
+use super::Core;
+use crate::error::{Error, StoreContext as _};
+use crate::journal::OperationId;
+use crate::registry::Sandbox;
+use crate::states::State;
+use crate::store::place;
+use stasis_snapshot::commit::{
+    Attempt, Backoff, Change, Current, HeadError, HeadState, ObjectHead, Outcome, Register, Sent,
+};
+use stasis_snapshot::ids::CommitId;
+
+impl Core {
+    /// A fresh commit id.
+    pub(super) fn commit_id(&self) -> CommitId {
+        CommitId(self.sources.random())
+    }
+
+    /// Writes the attempts of an operation down before the first of them is sent.
+    pub(super) fn propose(&self, operation: OperationId, attempts: &[&Attempt]) -> Result<(), Error> {
+        let json = serde_json::to_string(attempts).map_err(|_| Error::Bug("an attempt that is no JSON"))?;
+        Ok(self.journal.propose(operation, &json)?)
+    }
+
+    pub(super) fn register(&self, sandbox: &Sandbox) -> Result<Register<ObjectHead>, Error> {
+        Ok(self.store.head_of(&place(&sandbox.tenant, &sandbox.id)?))
+    }
+
+    pub(super) fn head_error(sandbox: &Sandbox) -> impl FnOnce(HeadError) -> Error {
+        let id = sandbox.id.clone();
+        move |source| Error::Head { id, source }
+    }
+
+    /// What a head that says `state` carries for us.
+    pub(super) fn head_record(sandbox: &Sandbox, state: State) -> Result<serde_json::Value, Error> {
+        let portable = sandbox.record().portable(state);
+        let versioned = portable.encode().map_err(|_| Error::Bug("a record that is no JSON"))?;
+        let body: serde_json::Value =
+            serde_json::from_slice(&versioned.bytes).map_err(|_| Error::Bug("a record that is no JSON"))?;
+        Ok(serde_json::json!({ "version": versioned.version, "body": body }))
+    }
+
+    /// The head as it is, from memory or from the store.
+    pub(super) async fn current_head(&self, sandbox: &Sandbox) -> Result<Option<Current>, Error> {
+        if let Some(head) = sandbox.head() {
+            return Ok(Some(head));
+        }
+        let head = self.register(sandbox)?.read().await.doing("read the head")?;
+        sandbox.set_head(head.clone());
+        Ok(head)
+    }
+
+    /// Sends one attempt and settles it. On success the head is remembered; otherwise it is forgotten, to be read again.
+    pub(super) async fn commit(
+        &self,
+        sandbox: &Sandbox,
+        attempt: &Attempt,
+        action: &'static str,
+    ) -> Result<Current, Error> {
+        let mut pacer = Backoff::within(self.config.deadlines.settle());
+        let outcome = self.register(sandbox)?.commit(attempt, Sent::Never, &mut pacer).await;
+        let lost = |by: Current| {
+            sandbox.set_head(None);
+            Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner, epoch: by.head.epoch }
+        };
+        match outcome {
+            Outcome::Committed { now } => {
+                sandbox.set_head(Some(now.clone()));
+                Ok(now)
+            }
+            Outcome::Superseded { by } | Outcome::Fenced { by } => Err(lost(by)),
+            Outcome::Refused { cause } => {
+                sandbox.set_head(None);
+                Err(Error::Store { action, source: cause })
+            }
+            Outcome::Unknown { cause } => {
+                sandbox.set_head(None);
+                Err(Error::Unknown { id: sandbox.id.clone(), action, source: cause })
+            }
+        }
+    }
+
+    /// Says in the bucket that nobody runs the guest, so that anybody may resume it. Best effort: when it fails, the head still names us as
+    /// the owner, and the next resume here takes over from ourselves.
+    pub(super) async fn lay_to_rest(&self, sandbox: &Sandbox) {
+        let rest = async {
+            let Some(current) = self.current_head(sandbox).await? else { return Ok(()) };
+            if current.head.owner != self.owner || current.head.state != HeadState::Live {
+                return Ok(());
+            }
+            let change =
+                Change { state: HeadState::Paused, manifest: None, record: Self::head_record(sandbox, State::Paused)? };
+            let attempt = Attempt::next(&current, change, self.commit_id()).map_err(Self::head_error(sandbox))?;
+            self.commit(sandbox, &attempt, "say in the head that it rests").await.map(drop)
+        };
+        if let Err(error) = rest.await {
+            tracing::warn!(id = %sandbox.id, error = error.chain(), "the head still says live");
+        }
+    }
+
+    /// Writes the tombstone. `Ok` also when there is no head, or when it is buried already.
+    pub(super) async fn bury(&self, sandbox: &Sandbox) -> Result<(), Error> {
+        // Twice: a head remembered from before may be an older one.
+        for last in [false, true] {
+            let Some(current) = self.current_head(sandbox).await? else { return Ok(()) };
+            if current.head.state == HeadState::Deleted {
+                return Ok(());
+            }
+            if current.head.state == HeadState::Live && current.head.owner != self.owner {
+                return Err(Error::Fenced {
+                    id: sandbox.id.clone(),
+                    owner: current.head.owner,
+                    epoch: current.head.epoch,
+                });
+            }
+            let attempt = Attempt::delete(&current, self.commit_id()).map_err(Self::head_error(sandbox))?;
+            match self.commit(sandbox, &attempt, "write the tombstone").await {
+                Err(Error::Fenced { .. }) if !last => {}
+                outcome => return outcome.map(drop),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! The supervisor: owns policy. Each operation has its own file; this one starts, adopts and stops.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `create`, `pause`, `resume`, `delete`, `execute` | one operation each |
+//! | `heads` | commits to the head that several operations share |
+//! | `machine` | VMMs: started, booted, watched, lost |
+//! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
+//! | `catalogue` | sandboxes found in the bucket |
+//! | `timers` | the ends of lives |
+//!
+//! Who runs what: an operation runs in a task of its own, under the sandbox's operation lock; requests only wait for it. One task watches
+//! each VMM process, one task watches the deadlines. All tasks are on the one runtime of the process.
+//!
+//! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
+//! killed supervisor can settle it.
+
+pub mod catalogue;
+mod create;
+mod delete;
+mod execute;
+mod heads;
+mod machine;
+mod pause;
+mod restart;
+mod resume;
+mod timers;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::host::{self, Kvm};
+use crate::journal::Journal;
+use crate::registry::Registry;
+use crate::routes;
+use crate::sources::Sources;
+use crate::store::Store;
+use crate::template::Templates;
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{self, File};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// How long requests in flight may take when the supervisor stops.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Name of the journal in the data directory.
+pub const JOURNAL: &str = "journal.db";
+
+/// Everything that operations share.
+#[derive(Debug)]
+pub struct Core {
+    /// Configuration.
+    pub config: Config,
+    /// Journal.
+    pub journal: Arc<Journal>,
+    /// Clock and entropy.
+    pub sources: Sources,
+    /// Object store.
+    pub store: Store,
+    /// Templates.
+    pub templates: Templates,
+    /// Sandboxes.
+    pub registry: Registry,
+    /// This supervisor's name in heads: the same for as long as its data directory exists.
+    pub owner: String,
+    /// This host's KVM.
+    pub kvm: Kvm,
+    vmm_program: PathBuf,
+    /// Held from counting a tenant's sandboxes to adding one, so that two creates cannot both take the last place.
+    admission: Mutex<()>,
+}
+
+/// A running supervisor. Dropping it leaves its tasks running; [`Supervisor::shutdown`] ends them.
+#[derive(Debug)]
+pub struct Supervisor {
+    core: Arc<Core>,
+    addr: SocketAddr,
+    stop: CancellationToken,
+    server: JoinHandle<()>,
+    timers: JoinHandle<()>,
+    /// Refuses a second supervisor on the same data directory.
+    _lock: File,
+}
+
+impl Supervisor {
+    /// Checks the host, opens journal and store, adopts or settles every sandbox that the journal knows, and serves.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        Self::start_with(config, Sources::system()).await
+    }
+
+    /// The same with another clock and entropy.
+    pub async fn start_with(mut config: Config, sources: Sources) -> Result<Self, Error> {
+        let local = |action: String| move |source| Error::Local { action, source };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&config.data_dir)
+            .map_err(local(format!("create the data directory {}", config.data_dir.display())))?;
+        config.data_dir = fs::canonicalize(&config.data_dir).map_err(local("find the data directory".to_owned()))?;
+        let lock = take_lock(&config)?;
+        host::raise_file_limit();
+        let kvm = Kvm::probe();
+        if let Some(advice) = kvm.advice() {
+            tracing::warn!("{advice}");
+        }
+        let vmm_program = host::vmm_program(config.vmm.as_deref())?;
+        let journal = Arc::new(Journal::open(&config.data_dir.join(JOURNAL))?);
+        let owner = journal.meta("owner", || format!("host-{}", sources.word(16)))?;
+        let store = Store::open(&config, &owner, &sources).await?;
+        for caveat in store.caveats() {
+            tracing::warn!("the store: {caveat}");
+        }
+        let templates = Templates::new(&config.images_dir);
+        match templates.names() {
+            Ok(names) if names.is_empty() => {
+                tracing::warn!("there are no templates in {}; build the images first", templates.dir().display())
+            }
+            Ok(names) => tracing::info!(?names, "templates"),
+            Err(error) => tracing::warn!(error = crate::error::chain(&error), "templates"),
+        }
+        let registry = Registry::load(journal.clone(), sources.clone())?;
+        // Bound before the adoption, so that a taken port changes nothing; served after it.
+        let listener =
+            TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
+        let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
+        let core = Arc::new(Core {
+            config,
+            journal,
+            sources,
+            store,
+            templates,
+            registry,
+            owner,
+            kvm,
+            vmm_program,
+            admission: Mutex::new(()),
+        });
+        restart::run(&core).await?;
+        let stop = CancellationToken::new();
+        let timers = tokio::spawn(timers::run(core.clone(), stop.clone()));
+        let server = tokio::spawn(serve(listener, core.clone(), stop.clone()));
+        tracing::info!(%addr, owner = core.owner, "stasis serves");
+        Ok(Self { core, addr, stop, server, timers, _lock: lock })
+    }
+
+    /// Where the API is.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// What operations share.
+    pub fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// Stops serving. Sandboxes keep running; the next supervisor on this data directory adopts them. Operations under way end by themselves
+    /// if the process lives on, and are finished or rolled back by the next supervisor if it does not.
+    pub async fn shutdown(self) {
+        self.stop.cancel();
+        if tokio::time::timeout(DRAIN, self.server).await.is_err() {
+            tracing::warn!("requests in flight were cut off");
+        }
+        self.timers.abort();
+    }
+}
+
+async fn serve(listener: TcpListener, core: Arc<Core>, stop: CancellationToken) {
+    let app = routes::router(core);
+    if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await {
+        tracing::error!(%error, "the API server ended");
+    }
+}
+
+fn take_lock(config: &Config) -> Result<File, Error> {
+    let path = config.data_dir.join("lock");
+    let local = |source| Error::Local { action: format!("open {}", path.display()), source };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(local)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Host(format!(
+            "another supervisor uses the data directory {}; stop it or choose another data_dir",
+            config.data_dir.display()
+        ))),
+        Err(e) => Err(local(e.into())),
+    }
+}
+
+/// Runs an operation in a task of its own, so that a client that hangs up does not cancel it half-way.
+async fn detached<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::spawn(operation).await {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            tracing::error!(%error, "an operation did not end");
+            Err(Error::Bug("an operation did not end"))
+        }
+    }
+}
+
+/// Runs what blocks (hashing a template, opening files) where it may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            tracing::error!(%error, "a blocking task did not end");
+            Err(Error::Bug("a blocking task did not end"))
+        }
+    }
+}
+
+/// What the API may ask for.
+pub mod operations {
+    pub use super::create::create;
+    pub use super::delete::delete;
+    pub use super::execute::{Executed, execute};
+    pub use super::pause::pause;
+    pub use super::resume::resume;
+}

@@ -1,0 +1,421 @@
+//! Pause: stop, capture, manifest, head, and only then the answer (design §5).
+//!
+//! Before the head PUT is sent, every failure lets the guest run again. After it was sent, the guest stays stopped until it is known whether
+//! the commit or its cancellation has won: the operation goes on without its client until it knows, holding the operation lock, while the
+//! client is told that the outcome is unknown. The VM is ended only when the commit has won, or when somebody else owns the sandbox.
+//!
+//! The VMM's draft is untrusted input: it is decoded with every bound checked, may name packs of its own sandbox alone, and each of them must
+//! be in the store with the size that the draft says before the manifest is written.
+
+use super::machine::vmm_error;
+use super::{Core, detached};
+use crate::error::{Error, StoreContext as _, chain};
+use crate::journal::{OperationId, OperationKind};
+use crate::record::Record;
+use crate::registry::{OperationGuard, Sandbox};
+use crate::states::{Event, State};
+use crate::store::place;
+use crate::timing::Timing;
+use crate::vmm_process::Vmm;
+use bytes::Bytes;
+use stasis_snapshot::commit::{Attempt, Backoff, Change, Current, HeadState, PauseEnd, Sent};
+use stasis_snapshot::ids::Digest;
+use stasis_snapshot::layout::Generation;
+use stasis_snapshot::manifest::{Lineage, Manifest, ManifestRef};
+use stasis_snapshot::store::{ErrorKind, Precondition};
+use stasis_vmm::control::types::{CaptureReport, CaptureRequest};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+/// Grants live as long as the capture that uses them, and this much more for clocks that differ.
+const GRANT_SLACK: Duration = Duration::from_secs(300);
+/// Between two rounds of settling an unknown outcome.
+const ROUND: Duration = Duration::from_secs(2);
+/// Attempts at the manifest PUT, whose name no other commit shares: it may be sent again blindly.
+const MANIFEST_TRIES: u32 = 3;
+
+type Answer = Result<(Record, Timing), Error>;
+
+/// Pauses a running sandbox and waits until that is durable, or known to have failed, or unknown.
+pub async fn pause(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Answer {
+    let state = sandbox.state();
+    if state != State::Running && !state.leads_to_running() {
+        return Err(Error::State { id: sandbox.id.clone(), state, verb: "pause" });
+    }
+    let guard = sandbox.lock().await;
+    pause_locked(core, sandbox, guard).await
+}
+
+/// The same for one that holds the lock.
+pub(super) async fn pause_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -> Answer {
+    let (tell, told) = oneshot::channel();
+    let (core, sandbox) = (core.clone(), sandbox.clone());
+    detached(async move {
+        tokio::spawn(run(core, sandbox, guard, tell));
+        told.await.unwrap_or(Err(Error::Bug("a pause did not end")))
+    })
+    .await
+}
+
+async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell: oneshot::Sender<Answer>) {
+    let begun = match begin(&core, &sandbox) {
+        Ok(begun) => begun,
+        Err(error) => return answer(tell, Err(error)),
+    };
+    let (operation, vm) = begun;
+    let mut timing = Timing::default();
+    let ready = prepare(&core, &sandbox, &vm, operation, &mut timing).await;
+    let result = match ready {
+        Ok(ready) => finish(&core, &sandbox, &ready, Some(tell), &mut timing, &guard).await,
+        Err(error) => {
+            // The head PUT was never sent: nothing can have been committed.
+            run_again(&core, &sandbox, &error.chain(), &guard).await;
+            Some((tell, Err(error)))
+        }
+    };
+    sandbox.set_phase(None);
+    let note = match &result {
+        Some((_, Err(error))) => error.chain(),
+        Some((_, Ok(_))) => "ok".to_owned(),
+        None => "settled after the answer".to_owned(),
+    };
+    if let Err(error) = core.journal.end(operation, &note, core.sources.now_ms()) {
+        tracing::error!(id = %sandbox.id, error = error.to_string(), "cannot note the end of a pause");
+    }
+    // The lock is free before the answer, so that a client's next request finds it so.
+    drop(guard);
+    if let Some((tell, outcome)) = result {
+        answer(tell, outcome.map(|record| (record, timing)));
+    }
+}
+
+fn answer(tell: oneshot::Sender<Answer>, outcome: Answer) {
+    if tell.send(outcome).is_err() {
+        tracing::debug!("the client of a pause has hung up");
+    }
+}
+
+fn begin(core: &Core, sandbox: &Sandbox) -> Result<(OperationId, Arc<Vmm>), Error> {
+    let state = sandbox.state();
+    if state != State::Running {
+        return Err(Error::State { id: sandbox.id.clone(), state, verb: "pause" });
+    }
+    let vm = sandbox.vm().ok_or(Error::Bug("a running sandbox without a VM"))?;
+    let operation = core.journal.begin(&sandbox.id, OperationKind::Pause, core.sources.now_ms())?;
+    core.registry.begin(sandbox, Event::Pause, "pause")?;
+    Ok((operation, vm))
+}
+
+/// Everything that the head PUT needs, made and durable.
+pub(super) struct ReadyToCommit {
+    attempt: Attempt,
+    cancel: Attempt,
+    sent: Sent,
+    /// Packs that were granted and not used, by the files they left.
+    leftovers: Vec<String>,
+}
+
+impl ReadyToCommit {
+    /// The journaled attempts of an interrupted pause.
+    pub(super) fn again(attempt: Attempt, cancel: Attempt) -> Self {
+        Self { attempt, cancel, sent: Sent::Maybe, leftovers: Vec::new() }
+    }
+}
+
+async fn prepare(
+    core: &Core,
+    sandbox: &Sandbox,
+    vm: &Vmm,
+    operation: OperationId,
+    timing: &mut Timing,
+) -> Result<ReadyToCommit, Error> {
+    let control = core.config.deadlines.control();
+    sandbox.set_phase(Some("stop"));
+    let begun = Instant::now();
+    let report = tokio::time::timeout(control, vm.client.pause())
+        .await
+        .map_err(|_| Error::Deadline { id: sandbox.id.clone(), what: "stopping the guest", ms: control.as_millis() })?
+        .map_err(vmm_error(sandbox, vm, "stop the guest"))?;
+    timing.since("stop", begun);
+
+    let begun = Instant::now();
+    let current = core.current_head(sandbox).await?.ok_or_else(|| Error::Damaged {
+        object: format!("the head of {}", sandbox.id),
+        source: "it is not in the store".into(),
+    })?;
+    let place = place(&sandbox.tenant, &sandbox.id)?;
+    let commit = core.commit_id();
+    let generation = place.generation(current.head.seq + 1, current.head.epoch, commit);
+    let keys = (0..report.packs_needed).map(|n| generation.pack(n)).collect();
+    let grants = core.store.grant_puts(keys, core.config.deadlines.capture() + GRANT_SLACK).await?;
+    timing.since("grant", begun);
+
+    sandbox.set_phase(Some("upload"));
+    let (draft, captured) = capture(core, sandbox, vm, grants, timing).await?;
+
+    sandbox.set_phase(Some("commit"));
+    let begun = Instant::now();
+    let lineage = Lineage {
+        sandbox: sandbox.id.to_string(),
+        seq: current.head.seq + 1,
+        epoch: current.head.epoch,
+        commit,
+        parent: current.head.manifest.clone(),
+    };
+    let (manifest, bytes) = complete(sandbox, &draft, lineage)?;
+    let leftovers = check_packs(core, sandbox, &manifest, place.prefix(), &generation).await?;
+    timing.since("verify", begun);
+    let begun = Instant::now();
+    let manifest = ManifestRef { key: generation.manifest(), digest: Digest::of(&bytes) };
+    timing.bytes("sent", captured.sent_bytes + bytes.len() as u64);
+    put_manifest(core, &manifest.key, bytes).await?;
+    timing.since("manifest", begun);
+
+    let change = Change {
+        state: HeadState::Paused,
+        manifest: Some(manifest),
+        record: Core::head_record(sandbox, State::Paused)?,
+    };
+    let attempt = Attempt::next(&current, change, commit).map_err(Core::head_error(sandbox))?;
+    let cancel = attempt.cancel(Some(&current), core.commit_id()).map_err(Core::head_error(sandbox))?;
+    core.propose(operation, &[&attempt, &cancel])?;
+    Ok(ReadyToCommit { attempt, cancel, sent: Sent::Never, leftovers })
+}
+
+async fn capture(
+    core: &Core,
+    sandbox: &Sandbox,
+    vm: &Vmm,
+    grants: crate::store::Grants,
+    timing: &mut Timing,
+) -> Result<(Bytes, CaptureReport), Error> {
+    let begun = Instant::now();
+    if !grants.files.is_empty() {
+        vm.client.send_files(grants.files).await.map_err(vmm_error(sandbox, vm, "hand it the packs to write"))?;
+    }
+    let limit = core.config.deadlines.capture();
+    let request = CaptureRequest {
+        packs: grants.objects,
+        connections: core.config.limits.connections,
+        deadline_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+    };
+    // The VMM keeps the deadline; ours is for a VMM that does not.
+    let captured =
+        match tokio::time::timeout(limit + core.config.deadlines.control(), vm.client.capture(&request)).await {
+            Ok(outcome) => outcome.map_err(vmm_error(sandbox, vm, "capture and upload its state"))?,
+            Err(_) => {
+                if let Err(error) = vm.client.cancel_capture().await {
+                    tracing::warn!(id = %sandbox.id, error = chain(&error), "cannot cancel a capture");
+                }
+                return Err(Error::Deadline { id: sandbox.id.clone(), what: "the upload", ms: limit.as_millis() });
+            }
+        };
+    let took = begun.elapsed();
+    let report = &captured.1;
+    timing.phase("state", Duration::from_micros(report.state_us));
+    timing.phase("upload", took.saturating_sub(Duration::from_micros(report.state_us)));
+    Ok(captured)
+}
+
+/// Turns a draft into the manifest of this commit, with its bytes.
+fn complete(sandbox: &Sandbox, draft: &[u8], lineage: Lineage) -> Result<(Manifest, Bytes), Error> {
+    let wrong = |what: &str| Error::Draft { id: sandbox.id.clone(), what: what.to_owned(), source: None };
+    let malformed =
+        |source| Error::Draft { id: sandbox.id.clone(), what: "it is no manifest".to_owned(), source: Some(source) };
+    let mut manifest = Manifest::decode(draft).map_err(malformed)?;
+    if manifest.lineage.is_some() || !manifest.record.bytes.is_empty() {
+        return Err(wrong("it claims a lineage or a record, which are not the VMM's to write"));
+    }
+    let record = sandbox.record();
+    let rootfs = record.spec.rootfs_digest.as_deref();
+    if manifest
+        .images
+        .iter()
+        .filter_map(|image| image.base)
+        .any(|base| Some(base.digest.to_string().as_str()) != rootfs)
+    {
+        return Err(wrong("it refers to a template disk that is not the sandbox's"));
+    }
+    manifest.lineage = Some(lineage);
+    manifest.record = record.portable(State::Paused).encode().map_err(|_| Error::Bug("a record that is no JSON"))?;
+    let bytes = manifest.encode().map_err(malformed)?;
+    // What was pruned by the encoding is not needed, and must not be asked for.
+    let manifest = Manifest::decode(&bytes).map_err(malformed)?;
+    Ok((manifest, bytes.into()))
+}
+
+/// Every pack that the manifest names is the sandbox's own and in the store with its size. Returns what lies in `generation` unused.
+async fn check_packs(
+    core: &Core,
+    sandbox: &Sandbox,
+    manifest: &Manifest,
+    own: &str,
+    generation: &Generation,
+) -> Result<Vec<String>, Error> {
+    let wrong = |what: String| Error::Draft { id: sandbox.id.clone(), what, source: None };
+    let mut prefixes = BTreeSet::from([generation.prefix().to_owned()]);
+    for pack in &manifest.packs {
+        let prefix = pack.key.split_inclusive('/').take(own.matches('/').count() + 1).collect::<String>();
+        if !pack.key.starts_with(own) || prefix == pack.key {
+            return Err(wrong(format!("it names the pack {:?}, which is not the sandbox's", pack.key)));
+        }
+        prefixes.insert(prefix);
+    }
+    let mut stored = HashMap::new();
+    for prefix in prefixes {
+        stored.extend(core.store.list_all(&prefix).await?);
+    }
+    for pack in &manifest.packs {
+        match stored.remove(&pack.key) {
+            Some(size) if size == u64::from(pack.size) => {}
+            Some(size) => {
+                return Err(wrong(format!(
+                    "pack {} has {size} bytes in the store, the draft says {}",
+                    pack.key, pack.size
+                )));
+            }
+            None => return Err(wrong(format!("pack {} is not in the store", pack.key))),
+        }
+    }
+    Ok(stored.into_keys().filter(|key| key.starts_with(generation.prefix())).collect())
+}
+
+async fn put_manifest(core: &Core, key: &str, bytes: Bytes) -> Result<(), Error> {
+    let precondition = if core.store.is_shared() { Precondition::IfAbsent } else { Precondition::None };
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match core.store.objects().put(key, bytes.clone(), &precondition).await {
+            Ok(_) => return Ok(()),
+            // Only we write this name: it exists because an earlier try of ours was applied and its reply lost.
+            Err(e) if e.kind == ErrorKind::PreconditionFailed && tries > 1 => return Ok(()),
+            Err(e) if e.is_retryable() && tries < MANIFEST_TRIES => {
+                tracing::warn!(key, error = chain(&e), "the manifest is sent again");
+                tokio::time::sleep(Duration::from_millis(100) * tries).await;
+            }
+            Err(e) => return Err(e).doing("store the manifest"),
+        }
+    }
+}
+
+/// From the first head PUT to the end. The client is told once, at the latest when the outcome is unknown for the first time; then the sender
+/// is spent and `None` comes back.
+pub(super) async fn finish(
+    core: &Core,
+    sandbox: &Sandbox,
+    ready: &ReadyToCommit,
+    mut tell: Option<oneshot::Sender<Answer>>,
+    timing: &mut Timing,
+    guard: &OperationGuard,
+) -> Option<(oneshot::Sender<Answer>, Result<Record, Error>)> {
+    let begun = Instant::now();
+    let mut sent = ready.sent;
+    loop {
+        let outcome = match settle(core, sandbox, ready, sent).await {
+            Settled::Paused(now) => {
+                timing.since("commit", begun);
+                let begun = Instant::now();
+                core.end_vm(sandbox).await;
+                timing.since("free", begun);
+                drop_leftovers(core, &ready.leftovers).await;
+                committed(core, sandbox, &now)
+            }
+            Settled::RunAgain(error) => {
+                run_again(core, sandbox, &error.chain(), guard).await;
+                Err(error)
+            }
+            Settled::Fenced(error) => {
+                core.end_vm(sandbox).await;
+                let note = error.chain();
+                let event = if sandbox.record().commit.is_some() { Event::LostCommitted } else { Event::Lost };
+                core.registry
+                    .record(sandbox, event, Some(&note), |record| record.reason = Some(note.clone()))
+                    .and(Err(error))
+            }
+            Settled::Unknown(error) => {
+                tracing::error!(id = %sandbox.id, error = error.chain(), "the guest stays stopped");
+                if let Some(tell) = tell.take() {
+                    answer(tell, Err(error));
+                }
+                sent = Sent::Maybe;
+                tokio::time::sleep(ROUND).await;
+                continue;
+            }
+        };
+        return tell.map(|tell| (tell, outcome));
+    }
+}
+
+enum Settled {
+    Paused(Current),
+    RunAgain(Error),
+    Fenced(Error),
+    Unknown(Error),
+}
+
+async fn settle(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit, sent: Sent) -> Settled {
+    let register = match core.register(sandbox) {
+        Ok(register) => register,
+        Err(error) => return Settled::RunAgain(error),
+    };
+    let total = core.config.deadlines.settle();
+    let (mut commit, mut cancel) = (Backoff::within(total), Backoff::within(total));
+    match register.end_pause(&ready.attempt, &ready.cancel, sent, &mut commit, &mut cancel).await {
+        PauseEnd::Paused { now } => Settled::Paused(now),
+        PauseEnd::RunAgain { now, cause } => {
+            sandbox.set_head(now);
+            Settled::RunAgain(Error::Store { action: "commit the head", source: cause })
+        }
+        PauseEnd::Fenced { by } => {
+            sandbox.set_head(None);
+            Settled::Fenced(Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner, epoch: by.head.epoch })
+        }
+        PauseEnd::Unknown { cause } => {
+            sandbox.set_head(None);
+            Settled::Unknown(Error::Unknown { id: sandbox.id.clone(), action: "pause", source: cause })
+        }
+    }
+}
+
+/// The commit has won: `paused`, whatever the journal says.
+pub(super) fn committed(core: &Core, sandbox: &Sandbox, now: &Current) -> Result<Record, Error> {
+    sandbox.set_head(Some(now.clone()));
+    core.registry.record(sandbox, Event::Committed, None, |record| {
+        record.commit.clone_from(&now.head.manifest);
+        (record.epoch, record.seq) = (now.head.epoch, now.head.seq);
+        record.reason = None;
+    })
+}
+
+/// It is proven that nothing was committed: the guest goes on, or is lost if its VMM cannot.
+pub(super) async fn run_again(core: &Core, sandbox: &Sandbox, why: &str, guard: &OperationGuard) {
+    let unparked = match sandbox.vm() {
+        Some(vm) => core.unpark(sandbox, &vm).await,
+        None => Err(Error::VmmEnded { id: sandbox.id.clone(), reason: "it was gone".to_owned() }),
+    };
+    if let Err(error) = unparked {
+        tracing::error!(id = %sandbox.id, error = error.chain(), "the guest cannot go on after a failed pause");
+        core.lose(sandbox, guard).await;
+        return;
+    }
+    let note = format!("the pause failed, the guest goes on: {why}");
+    let moved = core.registry.record(sandbox, Event::Failed, Some(&note), |record| {
+        record.reason = Some(note.clone());
+        if let Some(head) = sandbox.head() {
+            (record.epoch, record.seq) = (head.head.epoch, head.head.seq);
+        }
+    });
+    if let Err(error) = moved {
+        tracing::error!(id = %sandbox.id, error = error.chain(), "after a failed pause");
+    }
+}
+
+async fn drop_leftovers(core: &Core, keys: &[String]) {
+    for key in keys.iter().filter(|key| !key.ends_with("/manifest")) {
+        if let Err(error) = core.store.objects().delete(key).await {
+            tracing::warn!(key, error = chain(&error), "an unused pack stays");
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Resume: the head is claimed while manifest and VM are made ready; the guest runs only after the claim is confirmed (design §6).
+//!
+//! Any failure ends the VM, says in the head that the sandbox rests, and leaves it `paused`: it can be resumed again later.
+
+use super::machine::{Disks, vmm_error};
+use super::{Core, blocking, detached};
+use crate::error::{Error, StoreContext as _};
+use crate::journal::{OperationId, OperationKind};
+use crate::record::{Record, Spec};
+use crate::registry::{OperationGuard, Sandbox};
+use crate::states::{Event, State};
+use crate::timing::Timing;
+use crate::vmm_process::Vmm;
+use rustix::fs::{MemfdFlags, memfd_create};
+use stasis_snapshot::commit::{Attempt, Current, HeadState};
+use stasis_snapshot::manifest::{Manifest, ManifestRef};
+use stasis_vmm::control::types::{RestoreReport, RestoreRequest};
+use std::fs::File;
+use std::io::{Seek as _, Write as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A head from memory may be older than the one in the store; a fresh one is tried once.
+const CLAIM_TRIES: u32 = 2;
+/// Grants live as long as the restore that uses them, and this much more.
+const GRANT_SLACK: Duration = Duration::from_secs(300);
+
+/// Resumes a paused sandbox. One that is on its way to `running` by somebody else's resume is waited for.
+pub async fn resume(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(Record, Timing), Error> {
+    match sandbox.state() {
+        State::Paused | State::Unpausing => ensure_running(core, sandbox, "resume").await,
+        state => Err(Error::State { id: sandbox.id.clone(), state, verb: "resume" }),
+    }
+}
+
+/// Returns when the sandbox runs; wakes it when it is paused. However many ask at once, there is one wake, and its failure is everybody's.
+pub(super) async fn ensure_running(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    verb: &'static str,
+) -> Result<(Record, Timing), Error> {
+    let seen = sandbox.wakes().ended;
+    let state = sandbox.state();
+    if state == State::Running {
+        return Ok((sandbox.record(), Timing::default()));
+    }
+    if state != State::Paused && !state.leads_to_running() {
+        return Err(Error::State { id: sandbox.id.clone(), state, verb });
+    }
+    let guard = sandbox.lock().await;
+    let wakes = sandbox.wakes();
+    match sandbox.state() {
+        State::Running => Ok((sandbox.record(), Timing::default())),
+        State::Paused => match wakes.failure {
+            Some(failure) if wakes.ended != seen => Err(Error::Shared(failure)),
+            _ => {
+                let (core, sandbox) = (core.clone(), sandbox.clone());
+                detached(async move { wake(&core, &sandbox, guard).await }).await
+            }
+        },
+        state => Err(Error::State { id: sandbox.id.clone(), state, verb }),
+    }
+}
+
+async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -> Result<(Record, Timing), Error> {
+    let operation = core.journal.begin(&sandbox.id, OperationKind::Resume, core.sources.now_ms())?;
+    core.registry.begin(sandbox, Event::Resume, "resume")?;
+    let mut timing = Timing::default();
+    let outcome = match restore(core, sandbox, operation, &mut timing).await {
+        Ok(()) => {
+            let head = sandbox.head();
+            core.registry.record(sandbox, Event::Ready, None, |record| {
+                if let Some(head) = head {
+                    (record.epoch, record.seq) = (head.head.epoch, head.head.seq);
+                    record.commit = head.head.manifest;
+                }
+                record.reason = None;
+            })
+        }
+        Err(error) => {
+            let reason = format!("the resume failed: {}", error.chain());
+            core.end_vm(sandbox).await;
+            core.registry
+                .record(sandbox, Event::Failed, Some(&reason), |record| record.reason = Some(reason.clone()))?;
+            core.lay_to_rest(sandbox).await;
+            Err(error)
+        }
+    };
+    sandbox.set_phase(None);
+    let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
+    core.journal.end(operation, &note, core.sources.now_ms())?;
+    let outcome = match outcome {
+        Ok(record) => {
+            sandbox.wake_ended(None);
+            Ok((record, timing))
+        }
+        Err(error) => {
+            let error = Arc::new(error);
+            sandbox.wake_ended(Some(error.clone()));
+            Err(Error::Shared(error))
+        }
+    };
+    drop(guard);
+    outcome
+}
+
+async fn restore(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    operation: OperationId,
+    timing: &mut Timing,
+) -> Result<(), Error> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let known = sandbox.head().is_some();
+        let current =
+            core.current_head(sandbox).await?.ok_or_else(|| missing(sandbox, "the head", "it is not in the store"))?;
+        let attempt = claim_of(core, sandbox, &current)?;
+        let Some(manifest) = current.head.manifest.clone() else {
+            return Err(missing(sandbox, "the head", "it names no manifest"));
+        };
+        core.propose(operation, &[&attempt])?;
+        let begun = Instant::now();
+        sandbox.set_phase(Some("restore"));
+        // Both to their ends: the claim must be settled whatever the restore does, and a VM that was started must be known to be ended.
+        let (claimed, restored) = tokio::join!(
+            async { (core.commit(sandbox, &attempt, "claim the sandbox").await, begun.elapsed()) },
+            materialise(core, sandbox, &manifest)
+        );
+        match claimed {
+            (Ok(_), took) => timing.phase("claim", took),
+            (Err(Error::Fenced { .. }), _) if known && tries < CLAIM_TRIES => {
+                core.end_vm(sandbox).await;
+                continue;
+            }
+            (Err(error), _) => return Err(error),
+        }
+        let restored = restored?;
+        timing.phase("manifest", restored.fetched);
+        timing.phase("restore", restored.took);
+        timing.bytes("fetched", restored.report.fetched_bytes);
+        return go(core, sandbox, &restored.vm, timing).await;
+    }
+}
+
+fn missing(sandbox: &Sandbox, what: &str, why: &str) -> Error {
+    Error::Damaged { object: format!("{what} of {}", sandbox.id), source: why.into() }
+}
+
+/// The claim that this head allows us.
+fn claim_of(core: &Core, sandbox: &Sandbox, current: &Current) -> Result<Attempt, Error> {
+    let ours = current.head.owner == core.owner;
+    match current.head.state {
+        HeadState::Paused | HeadState::Stopped => Attempt::claim(current, &core.owner, core.commit_id()),
+        // We own it and have no VM for it: an earlier life of ours that could not say that it rests.
+        HeadState::Live if ours => Attempt::take_over(current, &core.owner, core.commit_id()),
+        HeadState::Live => {
+            return Err(Error::Fenced {
+                id: sandbox.id.clone(),
+                owner: current.head.owner.clone(),
+                epoch: current.head.epoch,
+            });
+        }
+        HeadState::Deleted => {
+            return Err(missing(sandbox, "the head", "it is a tombstone: the sandbox was deleted elsewhere"));
+        }
+    }
+    .map_err(Core::head_error(sandbox))
+}
+
+struct Restored {
+    vm: Arc<Vmm>,
+    fetched: Duration,
+    took: Duration,
+    report: RestoreReport,
+}
+
+/// A VM with the sandbox in it, parked.
+async fn materialise(core: &Arc<Core>, sandbox: &Arc<Sandbox>, named: &ManifestRef) -> Result<Restored, Error> {
+    let spec = sandbox.record().spec;
+    let begun = Instant::now();
+    let fetch = async {
+        let object = core.store.objects().get(&named.key).await.doing("fetch the manifest")?;
+        let manifest = Manifest::decode_checked(&object.bytes, named.digest)
+            .map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
+        let keys = manifest.packs.iter().map(|pack| pack.key.clone()).collect();
+        let grants = core.store.grant_gets(keys, core.config.deadlines.restore() + GRANT_SLACK).await?;
+        Ok::<_, Error>((object.bytes, manifest, grants, begun.elapsed()))
+    };
+    let (rootfs, fetched, vm) = tokio::join!(find_rootfs(core, &spec), fetch, core.start_vmm(sandbox));
+    let (rootfs, (bytes, manifest, mut grants, fetched), vm) = (rootfs?, fetched?, vm?);
+    let foreign = |digest: String| Some(digest.as_str()) != spec.rootfs_digest.as_deref();
+    if manifest.images.iter().filter_map(|image| image.base).any(|base| foreign(base.digest.to_string())) {
+        return Err(Error::Damaged {
+            object: named.key.clone(),
+            source: "it refers to a template disk that is not the sandbox's".into(),
+        });
+    }
+    let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
+    let token = core.store.token();
+    files.push((token, memory_file(&bytes)?));
+    files.append(&mut grants.files);
+    let generation = core.sources.random::<16>();
+    let request = RestoreRequest {
+        manifest: token,
+        manifest_digest: named.digest.to_string(),
+        packs: grants.objects,
+        disks,
+        generation_id: stasis_snapshot::ids::CommitId(generation).to_string(),
+    };
+    let begun = Instant::now();
+    let limit = core.config.deadlines.restore();
+    let load = async {
+        vm.client.send_files(files).await.map_err(vmm_error(sandbox, &vm, "hand it the files to restore from"))?;
+        vm.client.restore(&request).await.map_err(vmm_error(sandbox, &vm, "restore it"))
+    };
+    let report = tokio::time::timeout(limit, load).await.map_err(|_| Error::Deadline {
+        id: sandbox.id.clone(),
+        what: "the restore",
+        ms: limit.as_millis(),
+    })??;
+    Ok(Restored { vm: vm.clone(), fetched, took: begun.elapsed(), report })
+}
+
+async fn find_rootfs(core: &Arc<Core>, spec: &Spec) -> Result<Option<PathBuf>, Error> {
+    let Some(digest) = spec.rootfs_digest.clone() else { return Ok(None) };
+    let (core, name) = (core.clone(), spec.template_name.clone());
+    blocking(move || match core.templates.rootfs_by_digest(&digest, &name, &core.journal)? {
+        Some(path) => Ok(Some(path)),
+        None => Err(Error::Host(format!(
+            "no template in {} has the root file system {digest} that this sandbox was made from (template {name:?}): put it back to resume it",
+            core.templates.dir().display()
+        ))),
+    })
+    .await
+}
+
+fn memory_file(bytes: &[u8]) -> Result<File, Error> {
+    let make = || -> std::io::Result<File> {
+        let mut file = File::from(memfd_create("manifest", MemfdFlags::CLOEXEC)?);
+        file.write_all(bytes)?;
+        file.rewind()?;
+        Ok(file)
+    };
+    make().map_err(|source| Error::Local { action: "hold a manifest in memory".to_owned(), source })
+}
+
+/// The claim is confirmed: the guest runs and is told so.
+async fn go(core: &Core, sandbox: &Sandbox, vm: &Vmm, timing: &mut Timing) -> Result<(), Error> {
+    sandbox.set_phase(Some("wake"));
+    let begun = Instant::now();
+    vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
+    timing.since("run", begun);
+    let begun = Instant::now();
+    core.tell_wake(sandbox, vm, &sandbox.record().spec).await?;
+    timing.since("wake", begun);
+    Ok(())
+}
