@@ -75,7 +75,7 @@ fn madt(vcpus: u8) -> Vec<u8> {
 fn dsdt(virtio_windows: u32) -> Vec<u8> {
     let mut body = Vec::new();
     for window in 0..virtio_windows {
-        virtio(window).iter().for_each(|b| body.push(*b));
+        body.extend(virtio(window));
     }
     body.extend(serial());
     body.extend(generation_id());

@@ -191,13 +191,9 @@ fn write_zero_page(
     const BOOT_FLAG: u16 = 0xaa55;
     const HEADER_MAGIC: u32 = 0x5372_6448;
     const LOADER_UNDEFINED: u8 = 0xff;
-    let mut zero_page = boot_params::default();
-    zero_page.hdr = header.unwrap_or(setup_header {
-        boot_flag: BOOT_FLAG,
-        header: HEADER_MAGIC,
-        kernel_alignment: 0x100_0000,
-        ..Default::default()
-    });
+    let bare =
+        setup_header { boot_flag: BOOT_FLAG, header: HEADER_MAGIC, kernel_alignment: 0x100_0000, ..Default::default() };
+    let mut zero_page = boot_params { hdr: header.unwrap_or(bare), ..Default::default() };
     zero_page.hdr.type_of_loader = LOADER_UNDEFINED;
     zero_page.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     zero_page.hdr.cmdline_size = layout::CMDLINE_MAX as u32;
@@ -254,6 +250,11 @@ impl FlatSegment {
 
 /// Puts vCPU 0 at `entry`.
 pub(crate) fn set_entry(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Result<(), BootError> {
+    const PE: u64 = 1;
+    const ET: u64 = 1 << 4;
+    const PG: u64 = 1 << 31;
+    const PAE: u64 = 1 << 5;
+    const EFER_LME_LMA: u64 = (1 << 8) | (1 << 10);
     let long = matches!(entry, Entry::Linux64(_));
     let code = FlatSegment { index: 1, access: CODE, long, big: !long };
     let data = FlatSegment { index: 2, access: DATA, long: false, big: true };
@@ -272,11 +273,6 @@ pub(crate) fn set_entry(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Re
     (sregs.tr.limit, sregs.tr.g) = (0x67, 0);
     sregs.gdt = kvm_dtable { base: layout::BOOT_GDT, limit: (gdt.len() * 8 - 1) as u16, ..Default::default() };
     sregs.idt = kvm_dtable { base: 0, limit: 0, ..Default::default() };
-    const PE: u64 = 1;
-    const ET: u64 = 1 << 4;
-    const PG: u64 = 1 << 31;
-    const PAE: u64 = 1 << 5;
-    const EFER_LME_LMA: u64 = (1 << 8) | (1 << 10);
     sregs.cr0 = PE | ET;
     sregs.cr4 = 0;
     if long {

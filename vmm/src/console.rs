@@ -51,7 +51,7 @@ mod tests {
         let path = dir.path().join("console.log");
         let mut log = ConsoleLog::open(path).unwrap();
         for _ in 0..40 {
-            log.write_all(&[b'x'; 100_000]).unwrap();
+            log.write_all(&vec![b'x'; 100_000]).unwrap();
         }
         let sizes: Vec<u64> =
             std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();

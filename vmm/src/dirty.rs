@@ -17,10 +17,11 @@ use crate::pages::PageSet;
 
 /// The dirty set cannot be read.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum DirtyError {
+    /// From KVM.
     #[error("cannot read KVM's dirty log")]
     Kvm(#[from] KvmError),
+    /// From the memory file.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
@@ -75,10 +76,8 @@ impl DirtyTracker {
     }
 
     /// These pages are in confirmed packs now.
-    pub(crate) fn settled(&mut self, pages: impl IntoIterator<Item = std::ops::Range<u64>>) {
-        for range in pages {
-            self.carry_over.remove(range);
-        }
+    pub(crate) fn settled(&mut self, pages: std::ops::Range<u64>) {
+        self.carry_over.remove(pages);
     }
 
     /// Reads and clears the log slot by slot. Clearing write-protects the pages again; nothing runs, so nothing is lost between the two.

@@ -39,7 +39,7 @@ pub enum MemoryError {
 }
 
 /// The guest's RAM.
-pub struct GuestRam {
+pub(crate) struct GuestRam {
     memory: GuestMemory,
     file: Arc<File>,
     pages: u64,
@@ -47,7 +47,7 @@ pub struct GuestRam {
 
 impl GuestRam {
     /// Maps `bytes` of zero memory. No page exists until it is written.
-    pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+    pub(crate) fn new(bytes: u64) -> Result<Self, MemoryError> {
         let fail = |what, source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map { what, bytes, source };
         let fd = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(|e| fail("create", e.into()))?;
@@ -75,22 +75,22 @@ impl GuestRam {
     }
 
     /// The mapping, as devices use it. Cheap to clone.
-    pub fn guest_memory(&self) -> &GuestMemory {
+    pub(crate) fn guest_memory(&self) -> &GuestMemory {
         &self.memory
     }
 
     /// Pages of the memory image.
-    pub fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.pages
     }
 
     /// Memslots: (guest physical start, bytes, host address), in image order.
-    pub fn slots(&self) -> Vec<(u64, u64, u64)> {
+    pub(crate) fn slots(&self) -> Vec<(u64, u64, u64)> {
         self.memory.iter().map(|r| (r.start_addr().0, r.len(), r.as_ptr() as u64)).collect()
     }
 
     /// The image pages that exist in the memfd. All others are zero.
-    pub fn existing_pages(&self) -> Result<PageSet, MemoryError> {
+    pub(crate) fn existing_pages(&self) -> Result<PageSet, MemoryError> {
         use rustix::fs::{SeekFrom, seek};
         let end = self.pages * PAGE_SIZE as u64;
         let mut set = PageSet::new(self.pages);
@@ -109,7 +109,7 @@ impl GuestRam {
     }
 
     /// Takes the pages that devices wrote since the last call, and forgets them.
-    pub fn take_device_writes(&self) -> PageSet {
+    pub(crate) fn take_device_writes(&self) -> PageSet {
         let mut set = PageSet::new(self.pages);
         let mut first = 0;
         for region in self.memory.iter() {

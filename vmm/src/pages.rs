@@ -4,43 +4,36 @@ use std::ops::Range;
 
 /// A set of page numbers below a fixed bound.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageSet {
+pub(crate) struct PageSet {
     words: Vec<u64>,
     pages: u64,
 }
 
 impl PageSet {
     /// The empty set of pages below `pages`.
-    pub fn new(pages: u64) -> Self {
+    pub(crate) fn new(pages: u64) -> Self {
         Self { words: vec![0; pages.div_ceil(64) as usize], pages }
     }
 
-    /// Every page below `pages`.
-    pub fn all(pages: u64) -> Self {
-        let mut set = Self::new(pages);
-        set.insert(0..pages);
-        set
-    }
-
     /// Adds a range; pages past the bound are ignored.
-    pub fn insert(&mut self, range: Range<u64>) {
+    pub(crate) fn insert(&mut self, range: Range<u64>) {
         self.each_word(range, |word, mask| *word |= mask);
     }
 
     /// Takes a range out.
-    pub fn remove(&mut self, range: Range<u64>) {
+    pub(crate) fn remove(&mut self, range: Range<u64>) {
         self.each_word(range, |word, mask| *word &= !mask);
     }
 
     /// Adds every page of `other`, which has the same bound.
-    pub fn union(&mut self, other: &PageSet) {
+    pub(crate) fn union(&mut self, other: &PageSet) {
         for (word, more) in self.words.iter_mut().zip(&other.words) {
             *word |= more;
         }
     }
 
     /// Adds bits in KVM's dirty-log layout: bit `i` of `words` is page `first + i`, and `first` is a multiple of 64.
-    pub fn union_words(&mut self, first: u64, words: &[u64]) {
+    pub(crate) fn union_words(&mut self, first: u64, words: &[u64]) {
         let start = (first / 64) as usize;
         for (word, more) in self.words.iter_mut().skip(start).zip(words) {
             *word |= more;
@@ -49,17 +42,12 @@ impl PageSet {
     }
 
     /// How many pages are in.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.words.iter().map(|w| u64::from(w.count_ones())).sum()
     }
 
-    /// No page is in.
-    pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|w| *w == 0)
-    }
-
     /// The maximal runs of pages, ascending.
-    pub fn runs(&self) -> Vec<Range<u64>> {
+    pub(crate) fn runs(&self) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
         for (i, &word) in self.words.iter().enumerate() {
             let base = i as u64 * 64;
@@ -134,6 +122,6 @@ mod tests {
         let mut set = PageSet::new(70);
         set.union_words(0, &[0, u64::MAX]);
         assert_eq!(set.runs(), vec![64..70]);
-        assert_eq!(PageSet::all(70).len(), 70);
+        assert_eq!(set.len(), 6);
     }
 }

@@ -20,7 +20,7 @@ use super::types::{
 /// Deadline of a call that only moves state about.
 const SHORT: Duration = Duration::from_secs(30);
 /// Deadline of a boot or a restore.
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_mins(10);
 /// Longest JSON answer, bytes.
 const MAX_JSON: usize = 1 << 20;
 /// Longest manifest draft, bytes.

@@ -4,7 +4,6 @@
 //! the machine was restored from (or as nothing) and moves on with every confirmed pack, whether the supervisor commits the manifest or
 //! not: packs of a failed attempt are never sent twice. That a page is *dirty* means that it may differ from this parent.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -146,7 +145,7 @@ impl Machine {
     ) -> Result<Vec<u8>, FinishError> {
         match outcome {
             Ok(captured) => {
-                self.dirty.settled([0..self.ram.pages()]);
+                self.dirty.settled(0..self.ram.pages());
                 self.base.disk_dirty.iter_mut().for_each(|d| d.remove(0..u64::MAX));
                 self.base.packs = captured.packs;
                 self.base.maps = captured.maps;
@@ -155,9 +154,13 @@ impl Machine {
             Err(failed) => {
                 let partial = *failed.partial;
                 let mut done = partial.done.into_iter();
-                self.dirty.settled(done.next().unwrap_or_default());
+                for pages in done.next().unwrap_or_default() {
+                    self.dirty.settled(pages);
+                }
                 for (dirty, ranges) in self.base.disk_dirty.iter_mut().zip(done) {
-                    ranges.into_iter().for_each(|r: Range<u64>| dirty.remove(r));
+                    for blocks in ranges {
+                        dirty.remove(blocks);
+                    }
                 }
                 self.base.packs = partial.packs;
                 self.base.maps = partial.maps;
@@ -196,7 +199,6 @@ impl Machine {
 
 /// A capture brought no draft.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub(crate) enum FinishError {
     #[error(transparent)]
     Capture(#[from] stasis_snapshot::capture::CaptureError),

@@ -29,8 +29,7 @@ use crate::vm_state::{self, VmState};
 
 /// A machine cannot be restored here.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
-pub enum RestoreFailed {
+pub(crate) enum RestoreFailed {
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error("the snapshot was made on a {snapshot} CPU, this host has {host}")]

@@ -153,6 +153,7 @@ fn save_lapic(vcpu: &VcpuFd, _: &Context<'_>, s: &mut VcpuState) -> Result<(), K
     Ok(())
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "a step of the table")]
 fn save_tsc(vcpu: &VcpuFd, _: &Context<'_>, s: &mut VcpuState) -> Result<(), KvmError> {
     // A KVM that cannot tell its frequency cannot scale it either; 0 says so.
     s.tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
