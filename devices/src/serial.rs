@@ -222,3 +222,129 @@ impl std::fmt::Debug for Serial {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    const IER: u8 = 1;
+    const IIR: u8 = 2;
+    const LSR: u8 = 5;
+    const SCRATCH: u8 = 7;
+    const RECEIVED: u8 = 1;
+    const TRANSMITTER_EMPTY: u8 = 2;
+
+    #[derive(Clone, Default)]
+    struct Output(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Output {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port() -> (Serial, EventFd, Output) {
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let output = Output::default();
+        (
+            Serial::new(irq.try_clone().unwrap(), Box::new(output.clone())),
+            irq,
+            output,
+        )
+    }
+
+    fn restored(serial: &Serial) -> (Serial, EventFd) {
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let bytes = postcard::to_stdvec(&serial.save()).unwrap();
+        let state: SerialState = postcard::from_bytes(&bytes).unwrap();
+        (
+            Serial::restore(&state, irq.try_clone().unwrap(), Box::new(std::io::sink())).unwrap(),
+            irq,
+        )
+    }
+
+    #[test]
+    fn output_reaches_the_writer_and_is_counted() {
+        let (mut serial, _, output) = port();
+        let count = serial.bytes_written();
+        for byte in b"tick 1\n" {
+            serial.write(DATA, *byte);
+        }
+        assert_eq!(*output.0.lock().unwrap(), b"tick 1\n");
+        assert_eq!(count.load(Ordering::Relaxed), 7);
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_waits_and_comes_in_order_across_a_restore() {
+        let (mut serial, _, _) = port();
+        let input: Vec<u8> = (0..200).collect();
+        assert_eq!(serial.enqueue(&input), 200);
+        let mut seen: Vec<u8> = (0..10).map(|_| serial.read(DATA)).collect();
+        let (mut serial, _) = restored(&serial);
+        while serial.read(LSR) & 1 != 0 {
+            seen.push(serial.read(DATA));
+        }
+        assert_eq!(seen, input);
+    }
+
+    #[test]
+    fn the_backlog_is_bounded() {
+        let (mut serial, _, _) = port();
+        assert_eq!(serial.enqueue(&vec![0; 10_000]), BACKLOG_BYTES);
+        // 64 of them went on to the FIFO.
+        assert_eq!(serial.enqueue(&[0; 100]), 64);
+        assert_eq!(serial.enqueue(&[0; 1]), 0);
+    }
+
+    #[test]
+    fn registers_survive_and_a_pending_interrupt_is_raised_again() {
+        let (mut serial, irq, _) = port();
+        serial.write(SCRATCH, 0x5a);
+        serial.write(IER, RECEIVED | TRANSMITTER_EMPTY);
+        serial.write(DATA, b'x');
+        serial.enqueue(b"y");
+        assert!(irq.read().is_ok());
+        let (mut serial, irq) = restored(&serial);
+        assert!(irq.read().is_ok(), "IIR shows an interrupt");
+        serial.kick();
+        assert!(irq.read().is_ok());
+        assert_eq!((serial.read(SCRATCH), serial.read(IER)), (0x5a, 3));
+        assert_eq!(
+            serial.read(IIR) & 0xf,
+            6,
+            "transmitter empty and data received"
+        );
+        serial.kick();
+        assert!(irq.read().is_err(), "acknowledged");
+    }
+
+    #[test]
+    fn an_idle_port_restores_without_an_interrupt() {
+        let (serial, _, _) = port();
+        assert!(restored(&serial).1.read().is_err());
+    }
+
+    #[test]
+    fn states_with_too_much_input_are_refused() {
+        let (serial, irq, _) = port();
+        for state in [
+            SerialState {
+                fifo: vec![0; 65],
+                ..serial.save()
+            },
+            SerialState {
+                backlog: vec![0; BACKLOG_BYTES + 1],
+                ..serial.save()
+            },
+        ] {
+            let refused =
+                Serial::restore(&state, irq.try_clone().unwrap(), Box::new(std::io::sink()));
+            assert!(matches!(refused, Err(SerialError::TooMuchInput(_))));
+        }
+    }
+}

@@ -438,7 +438,12 @@ impl Overlay {
 
 /// Blocks that `len` bytes at `offset` touch.
 fn blocks_of(offset: u64, len: u64) -> Range<u64> {
-    offset / BLOCK_BYTES..(offset + len).div_ceil(BLOCK_BYTES)
+    let first = offset / BLOCK_BYTES;
+    if len == 0 {
+        first..first
+    } else {
+        first..(offset + len).div_ceil(BLOCK_BYTES)
+    }
 }
 
 fn io_error(operation: &'static str, offset: u64, source: io::Error) -> OverlayError {

@@ -360,3 +360,7 @@ impl VirtioDevice for Block {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "block_tests.rs"]
+mod tests;

@@ -524,3 +524,7 @@ impl std::fmt::Debug for MmioDevice {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

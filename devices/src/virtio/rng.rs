@@ -112,3 +112,72 @@ fn fill_random(mut out: &mut [u8]) -> Result<(), DeviceError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::driver::{ARENA, Driver, readable, writable};
+    use super::*;
+
+    #[test]
+    fn buffers_are_filled_up_to_the_cap_and_their_pages_marked() {
+        let mut driver = Driver::new(Rng::new());
+        driver.start(16, 0);
+        driver.clear_dirty();
+        driver.add(0, &[writable(ARENA, 100)]);
+        driver.add(
+            0,
+            &[
+                writable(ARENA + 0x1_0000, 0x8000),
+                writable(ARENA + 0x2_0000, 0x10_0000),
+            ],
+        );
+        driver.notify(0);
+        driver.run(0);
+        assert_eq!(driver.take_used(0).unwrap().1, 100);
+        assert_eq!(driver.take_used(0).unwrap().1, 64 * 1024);
+        assert_eq!(driver.take_interrupt(), 1);
+        assert!(driver.get(ARENA, 100).iter().any(|&byte| byte != 0));
+        assert!(driver.get(ARENA + 100, 100).iter().all(|&byte| byte == 0));
+        assert!(
+            driver.is_dirty(ARENA)
+                && driver.is_dirty(ARENA + 0x2_0000)
+                && !driver.is_dirty(ARENA + 0x3_0000)
+        );
+    }
+
+    #[test]
+    fn many_requests_take_several_turns_and_all_are_served() {
+        let mut driver = Driver::new(Rng::new());
+        driver.start(64, 0);
+        for _ in 0..64 {
+            driver.add(0, &[writable(ARENA, 65536)]);
+        }
+        driver.notify(0);
+        driver.turn(0);
+        assert_eq!(driver.used_index(0), 4, "one turn is bounded");
+        driver.run(0);
+        assert_eq!(driver.used_index(0), 64);
+    }
+
+    #[test]
+    fn empty_and_readable_buffers_break_the_device_until_a_reset() {
+        for buffers in [
+            [readable(ARENA, 8)].as_slice(),
+            &[writable(ARENA, 0)],
+            &[readable(ARENA, 8), writable(ARENA, 8)],
+        ] {
+            let mut driver = Driver::new(Rng::new());
+            driver.start(16, 0);
+            driver.add(0, buffers);
+            driver.notify(0);
+            driver.run(0);
+            assert!(driver.needs_reset());
+            assert_eq!(driver.take_interrupt(), 2, "a configuration change");
+            driver.start(16, 0);
+            driver.add(0, &[writable(ARENA, 8)]);
+            driver.notify(0);
+            driver.run(0);
+            assert_eq!(driver.take_used(0).unwrap().1, 8);
+        }
+    }
+}
