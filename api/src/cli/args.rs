@@ -1,0 +1,234 @@
+//! The command line.
+
+use super::exit;
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Sandboxes that sleep in an object store.
+#[derive(Debug, Parser)]
+#[command(name = "stasis", version, after_help = exit::HELP)]
+pub(super) struct Args {
+    /// Print answers as JSON.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Which supervisor to talk to, and as whom.
+#[derive(Debug, ClapArgs)]
+pub(super) struct Connection {
+    /// URL of the supervisor [default: what `stasis dev` wrote down, else http://127.0.0.1:7878].
+    #[arg(long, global = true, env = "STASIS_URL")]
+    pub(super) url: Option<String>,
+    /// API key [default: what `stasis dev` wrote down].
+    #[arg(long, global = true, env = "STASIS_API_KEY", hide_env_values = true)]
+    pub(super) api_key: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run the supervisor.
+    Serve(Serve),
+    /// Run everything on this machine: an S3 server, the supervisor, a key.
+    Dev(Dev),
+    /// Manage API keys, on the host of the supervisor.
+    Key(Key),
+    #[command(flatten)]
+    Client(Client),
+}
+
+/// Verbs that talk to a supervisor.
+#[derive(Debug, Subcommand)]
+pub(super) enum Client {
+    /// Make a sandbox and wait until it runs.
+    Create(Create),
+    /// List sandboxes.
+    Ls(Ls),
+    /// Show a sandbox.
+    Get(One),
+    /// Run a command in a sandbox; wakes it when it is paused.
+    Exec(Exec),
+    /// Put a sandbox to sleep; done when that is durable.
+    Pause(One),
+    /// Wake a sandbox.
+    Resume(One),
+    /// Delete sandboxes for good.
+    Rm(Many),
+    /// Show what is in the bucket for a sandbox.
+    Inspect(One),
+    /// Take up paused sandboxes that are in the bucket and unknown here.
+    Recover(Recover),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Serve {
+    /// Configuration file (TOML).
+    #[arg(long, env = "STASIS_CONFIG")]
+    pub(super) config: Option<PathBuf>,
+    /// Address of the API.
+    #[arg(long)]
+    pub(super) listen: Option<String>,
+    /// Journal, run directories, scratch.
+    #[arg(long)]
+    pub(super) data_dir: Option<String>,
+    /// Directory with templates/.
+    #[arg(long)]
+    pub(super) images_dir: Option<String>,
+    /// The program stasis-vmm.
+    #[arg(long)]
+    pub(super) vmm: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Dev {
+    /// Where everything is kept [default: $XDG_DATA_HOME/stasis or ~/.local/share/stasis].
+    #[arg(long, env = "STASIS_DATA_DIR")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Directory with templates/ [default: target/images of a build tree, else /usr/share/stasis/images].
+    #[arg(long, env = "STASIS_IMAGES_DIR")]
+    pub(super) images_dir: Option<PathBuf>,
+    /// Address of the API; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:7878")]
+    pub(super) listen: SocketAddr,
+    /// Address of the embedded S3 server; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:7879")]
+    pub(super) s3_listen: SocketAddr,
+    /// The program stasis-vmm [default: beside this one].
+    #[arg(long, env = "STASIS_VMM")]
+    pub(super) vmm: Option<PathBuf>,
+    /// Write address and key here instead of to the user's client configuration.
+    #[arg(long)]
+    pub(super) profile: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Key {
+    /// Data directory of the supervisor [default: that of `stasis dev`].
+    #[arg(long, env = "STASIS_DATA_DIR", global = true)]
+    pub(super) data_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(super) verb: KeyVerb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum KeyVerb {
+    /// Make a key; it is shown once.
+    Create {
+        /// Whose sandboxes it reaches.
+        #[arg(long, default_value = "dev")]
+        tenant: String,
+        /// For people.
+        #[arg(long, default_value = "")]
+        label: String,
+    },
+    /// List keys.
+    List,
+    /// Refuse a key from now on.
+    Revoke {
+        /// Id, as listed.
+        id: String,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Create {
+    /// Template.
+    #[arg(long)]
+    pub(super) template: Option<String>,
+    /// vCPUs, 1 to 8.
+    #[arg(long)]
+    pub(super) vcpu: Option<u64>,
+    /// Memory, MiB.
+    #[arg(long)]
+    pub(super) memory: Option<u64>,
+    /// Life, seconds.
+    #[arg(long)]
+    pub(super) timeout: Option<u64>,
+    /// Pause instead of deleting when the life is over.
+    #[arg(long)]
+    pub(super) auto_pause: bool,
+    /// Environment of every command, NAME=VALUE; may be repeated.
+    #[arg(long = "env", short = 'e', value_parser = variable)]
+    pub(super) env: Vec<(String, String)>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Ls {
+    /// Only those in this state.
+    #[arg(long)]
+    pub(super) state: Option<String>,
+    /// Page, from 1.
+    #[arg(long, default_value_t = 1)]
+    pub(super) page: u32,
+    /// Sandboxes a page, at most 100.
+    #[arg(long, default_value_t = 100)]
+    pub(super) page_size: u32,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct One {
+    /// The sandbox.
+    pub(super) id: String,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Many {
+    /// The sandboxes.
+    #[arg(required = true)]
+    pub(super) ids: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Recover {
+    /// Also take sandboxes that another supervisor holds. Only when that supervisor is gone for good: its guests may still run otherwise.
+    #[arg(long)]
+    pub(super) take_over: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Exec {
+    /// The sandbox.
+    pub(super) id: String,
+    /// Working directory.
+    #[arg(long)]
+    pub(super) cwd: Option<String>,
+    /// Environment, NAME=VALUE; may be repeated.
+    #[arg(long = "env", short = 'e', value_parser = variable)]
+    pub(super) env: Vec<(String, String)>,
+    /// Time limit, seconds.
+    #[arg(long)]
+    pub(super) timeout: Option<u64>,
+    /// The command: one word is given to /bin/sh as it is, several are quoted first.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(super) command: Vec<String>,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .filter(|(name, _)| !name.is_empty())
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .ok_or_else(|| "must be NAME=VALUE".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_id_of_exec_is_the_command() {
+        let args = Args::try_parse_from(["stasis", "exec", "sbx-a", "ls", "-l", "--json"]).unwrap();
+        assert!(!args.json);
+        let Command::Client(Client::Exec(exec)) = args.command else { panic!("not exec") };
+        assert_eq!(exec.command, ["ls", "-l", "--json"]);
+    }
+}
