@@ -38,11 +38,7 @@ impl ExitCounter {
     /// A 32-bit OUT. The first value is free.
     pub fn write(&mut self, value: u32) {
         self.state.outs += 1;
-        if self
-            .state
-            .last_out
-            .is_some_and(|last| value != last.wrapping_add(1))
-        {
+        if self.state.last_out.is_some_and(|last| value != last.wrapping_add(1)) {
             self.state.out_gaps += 1;
         }
         self.state.last_out = Some(value);
@@ -67,9 +63,7 @@ impl ExitCounter {
 
     /// A counter that goes on where `state` was saved. Every state is valid.
     pub fn restore(state: &ExitCounterState) -> Self {
-        Self {
-            state: state.clone(),
-        }
+        Self { state: state.clone() }
     }
 }
 

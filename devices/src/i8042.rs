@@ -24,11 +24,7 @@ pub struct I8042;
 impl I8042 {
     /// An 8-bit IN at `offset` from port 0x60.
     pub fn read(self, offset: u16) -> u8 {
-        if offset == COMMAND {
-            STATUS_OUTPUT_FULL
-        } else {
-            0
-        }
+        if offset == COMMAND { STATUS_OUTPUT_FULL } else { 0 }
     }
 
     /// An 8-bit OUT at `offset` from port 0x60.

@@ -98,11 +98,7 @@ impl Serial {
     /// A port after power-on. `irq` is GSI 4's irqfd.
     pub fn new(irq: EventFd, out: Box<dyn Write + Send>) -> Self {
         let written = Counter::default();
-        Self {
-            uart: Uart::with_events(Irq(irq), written.clone(), out),
-            backlog: VecDeque::new(),
-            written,
-        }
+        Self { uart: Uart::with_events(Irq(irq), written.clone(), out), backlog: VecDeque::new(), written }
     }
 
     /// An 8-bit IN at `offset` from the port's base; other sizes do not exist on a 16550.
@@ -162,11 +158,7 @@ impl Serial {
     }
 
     /// A port in `state`. Raises the interrupt when the state has one pending; [`kick`](Self::kick) does so again.
-    pub fn restore(
-        state: &SerialState,
-        irq: EventFd,
-        out: Box<dyn Write + Send>,
-    ) -> Result<Self, SerialError> {
+    pub fn restore(state: &SerialState, irq: EventFd, out: Box<dyn Write + Send>) -> Result<Self, SerialError> {
         if state.backlog.len() > BACKLOG_BYTES {
             return Err(SerialError::TooMuchInput(state.backlog.len()));
         }
@@ -183,20 +175,11 @@ impl Serial {
             in_buffer: state.fifo.clone(),
         };
         let written = Counter::default();
-        let uart =
-            Uart::from_state(&registers, Irq(irq), written.clone(), out).map_err(|error| {
-                match error {
-                    vm_superio::serial::Error::FullFifo => {
-                        SerialError::TooMuchInput(state.fifo.len())
-                    }
-                    other => SerialError::Uart(other.to_string()),
-                }
-            })?;
-        let mut serial = Self {
-            uart,
-            backlog: state.backlog.iter().copied().collect(),
-            written,
-        };
+        let uart = Uart::from_state(&registers, Irq(irq), written.clone(), out).map_err(|error| match error {
+            vm_superio::serial::Error::FullFifo => SerialError::TooMuchInput(state.fifo.len()),
+            other => SerialError::Uart(other.to_string()),
+        })?;
+        let mut serial = Self { uart, backlog: state.backlog.iter().copied().collect(), written };
         serial.kick();
         Ok(serial)
     }
@@ -217,9 +200,7 @@ impl Serial {
 
 impl std::fmt::Debug for Serial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Serial")
-            .field("backlog", &self.backlog.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Serial").field("backlog", &self.backlog.len()).finish_non_exhaustive()
     }
 }
 
@@ -251,21 +232,14 @@ mod tests {
     fn port() -> (Serial, EventFd, Output) {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let output = Output::default();
-        (
-            Serial::new(irq.try_clone().unwrap(), Box::new(output.clone())),
-            irq,
-            output,
-        )
+        (Serial::new(irq.try_clone().unwrap(), Box::new(output.clone())), irq, output)
     }
 
     fn restored(serial: &Serial) -> (Serial, EventFd) {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let bytes = postcard::to_stdvec(&serial.save()).unwrap();
         let state: SerialState = postcard::from_bytes(&bytes).unwrap();
-        (
-            Serial::restore(&state, irq.try_clone().unwrap(), Box::new(std::io::sink())).unwrap(),
-            irq,
-        )
+        (Serial::restore(&state, irq.try_clone().unwrap(), Box::new(std::io::sink())).unwrap(), irq)
     }
 
     #[test]
@@ -314,11 +288,7 @@ mod tests {
         serial.kick();
         assert!(irq.read().is_ok());
         assert_eq!((serial.read(SCRATCH), serial.read(IER)), (0x5a, 3));
-        assert_eq!(
-            serial.read(IIR) & 0xf,
-            6,
-            "transmitter empty and data received"
-        );
+        assert_eq!(serial.read(IIR) & 0xf, 6, "transmitter empty and data received");
         serial.kick();
         assert!(irq.read().is_err(), "acknowledged");
     }
@@ -333,17 +303,10 @@ mod tests {
     fn states_with_too_much_input_are_refused() {
         let (serial, irq, _) = port();
         for state in [
-            SerialState {
-                fifo: vec![0; 65],
-                ..serial.save()
-            },
-            SerialState {
-                backlog: vec![0; BACKLOG_BYTES + 1],
-                ..serial.save()
-            },
+            SerialState { fifo: vec![0; 65], ..serial.save() },
+            SerialState { backlog: vec![0; BACKLOG_BYTES + 1], ..serial.save() },
         ] {
-            let refused =
-                Serial::restore(&state, irq.try_clone().unwrap(), Box::new(std::io::sink()));
+            let refused = Serial::restore(&state, irq.try_clone().unwrap(), Box::new(std::io::sink()));
             assert!(matches!(refused, Err(SerialError::TooMuchInput(_))));
         }
     }

@@ -50,24 +50,13 @@ pub struct VmGenId {
 
 impl VmGenId {
     /// Writes `id` at `address` for a VM that boots. Nothing is announced: the guest reads it when it finds the device.
-    pub fn new(
-        memory: &GuestMemory,
-        address: GuestAddress,
-        irq: EventFd,
-        id: [u8; 16],
-    ) -> Result<Self, VmGenIdError> {
+    pub fn new(memory: &GuestMemory, address: GuestAddress, irq: EventFd, id: [u8; 16]) -> Result<Self, VmGenIdError> {
         if !address.0.is_multiple_of(8) {
-            return Err(VmGenIdError::Write {
-                address: address.0,
-                source: None,
-            });
+            return Err(VmGenIdError::Write { address: address.0, source: None });
         }
         memory
             .write_slice(&id, address)
-            .map_err(|source| VmGenIdError::Write {
-                address: address.0,
-                source: Some(source),
-            })?;
+            .map_err(|source| VmGenIdError::Write { address: address.0, source: Some(source) })?;
         Ok(Self { address, irq })
     }
 
@@ -93,9 +82,7 @@ impl VmGenId {
 
     /// The state for a snapshot.
     pub fn save(&self) -> VmGenIdState {
-        VmGenIdState {
-            address: self.address.0,
-        }
+        VmGenIdState { address: self.address.0 }
     }
 }
 
@@ -112,35 +99,14 @@ mod tests {
     #[test]
     fn a_restore_writes_the_new_id_marks_the_page_and_notifies_only_when_asked() {
         let memory = memory();
-        let device = VmGenId::new(
-            &memory,
-            GuestAddress(0x3000),
-            EventFd::new(0).unwrap(),
-            [1; 16],
-        )
-        .unwrap();
+        let device = VmGenId::new(&memory, GuestAddress(0x3000), EventFd::new(0).unwrap(), [1; 16]).unwrap();
         let irq = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
         let restored_memory = self::memory();
-        let restored = VmGenId::restore(
-            &restored_memory,
-            &device.save(),
-            irq.try_clone().unwrap(),
-            [2; 16],
-        )
-        .unwrap();
+        let restored = VmGenId::restore(&restored_memory, &device.save(), irq.try_clone().unwrap(), [2; 16]).unwrap();
         let mut id = [0; 16];
-        restored_memory
-            .read_slice(&mut id, GuestAddress(0x3000))
-            .unwrap();
+        restored_memory.read_slice(&mut id, GuestAddress(0x3000)).unwrap();
         assert_eq!(id, [2; 16]);
-        assert!(
-            restored_memory
-                .iter()
-                .next()
-                .unwrap()
-                .bitmap()
-                .dirty_at(0x3000)
-        );
+        assert!(restored_memory.iter().next().unwrap().bitmap().dirty_at(0x3000));
         assert!(irq.read().is_err(), "no interrupt before notify");
         restored.notify().unwrap();
         assert_eq!(irq.read().unwrap(), 1);
@@ -150,10 +116,7 @@ mod tests {
     fn addresses_outside_memory_or_misaligned_are_errors() {
         for address in [0xfff8, 0x10000, u64::MAX - 7, 0x3004] {
             let state = VmGenIdState { address };
-            assert!(
-                VmGenId::restore(&memory(), &state, EventFd::new(0).unwrap(), [2; 16]).is_err(),
-                "{address:#x}"
-            );
+            assert!(VmGenId::restore(&memory(), &state, EventFd::new(0).unwrap(), [2; 16]).is_err(), "{address:#x}");
         }
     }
 }

@@ -14,10 +14,7 @@ pub(super) struct BlockSet {
 impl BlockSet {
     /// No members, out of `bound` possible ones.
     pub(super) fn new(bound: u64) -> Self {
-        Self {
-            words: vec![0; bound.div_ceil(BITS) as usize],
-            bound,
-        }
+        Self { words: vec![0; bound.div_ceil(BITS) as usize], bound }
     }
 
     pub(super) fn contains(&self, block: u64) -> bool {
@@ -40,10 +37,7 @@ impl BlockSet {
     }
 
     pub(super) fn len(&self) -> u64 {
-        self.words
-            .iter()
-            .map(|word| u64::from(word.count_ones()))
-            .sum()
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
     pub(super) fn ranges(&self) -> Vec<Range<u64>> {

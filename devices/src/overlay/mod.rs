@@ -30,7 +30,7 @@ pub const MAX_DISK_BYTES: u64 = 1 << 41;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// Written at once where holes cannot be punched.
-const ZEROS: [u8; 16 * BLOCK] = [0; 16 * BLOCK];
+static ZEROS: [u8; 16 * BLOCK] = [0; 16 * BLOCK];
 
 /// What went wrong with an overlay.
 #[derive(Debug, thiserror::Error)]
@@ -101,18 +101,14 @@ struct Blocks {
 impl Overlay {
     /// A writable disk of `size` bytes over `base`, or over nothing but zeros. `file` must be empty and private to this disk.
     pub fn new(base: Option<File>, file: File, size: u64) -> Result<Self> {
-        let len = file
-            .metadata()
-            .map_err(|source| io_error("stat the overlay", 0, source))?
-            .len();
+        let len = file.metadata().map_err(|source| io_error("stat the overlay", 0, source))?.len();
         if len != 0 {
             return Err(OverlayError::NotEmpty(len));
         }
         let disk = Self::with_files(base, Some(file), size)?;
         if let Some(file) = &disk.file {
             let len = disk.block_count() * BLOCK_BYTES;
-            file.set_len(len)
-                .map_err(|source| io_error("size the overlay", len, source))?;
+            file.set_len(len).map_err(|source| io_error("size the overlay", len, source))?;
         }
         Ok(disk)
     }
@@ -128,27 +124,14 @@ impl Overlay {
         }
         let base = match base {
             Some(file) => {
-                let len = file
-                    .metadata()
-                    .map_err(|source| io_error("stat the base", 0, source))?
-                    .len();
+                let len = file.metadata().map_err(|source| io_error("stat the base", 0, source))?.len();
                 Some(Base { file, len })
             }
             None => None,
         };
         let count = size.div_ceil(BLOCK_BYTES);
-        let blocks = Blocks {
-            present: BlockSet::new(count),
-            dirty: BlockSet::new(count),
-            punch: true,
-            torn: false,
-        };
-        Ok(Self {
-            size,
-            base,
-            file,
-            blocks: Mutex::new(blocks),
-        })
+        let blocks = Blocks { present: BlockSet::new(count), dirty: BlockSet::new(count), punch: true, torn: false };
+        Ok(Self { size, base, file, blocks: Mutex::new(blocks) })
     }
 
     /// Size that the guest sees, bytes.
@@ -239,30 +222,17 @@ impl Overlay {
         let file = self.file()?;
         let offset = range.start * BLOCK_BYTES;
         // Absent blocks are holes already, unless a write failed.
-        let stale = if blocks.torn {
-            vec![range.clone()]
-        } else {
-            blocks.present.ranges_within(range)
-        };
+        let stale = if blocks.torn { vec![range.clone()] } else { blocks.present.ranges_within(range) };
         if !stale.is_empty() && blocks.punch {
             let len = (range.end - range.start) * BLOCK_BYTES;
-            match rustix::fs::fallocate(
-                file,
-                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-                offset,
-                len,
-            ) {
+            match rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
                 Ok(()) => {
                     blocks.present.insert(range);
                     return Ok(());
                 }
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => blocks.punch = false,
                 Err(error) => {
-                    return Err(io_error(
-                        "punch a hole in the overlay",
-                        offset,
-                        error.into(),
-                    ));
+                    return Err(io_error("punch a hole in the overlay", offset, error.into()));
                 }
             }
         }
@@ -281,9 +251,7 @@ impl Overlay {
     /// Makes everything written so far durable on the host (fdatasync).
     pub fn flush(&self) -> Result<()> {
         match &self.file {
-            Some(file) => file
-                .sync_data()
-                .map_err(|source| io_error("flush the overlay", 0, source)),
+            Some(file) => file.sync_data().map_err(|source| io_error("flush the overlay", 0, source)),
             None => Ok(()),
         }
     }
@@ -300,9 +268,7 @@ impl Overlay {
         let mut blocks = self.lock();
         let result = self.write_file(offset, data);
         match &result {
-            Ok(()) => blocks
-                .present
-                .insert(&(first..first + data.len() as u64 / BLOCK_BYTES)),
+            Ok(()) => blocks.present.insert(&(first..first + data.len() as u64 / BLOCK_BYTES)),
             Err(_) => blocks.torn = true,
         }
         result
@@ -351,7 +317,9 @@ impl Overlay {
     /// Adds `ranges` to the dirty set. Blocks past the end of the disk are ignored.
     pub fn merge_dirty(&self, ranges: &[Range<u64>]) {
         let mut blocks = self.lock();
-        ranges.iter().for_each(|range| blocks.dirty.insert(range));
+        for range in ranges {
+            blocks.dirty.insert(range);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Blocks> {
@@ -382,11 +350,7 @@ impl Overlay {
     }
 
     fn out_of_range(&self, offset: u64, len: u64) -> OverlayError {
-        OverlayError::OutOfRange {
-            offset,
-            len,
-            size: self.size,
-        }
+        OverlayError::OutOfRange { offset, len, size: self.size }
     }
 
     /// Reads from the overlay file where blocks are present, from the base elsewhere, in as few reads as there are runs.
@@ -407,30 +371,22 @@ impl Overlay {
     }
 
     fn read_file(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        self.file()?
-            .read_exact_at(out, offset)
-            .map_err(|source| io_error("read the overlay", offset, source))
+        self.file()?.read_exact_at(out, offset).map_err(|source| io_error("read the overlay", offset, source))
     }
 
     fn write_file(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.file()?
-            .write_all_at(data, offset)
-            .map_err(|source| io_error("write the overlay", offset, source))
+        self.file()?.write_all_at(data, offset).map_err(|source| io_error("write the overlay", offset, source))
     }
 
     fn read_base(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        let backed = self
-            .base
-            .as_ref()
-            .map_or(0, |base| base.len.saturating_sub(offset))
-            .min(out.len() as u64) as usize;
+        let backed =
+            self.base.as_ref().map_or(0, |base| base.len.saturating_sub(offset)).min(out.len() as u64) as usize;
         let (backed, beyond) = out.split_at_mut(backed);
         beyond.fill(0);
         match &self.base {
-            Some(base) if !backed.is_empty() => base
-                .file
-                .read_exact_at(backed, offset)
-                .map_err(|source| io_error("read the base", offset, source)),
+            Some(base) if !backed.is_empty() => {
+                base.file.read_exact_at(backed, offset).map_err(|source| io_error("read the base", offset, source))
+            }
             _ => Ok(()),
         }
     }
@@ -439,19 +395,11 @@ impl Overlay {
 /// Blocks that `len` bytes at `offset` touch.
 fn blocks_of(offset: u64, len: u64) -> Range<u64> {
     let first = offset / BLOCK_BYTES;
-    if len == 0 {
-        first..first
-    } else {
-        first..(offset + len).div_ceil(BLOCK_BYTES)
-    }
+    if len == 0 { first..first } else { first..(offset + len).div_ceil(BLOCK_BYTES) }
 }
 
 fn io_error(operation: &'static str, offset: u64, source: io::Error) -> OverlayError {
-    OverlayError::Io {
-        operation,
-        offset,
-        source,
-    }
+    OverlayError::Io { operation, offset, source }
 }
 
 #[cfg(test)]

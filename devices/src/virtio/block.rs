@@ -33,6 +33,8 @@ const BUFFER_BYTES: usize = 256 * 1024;
 const ZERO_SECTORS: u32 = 1 << 21;
 /// Segments of one discard or write-zeroes request.
 const ZERO_SEGMENTS: u32 = 16;
+/// A full disk fails every write of the guest; only the first few are worth a line in the log.
+const LOGGED_HOST_ERRORS: u32 = 8;
 const HEADER_BYTES: usize = 16;
 const ZERO_SEGMENT_BYTES: usize = 16;
 /// Length of the answer to VIRTIO_BLK_T_GET_ID, bytes.
@@ -62,6 +64,8 @@ pub struct Block {
     /// Negotiated, while active.
     features: u64,
     buffer: Box<[u8]>,
+    /// Errors of the host's file system that were logged.
+    host_errors: u32,
 }
 
 /// Why a request was answered with an error status.
@@ -81,12 +85,7 @@ enum Refusal {
 impl Block {
     /// A block device on `disk`, read-only if the disk is. `id` is its serial number, zero padded.
     pub fn new(disk: Arc<Overlay>, id: [u8; ID_BYTES]) -> Self {
-        Self {
-            disk,
-            id,
-            features: 0,
-            buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
-        }
+        Self { disk, id, features: 0, buffer: vec![0; BUFFER_BYTES].into_boxed_slice(), host_errors: 0 }
     }
 
     fn sectors(&self) -> u64 {
@@ -94,33 +93,24 @@ impl Block {
     }
 
     /// Serves one request; answers the bytes written to its buffers and those of data moved.
-    fn serve(
-        &mut self,
-        memory: &GuestMemory,
-        chain: &mut Chain,
-    ) -> Result<(u32, u64), DeviceError> {
+    fn serve(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<(u32, u64), DeviceError> {
         let mut header = [0; HEADER_BYTES];
         chain.readable.read(memory, &mut header)?;
-        let status_at = chain
-            .writable
-            .split_last_byte()
-            .ok_or(DeviceError::TooShort {
-                direction: "writable",
-                have: 0,
-                need: 1,
-            })?;
+        let status_at = chain.writable.split_last_byte().ok_or(DeviceError::TooShort {
+            direction: "writable",
+            have: 0,
+            need: 1,
+        })?;
         let writable = chain.writable.remaining();
         let readable = chain.readable.remaining();
-        let [kind, _priority] = [0, 4].map(|at| u32::from_le_bytes(field(&header, at)));
+        let kind = u32::from_le_bytes(field(&header, 0));
         let sector = u64::from_le_bytes(field(&header, 8));
         let result = match kind {
             b::VIRTIO_BLK_T_IN => self.read(memory, sector, &mut chain.writable),
             b::VIRTIO_BLK_T_OUT => self.write(memory, sector, &mut chain.readable),
             b::VIRTIO_BLK_T_FLUSH => self.disk.flush().map_err(Refusal::from),
             b::VIRTIO_BLK_T_GET_ID => self.identify(memory, &mut chain.writable),
-            b::VIRTIO_BLK_T_DISCARD if self.features & DISCARD != 0 => {
-                self.zero(memory, &mut chain.readable, 0)
-            }
+            b::VIRTIO_BLK_T_DISCARD if self.features & DISCARD != 0 => self.zero(memory, &mut chain.readable, 0),
             b::VIRTIO_BLK_T_WRITE_ZEROES if self.features & WRITE_ZEROES != 0 => {
                 self.zero(memory, &mut chain.readable, 1)
             }
@@ -130,44 +120,34 @@ impl Block {
             Ok(()) => b::VIRTIO_BLK_S_OK,
             Err(Refusal::Fault(fault)) => return Err(fault),
             Err(Refusal::Unsupported) => b::VIRTIO_BLK_S_UNSUPP,
+            Err(Refusal::Disk(error @ OverlayError::Io { .. })) if self.host_errors < LOGGED_HOST_ERRORS => {
+                self.host_errors += 1;
+                tracing::warn!(kind, sector, error = &error as &dyn std::error::Error, "block request failed");
+                b::VIRTIO_BLK_S_IOERR
+            }
             Err(refusal @ (Refusal::Invalid(_) | Refusal::Disk(_))) => {
-                tracing::debug!(
-                    kind,
-                    sector,
-                    error = &refusal as &dyn std::error::Error,
-                    "block request failed"
-                );
+                tracing::debug!(kind, sector, error = &refusal as &dyn std::error::Error, "block request failed");
                 b::VIRTIO_BLK_S_IOERR
             }
         };
-        memory
-            .write_obj(status as u8, status_at)
-            .map_err(DeviceError::Memory)?;
-        // The used length must cover the status byte at the end, so the part that was not filled is reported with it
-        // (virtio 1.2 §2.7.8.2 has the driver ignore nothing less).
+        memory.write_obj(status as u8, status_at).map_err(DeviceError::Memory)?;
+        // Up to and including the status byte, which is the last: a driver may rely on no byte beyond the used length.
         Ok((writable as u32 + 1, writable.max(readable)))
     }
 
     /// First byte of a transfer, if it is one that the disk can serve.
-    fn transfer(&self, sector: u64, len: u64) -> Result<u64, Refusal> {
+    fn transfer(sector: u64, len: u64) -> Result<u64, Refusal> {
         if !len.is_multiple_of(SECTOR_BYTES) {
             return Err(Refusal::Invalid("a transfer of no whole number of sectors"));
         }
         if len > REQUEST_BYTES {
             return Err(Refusal::Invalid("a transfer beyond the announced limits"));
         }
-        sector
-            .checked_mul(SECTOR_BYTES)
-            .ok_or(Refusal::Invalid("a sector number that overflows"))
+        sector.checked_mul(SECTOR_BYTES).ok_or(Refusal::Invalid("a sector number that overflows"))
     }
 
-    fn read(
-        &mut self,
-        memory: &GuestMemory,
-        sector: u64,
-        out: &mut Buffers,
-    ) -> Result<(), Refusal> {
-        let mut offset = self.transfer(sector, out.remaining())?;
+    fn read(&mut self, memory: &GuestMemory, sector: u64, out: &mut Buffers) -> Result<(), Refusal> {
+        let mut offset = Self::transfer(sector, out.remaining())?;
         // All or nothing where the end of the disk is concerned.
         check_end(&self.disk, offset, out.remaining())?;
         while out.remaining() > 0 {
@@ -180,13 +160,8 @@ impl Block {
         Ok(())
     }
 
-    fn write(
-        &mut self,
-        memory: &GuestMemory,
-        sector: u64,
-        data: &mut Buffers,
-    ) -> Result<(), Refusal> {
-        let mut offset = self.transfer(sector, data.remaining())?;
+    fn write(&mut self, memory: &GuestMemory, sector: u64, data: &mut Buffers) -> Result<(), Refusal> {
+        let mut offset = Self::transfer(sector, data.remaining())?;
         check_end(&self.disk, offset, data.remaining())?;
         if self.disk.is_read_only() {
             return Err(OverlayError::ReadOnly.into());
@@ -207,12 +182,7 @@ impl Block {
     }
 
     /// Discard and write-zeroes: both make their sectors read as zero, which is one of the outcomes that a discard may have.
-    fn zero(
-        &self,
-        memory: &GuestMemory,
-        segments: &mut Buffers,
-        allowed_flags: u32,
-    ) -> Result<(), Refusal> {
+    fn zero(&self, memory: &GuestMemory, segments: &mut Buffers, allowed_flags: u32) -> Result<(), Refusal> {
         if self.disk.is_read_only() {
             return Err(OverlayError::ReadOnly.into());
         }
@@ -235,9 +205,7 @@ impl Block {
             if count > ZERO_SECTORS {
                 return Err(Refusal::Invalid("a discard beyond the announced limits"));
             }
-            let offset = sector
-                .checked_mul(SECTOR_BYTES)
-                .ok_or(Refusal::Invalid("a sector number that overflows"))?;
+            let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Refusal::Invalid("a sector number that overflows"))?;
             self.disk.zero_at(offset, u64::from(count) * SECTOR_BYTES)?;
         }
         Ok(())
@@ -247,11 +215,7 @@ impl Block {
 fn check_end(disk: &Overlay, offset: u64, len: u64) -> Result<(), OverlayError> {
     match offset.checked_add(len) {
         Some(end) if end <= disk.size() => Ok(()),
-        _ => Err(OverlayError::OutOfRange {
-            offset,
-            len,
-            size: disk.size(),
-        }),
+        _ => Err(OverlayError::OutOfRange { offset, len, size: disk.size() }),
     }
 }
 
@@ -275,11 +239,7 @@ impl VirtioDevice for Block {
         ]
         .iter()
         .fold(0, |features, bit| features | 1 << bit);
-        if self.disk.is_read_only() {
-            common | 1 << b::VIRTIO_BLK_F_RO
-        } else {
-            common | DISCARD | WRITE_ZEROES
-        }
+        if self.disk.is_read_only() { common | 1 << b::VIRTIO_BLK_F_RO } else { common | DISCARD | WRITE_ZEROES }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -298,13 +258,12 @@ impl VirtioDevice for Block {
         config.extend((block_sectors as u16).to_le_bytes()); // minimum I/O size, logical blocks
         config.extend(0u32.to_le_bytes()); // optimal I/O size: no preference
         config.extend([0; 4]); // write-back mode, unused, number of queues: not offered
-        for _ in [DISCARD, WRITE_ZEROES] {
-            config.extend(ZERO_SECTORS.to_le_bytes());
-            config.extend(ZERO_SEGMENTS.to_le_bytes());
-            config.extend(block_sectors.to_le_bytes()); // discard alignment; no such field after write-zeroes
-        }
-        config.truncate(56);
-        config.extend([1, 0, 0, 0]); // write-zeroes may unmap, padding
+        config.extend(ZERO_SECTORS.to_le_bytes()); // discard
+        config.extend(ZERO_SEGMENTS.to_le_bytes());
+        config.extend(block_sectors.to_le_bytes()); // alignment of discards
+        config.extend(ZERO_SECTORS.to_le_bytes()); // write zeroes
+        config.extend(ZERO_SEGMENTS.to_le_bytes());
+        config.extend([1, 0, 0, 0]); // write zeroes may unmap; padding
         config
     }
 
@@ -332,10 +291,7 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Block(BlockState {
-            sectors: self.sectors(),
-            read_only: self.disk.is_read_only(),
-        })
+        DeviceState::Block(BlockState { sectors: self.sectors(), read_only: self.disk.is_read_only() })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {

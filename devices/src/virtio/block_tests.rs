@@ -12,9 +12,7 @@ const ALL: u64 = !0;
 
 fn base() -> File {
     let mut file = tempfile::tempfile().unwrap();
-    let content: Vec<u8> = (0..SECTORS * 512)
-        .map(|i| (i / 512 + i) as u8 | 1)
-        .collect();
+    let content: Vec<u8> = (0..SECTORS * 512).map(|i| (i / 512 + i) as u8 | 1).collect();
     file.write_all(&content).unwrap();
     file
 }
@@ -85,34 +83,20 @@ fn reads_and_writes_move_data_and_mark_pages() {
     let disk = disk();
     let mut driver = driver(&disk);
     driver.clear_dirty();
-    let (status, len) = request(
-        &mut driver,
-        b::VIRTIO_BLK_T_IN,
-        5,
-        &[writable(DATA, 1024), writable(DATA + 0x3000, 3 * 512)],
-    );
+    let (status, len) =
+        request(&mut driver, b::VIRTIO_BLK_T_IN, 5, &[writable(DATA, 1024), writable(DATA + 0x3000, 3 * 512)]);
     assert_eq!((status, len), (0, 5 * 512 + 1));
     let mut read = driver.get(DATA, 1024);
     read.extend(driver.get(DATA + 0x3000, 3 * 512));
     assert_eq!(read, content(&disk, 5 * 512, 5 * 512));
-    for address in [
-        DATA,
-        DATA + 0x3000,
-        STATUS,
-        Driver::ring_addresses(0, 64)[2],
-    ] {
+    for address in [DATA, DATA + 0x3000, STATUS, Driver::ring_addresses(0, 64)[2]] {
         assert!(driver.is_dirty(address), "{address:#x}");
     }
     assert!(!driver.is_dirty(DATA + 0x1000));
 
     driver.put(DATA, &[0x42; 1024]);
     driver.clear_dirty();
-    let (status, len) = request(
-        &mut driver,
-        b::VIRTIO_BLK_T_OUT,
-        9,
-        &[readable(DATA, 100), readable(DATA + 100, 924)],
-    );
+    let (status, len) = request(&mut driver, b::VIRTIO_BLK_T_OUT, 9, &[readable(DATA, 100), readable(DATA + 100, 924)]);
     assert_eq!((status, len), (0, 1));
     assert_eq!(content(&disk, 9 * 512, 1024), [0x42; 1024]);
     assert_eq!(disk.dirty(), vec![1..2]);
@@ -125,34 +109,14 @@ fn reads_and_writes_move_data_and_mark_pages() {
 fn large_requests_cross_every_buffer_boundary() {
     let disk = disk();
     let mut driver = driver(&disk);
-    let pattern: Vec<u8> = (0..1_500_000u32 / 512 * 512)
-        .map(|i| (i * 7 / 3) as u8)
-        .collect();
+    let pattern: Vec<u8> = (0..1_500_000u32 / 512 * 512).map(|i| (i * 7 / 3) as u8).collect();
     // Over the boundary of the two memory regions.
     let at = (4 << 20) - 700_000;
     driver.put(at, &pattern);
-    assert_eq!(
-        request(
-            &mut driver,
-            b::VIRTIO_BLK_T_OUT,
-            3,
-            &[readable(at, pattern.len() as u32)]
-        )
-        .0,
-        0
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_OUT, 3, &[readable(at, pattern.len() as u32)]).0, 0);
     assert!(content(&disk, 3 * 512, pattern.len()) == pattern);
     driver.put(at, &vec![0; pattern.len()]);
-    assert_eq!(
-        request(
-            &mut driver,
-            b::VIRTIO_BLK_T_IN,
-            3,
-            &[writable(at, pattern.len() as u32)]
-        )
-        .0,
-        0
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_IN, 3, &[writable(at, pattern.len() as u32)]).0, 0);
     assert!(driver.get(at, pattern.len()) == pattern);
 }
 
@@ -161,15 +125,7 @@ fn flush_identify_discard_and_write_zeroes() {
     let disk = disk();
     let mut driver = driver(&disk);
     assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_FLUSH, 0, &[]), (0, 1));
-    assert_eq!(
-        request(
-            &mut driver,
-            b::VIRTIO_BLK_T_GET_ID,
-            0,
-            &[writable(DATA, 20)]
-        ),
-        (0, 21)
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_GET_ID, 0, &[writable(DATA, 20)]), (0, 21));
     assert_eq!(driver.get(DATA, 20), id());
 
     let segment = |sector: u64, count: u32, flags: u32| {
@@ -179,70 +135,24 @@ fn flush_identify_discard_and_write_zeroes() {
         bytes
     };
     driver.put(DATA, &[segment(8, 16, 0), segment(100, 3, 0)].concat());
-    assert_eq!(
-        request(
-            &mut driver,
-            b::VIRTIO_BLK_T_DISCARD,
-            0,
-            &[readable(DATA, 32)]
-        )
-        .0,
-        0
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_DISCARD, 0, &[readable(DATA, 32)]).0, 0);
     assert_eq!(content(&disk, 8 * 512, 16 * 512), [0; 16 * 512]);
     assert_eq!(content(&disk, 100 * 512, 3 * 512), [0; 3 * 512]);
     assert_ne!(content(&disk, 103 * 512, 1), [0]);
     assert_eq!(disk.dirty(), vec![1..3, 12..13]);
     driver.put(DATA, &segment(200, 9, 1));
-    assert_eq!(
-        request(
-            &mut driver,
-            b::VIRTIO_BLK_T_WRITE_ZEROES,
-            0,
-            &[readable(DATA, 16)]
-        )
-        .0,
-        0
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_WRITE_ZEROES, 0, &[readable(DATA, 16)]).0, 0);
     assert_eq!(content(&disk, 200 * 512, 9 * 512), [0; 9 * 512]);
 
     let before = disk.dirty();
     for (kind, bytes, expected) in [
-        (
-            b::VIRTIO_BLK_T_DISCARD,
-            segment(SECTORS, 1, 0),
-            b::VIRTIO_BLK_S_IOERR,
-        ),
-        (
-            b::VIRTIO_BLK_T_DISCARD,
-            segment(u64::MAX, 1, 0),
-            b::VIRTIO_BLK_S_IOERR,
-        ),
-        (
-            b::VIRTIO_BLK_T_DISCARD,
-            segment(0, u32::MAX, 0),
-            b::VIRTIO_BLK_S_IOERR,
-        ),
-        (
-            b::VIRTIO_BLK_T_DISCARD,
-            segment(0, 1, 1),
-            b::VIRTIO_BLK_S_UNSUPP,
-        ),
-        (
-            b::VIRTIO_BLK_T_WRITE_ZEROES,
-            segment(0, 1, 2),
-            b::VIRTIO_BLK_S_UNSUPP,
-        ),
-        (
-            b::VIRTIO_BLK_T_WRITE_ZEROES,
-            vec![0; 15],
-            b::VIRTIO_BLK_S_IOERR,
-        ),
-        (
-            b::VIRTIO_BLK_T_WRITE_ZEROES,
-            vec![0; 17 * 16],
-            b::VIRTIO_BLK_S_IOERR,
-        ),
+        (b::VIRTIO_BLK_T_DISCARD, segment(SECTORS, 1, 0), b::VIRTIO_BLK_S_IOERR),
+        (b::VIRTIO_BLK_T_DISCARD, segment(u64::MAX, 1, 0), b::VIRTIO_BLK_S_IOERR),
+        (b::VIRTIO_BLK_T_DISCARD, segment(0, u32::MAX, 0), b::VIRTIO_BLK_S_IOERR),
+        (b::VIRTIO_BLK_T_DISCARD, segment(0, 1, 1), b::VIRTIO_BLK_S_UNSUPP),
+        (b::VIRTIO_BLK_T_WRITE_ZEROES, segment(0, 1, 2), b::VIRTIO_BLK_S_UNSUPP),
+        (b::VIRTIO_BLK_T_WRITE_ZEROES, vec![0; 15], b::VIRTIO_BLK_S_IOERR),
+        (b::VIRTIO_BLK_T_WRITE_ZEROES, vec![0; 17 * 16], b::VIRTIO_BLK_S_IOERR),
         (b::VIRTIO_BLK_T_WRITE_ZEROES, vec![], b::VIRTIO_BLK_S_IOERR),
     ] {
         driver.put(DATA, &bytes);
@@ -268,28 +178,15 @@ fn requests_that_the_disk_cannot_serve_get_an_error_status_and_the_device_lives(
         (b::VIRTIO_BLK_T_OUT, 1 << 55, readable(DATA, 512)),
         (b::VIRTIO_BLK_T_OUT, 0, readable(DATA, 511)),
     ] {
-        assert_eq!(
-            request(&mut driver, kind, sector, &[data]).0,
-            ioerr,
-            "{kind} {sector}"
-        );
+        assert_eq!(request(&mut driver, kind, sector, &[data]).0, ioerr, "{kind} {sector}");
     }
-    assert!(
-        disk.dirty().is_empty(),
-        "not even the part that fits was written"
-    );
+    assert!(disk.dirty().is_empty(), "not even the part that fits was written");
     for kind in [2, 3, 7, 99, u32::MAX] {
-        assert_eq!(
-            request(&mut driver, kind, 0, &[]).0,
-            b::VIRTIO_BLK_S_UNSUPP as u8
-        );
+        assert_eq!(request(&mut driver, kind, 0, &[]).0, b::VIRTIO_BLK_S_UNSUPP as u8);
     }
     // No data at all is a transfer of zero sectors.
     assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[]), (0, 1));
-    assert_eq!(
-        request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]),
-        (0, 513)
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]), (0, 513));
     assert!(!driver.needs_reset());
 }
 
@@ -302,11 +199,7 @@ fn a_request_without_header_or_status_breaks_the_device() {
         vec![writable(STATUS, 1)],
         vec![readable(HEADER, 16), writable(STATUS, 0)],
         vec![readable(HEADER, 0)],
-        vec![
-            writable(HEADER, 16),
-            writable(DATA, 512),
-            writable(STATUS, 1),
-        ],
+        vec![writable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)],
     ] {
         let mut driver = driver(&disk);
         driver.put(HEADER, &[0; 16]);
@@ -324,25 +217,10 @@ fn a_read_only_disk_says_so_and_refuses_writes() {
     let mut driver = driver(&disk);
     assert_ne!(driver.offered() & 1 << b::VIRTIO_BLK_F_RO, 0);
     assert_eq!(driver.offered() & (DISCARD | WRITE_ZEROES), 0);
-    assert_eq!(
-        request(&mut driver, b::VIRTIO_BLK_T_OUT, 0, &[readable(DATA, 512)]).0,
-        b::VIRTIO_BLK_S_IOERR as u8
-    );
-    assert_eq!(
-        request(
-            &mut driver,
-            b::VIRTIO_BLK_T_DISCARD,
-            0,
-            &[readable(DATA, 16)]
-        )
-        .0,
-        b::VIRTIO_BLK_S_UNSUPP as u8
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_OUT, 0, &[readable(DATA, 512)]).0, b::VIRTIO_BLK_S_IOERR as u8);
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_DISCARD, 0, &[readable(DATA, 16)]).0, b::VIRTIO_BLK_S_UNSUPP as u8);
     assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_FLUSH, 0, &[]).0, 0);
-    assert_eq!(
-        request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]).0,
-        0
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]).0, 0);
 }
 
 #[test]
@@ -351,10 +229,7 @@ fn discard_needs_its_feature() {
     driver.start(64, !(DISCARD | WRITE_ZEROES));
     driver.put(DATA, &[0; 16]);
     for kind in [b::VIRTIO_BLK_T_DISCARD, b::VIRTIO_BLK_T_WRITE_ZEROES] {
-        assert_eq!(
-            request(&mut driver, kind, 0, &[readable(DATA, 16)]).0,
-            b::VIRTIO_BLK_S_UNSUPP as u8
-        );
+        assert_eq!(request(&mut driver, kind, 0, &[readable(DATA, 16)]).0, b::VIRTIO_BLK_S_UNSUPP as u8);
     }
 }
 
@@ -366,14 +241,7 @@ fn one_turn_moves_a_bounded_amount() {
     header.extend([0; 12]);
     driver.put(HEADER, &header);
     for _ in 0..20 {
-        driver.add(
-            0,
-            &[
-                readable(HEADER, 16),
-                writable(DATA, 1 << 20),
-                writable(STATUS, 1),
-            ],
-        );
+        driver.add(0, &[readable(HEADER, 16), writable(DATA, 1 << 20), writable(STATUS, 1)]);
     }
     driver.notify(0);
     driver.turn(0);
@@ -386,28 +254,16 @@ fn one_turn_moves_a_bounded_amount() {
 fn the_state_round_trips_and_another_disk_is_refused() {
     let disk = disk();
     let mut driver = driver(&disk);
-    assert_eq!(
-        request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]).0,
-        0
-    );
+    assert_eq!(request(&mut driver, b::VIRTIO_BLK_T_IN, 0, &[writable(DATA, 512)]).0, 0);
     let mut next = driver.migrate(Block::new(Arc::clone(&disk), id()));
     assert_eq!(next.device().save(), driver.device().save());
     driver.put(DATA, &[7; 512]);
-    assert_eq!(
-        request(&mut next, b::VIRTIO_BLK_T_OUT, 1, &[readable(DATA, 512)]).0,
-        0
-    );
+    assert_eq!(request(&mut next, b::VIRTIO_BLK_T_OUT, 1, &[readable(DATA, 512)]).0, 0);
     assert_eq!(content(&disk, 512, 512), [7; 512]);
 
     let state = driver.device().save().device;
     let smaller = Arc::new(Overlay::new(None, tempfile::tempfile().unwrap(), 512).unwrap());
-    assert!(matches!(
-        Block::new(smaller, id()).restore(&state),
-        Err(RestoreError::Mismatch { .. })
-    ));
+    assert!(matches!(Block::new(smaller, id()).restore(&state), Err(RestoreError::Mismatch { .. })));
     let fixed = Arc::new(Overlay::read_only(base(), SECTORS * 512).unwrap());
-    assert!(matches!(
-        Block::new(fixed, id()).restore(&state),
-        Err(RestoreError::Mismatch { .. })
-    ));
+    assert!(matches!(Block::new(fixed, id()).restore(&state), Err(RestoreError::Mismatch { .. })));
 }

@@ -37,19 +37,11 @@ struct Table {
 impl Table {
     fn read(self, memory: &GuestMemory, index: u16) -> Result<Descriptor, DeviceError> {
         if index >= self.size {
-            return Err(DeviceError::DescriptorIndex {
-                index,
-                size: self.size,
-            });
+            return Err(DeviceError::DescriptorIndex { index, size: self.size });
         }
-        let outside = DeviceError::BufferRange {
-            address: self.address.0,
-            len: u64::from(self.size) * DESCRIPTOR_BYTES,
-        };
-        let Some(address) = self
-            .address
-            .checked_add(u64::from(index) * DESCRIPTOR_BYTES)
-        else {
+        let outside =
+            DeviceError::BufferRange { address: self.address.0, len: u64::from(self.size) * DESCRIPTOR_BYTES };
+        let Some(address) = self.address.checked_add(u64::from(index) * DESCRIPTOR_BYTES) else {
             return Err(outside);
         };
         memory.read_obj(address).map_err(|_| outside)
@@ -65,15 +57,8 @@ impl Chain {
         head: u16,
         indirect_negotiated: bool,
     ) -> Result<Self, DeviceError> {
-        let mut chain = Self {
-            head,
-            readable: Buffers::default(),
-            writable: Buffers::default(),
-        };
-        let mut table = Table {
-            address: table,
-            size: queue_size,
-        };
+        let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
+        let mut table = Table { address: table, size: queue_size };
         let mut inside_indirect = false;
         let mut index = head;
         let mut budget = queue_size;
@@ -94,9 +79,7 @@ impl Chain {
                 index = 0;
                 continue;
             }
-            budget = budget
-                .checked_sub(1)
-                .ok_or(DeviceError::ChainTooLong(queue_size))?;
+            budget = budget.checked_sub(1).ok_or(DeviceError::ChainTooLong(queue_size))?;
             chain.push(memory, &descriptor)?;
             if !descriptor.has_next() {
                 return Ok(chain);
@@ -117,10 +100,7 @@ impl Chain {
         let (address, len) = (descriptor.addr(), descriptor.len());
         // Zero bytes anywhere are harmless, but they still end the readable part.
         if len != 0 && !GuestMemoryBackend::check_range(memory, address, len as usize) {
-            return Err(DeviceError::BufferRange {
-                address: address.0,
-                len: u64::from(len),
-            });
+            return Err(DeviceError::BufferRange { address: address.0, len: u64::from(len) });
         }
         buffers.remaining += u64::from(len);
         buffers.segments.push_back(Segment { address, len });
@@ -135,16 +115,11 @@ impl Chain {
 fn indirect_table(descriptor: &Descriptor, queue_size: u16) -> Result<Table, DeviceError> {
     let len = u64::from(descriptor.len());
     if len == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES) {
-        return Err(DeviceError::Indirect(
-            "its length is no table of descriptors",
-        ));
+        return Err(DeviceError::Indirect("its length is no table of descriptors"));
     }
     // virtio 1.2 §2.7.5.3.1: no chain is longer than the queue, indirect or not.
     match u16::try_from(len / DESCRIPTOR_BYTES) {
-        Ok(size) if size <= queue_size => Ok(Table {
-            address: descriptor.addr(),
-            size,
-        }),
+        Ok(size) if size <= queue_size => Ok(Table { address: descriptor.addr(), size }),
         _ => Err(DeviceError::ChainTooLong(queue_size)),
     }
 }
@@ -174,9 +149,7 @@ impl Buffers {
         let mut done = 0;
         while done < out.len() {
             let (address, len) = self.take(out.len() - done);
-            memory
-                .read_slice(&mut out[done..done + len], address)
-                .map_err(DeviceError::Memory)?;
+            memory.read_slice(&mut out[done..done + len], address).map_err(DeviceError::Memory)?;
             done += len;
         }
         Ok(())
@@ -188,9 +161,7 @@ impl Buffers {
         let mut done = 0;
         while done < data.len() {
             let (address, len) = self.take(data.len() - done);
-            memory
-                .write_slice(&data[done..done + len], address)
-                .map_err(DeviceError::Memory)?;
+            memory.write_slice(&data[done..done + len], address).map_err(DeviceError::Memory)?;
             done += len;
         }
         Ok(())
@@ -213,11 +184,7 @@ impl Buffers {
 
     fn require(&self, direction: &'static str, need: usize) -> Result<(), DeviceError> {
         if self.remaining < need as u64 {
-            return Err(DeviceError::TooShort {
-                direction,
-                have: self.remaining,
-                need: need as u64,
-            });
+            return Err(DeviceError::TooShort { direction, have: self.remaining, need: need as u64 });
         }
         Ok(())
     }
@@ -237,5 +204,68 @@ impl Buffers {
             return (address, len);
         }
         (GuestAddress(0), 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+
+    /// A chain of the given buffers in a table at 0.
+    fn walk(memory: &GuestMemory, buffers: &[(u64, u32, u16)]) -> Result<Chain, DeviceError> {
+        for (index, &(address, len, flags)) in (0u16..).zip(buffers) {
+            let last = usize::from(index) + 1 == buffers.len();
+            let descriptor = Descriptor::new(address, len, if last { flags } else { flags | NEXT }, index + 1);
+            memory.write_obj(descriptor, GuestAddress(u64::from(index) * DESCRIPTOR_BYTES)).unwrap();
+        }
+        Chain::walk(memory, GuestAddress(0), 1024, 0, false)
+    }
+
+    fn memory() -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_0000), 0x80_0000)]).unwrap()
+    }
+
+    #[test]
+    fn cursors_cross_buffers_regions_and_empty_buffers() {
+        let memory = memory();
+        let data: Vec<u8> = (0..100).collect();
+        memory.write_slice(&data[..60], GuestAddress(0x1_0000 - 30)).unwrap();
+        memory.write_slice(&data[60..], GuestAddress(0x2_0000)).unwrap();
+        let mut chain = walk(
+            &memory,
+            &[
+                (0x1_0000 - 30, 60, 0),
+                (u64::MAX, 0, 0),
+                (0x2_0000, 40, 0),
+                (0x3_0000, 10, WRITE),
+                (7, 0, WRITE),
+                (0x4_0000, 10, WRITE),
+            ],
+        )
+        .unwrap();
+        assert_eq!((chain.readable.remaining(), chain.writable.remaining()), (100, 20));
+        let (mut first, mut rest) = ([0; 7], [0; 93]);
+        chain.readable.read(&memory, &mut first).unwrap();
+        chain.readable.read(&memory, &mut rest).unwrap();
+        assert_eq!([first.as_slice(), &rest].concat(), data);
+        assert!(matches!(chain.readable.read(&memory, &mut [0]), Err(DeviceError::TooShort { .. })));
+
+        assert_eq!(chain.writable.split_last_byte(), Some(GuestAddress(0x4_0009)));
+        chain.writable.write(&memory, &data[..19]).unwrap();
+        assert!(chain.writable.write(&memory, &[0]).is_err());
+        let mut written = [0; 10];
+        memory.read_slice(&mut written, GuestAddress(0x4_0000)).unwrap();
+        assert_eq!(written, [10, 11, 12, 13, 14, 15, 16, 17, 18, 0]);
+    }
+
+    #[test]
+    fn four_gibibytes_are_too_much_for_one_chain() {
+        let memory = memory();
+        let buffer = (0x1_0000, 0x80_0000, WRITE);
+        assert_eq!(walk(&memory, &[buffer; 511]).unwrap().writable.remaining(), 511 * 0x80_0000);
+        assert!(matches!(walk(&memory, &[buffer; 512]), Err(DeviceError::ChainTooLarge)));
     }
 }

@@ -37,19 +37,11 @@ pub(crate) struct Buffer {
 }
 
 pub(crate) fn readable(address: u64, len: u32) -> Buffer {
-    Buffer {
-        address,
-        len,
-        writable: false,
-    }
+    Buffer { address, len, writable: false }
 }
 
 pub(crate) fn writable(address: u64, len: u32) -> Buffer {
-    Buffer {
-        address,
-        len,
-        writable: true,
-    }
+    Buffer { address, len, writable: true }
 }
 
 #[derive(Clone, Default)]
@@ -77,19 +69,12 @@ impl Driver {
     /// A device that has not been touched, on memory that may have a past.
     pub(crate) fn on(model: impl VirtioDevice + 'static, memory: GuestMemory) -> Self {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let device =
-            MmioDevice::new(Box::new(model), memory.clone(), irq.try_clone().unwrap()).unwrap();
+        let device = MmioDevice::new(Box::new(model), memory.clone(), irq.try_clone().unwrap()).unwrap();
         let queues = device.queue_events().len();
         let device = Arc::new(Mutex::new(device));
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(Arc::clone(&device));
-        Self {
-            memory,
-            irq,
-            device,
-            events,
-            rings: vec![Rings::default(); queues],
-        }
+        Self { memory, irq, device, events, rings: vec![Rings::default(); queues] }
     }
 
     /// A driver that goes on where `self` was, with a restored device on the same guest memory.
@@ -140,10 +125,7 @@ impl Driver {
         self.write(reg::VIRTIO_MMIO_STATUS, 3);
         for half in [0, 1] {
             self.write(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
-            self.write(
-                reg::VIRTIO_MMIO_DRIVER_FEATURES,
-                (features >> (32 * half)) as u32,
-            );
+            self.write(reg::VIRTIO_MMIO_DRIVER_FEATURES, (features >> (32 * half)) as u32);
         }
         self.write(reg::VIRTIO_MMIO_STATUS, 11);
         self.status() == 11
@@ -165,18 +147,9 @@ impl Driver {
         self.write(reg::VIRTIO_MMIO_QUEUE_SEL, queue as u32);
         self.write(reg::VIRTIO_MMIO_QUEUE_NUM, size);
         let registers = [
-            (
-                reg::VIRTIO_MMIO_QUEUE_DESC_LOW,
-                reg::VIRTIO_MMIO_QUEUE_DESC_HIGH,
-            ),
-            (
-                reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW,
-                reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
-            ),
-            (
-                reg::VIRTIO_MMIO_QUEUE_USED_LOW,
-                reg::VIRTIO_MMIO_QUEUE_USED_HIGH,
-            ),
+            (reg::VIRTIO_MMIO_QUEUE_DESC_LOW, reg::VIRTIO_MMIO_QUEUE_DESC_HIGH),
+            (reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW, reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH),
+            (reg::VIRTIO_MMIO_QUEUE_USED_LOW, reg::VIRTIO_MMIO_QUEUE_USED_HIGH),
         ];
         for ((low, high), address) in registers.into_iter().zip(addresses) {
             self.write(low, address as u32);
@@ -188,14 +161,8 @@ impl Driver {
     pub(crate) fn set_up_queue(&mut self, queue: usize, size: u16) {
         let addresses = Self::ring_addresses(queue, size);
         let bytes = 22 * usize::from(size) + 6 + 2 * usize::from(size) + 64;
-        self.memory
-            .write_slice(&vec![0; bytes], GuestAddress(addresses[0]))
-            .unwrap();
-        self.rings[queue] = Rings {
-            size,
-            free: (0..size).rev().collect(),
-            ..Rings::default()
-        };
+        self.memory.write_slice(&vec![0; bytes], GuestAddress(addresses[0])).unwrap();
+        self.rings[queue] = Rings { size, free: (0..size).rev().collect(), ..Rings::default() };
         self.configure_queue(queue, size.into(), addresses);
     }
 
@@ -210,35 +177,17 @@ impl Driver {
         assert_eq!(self.status(), 15);
     }
 
-    pub(crate) fn write_descriptor(
-        &self,
-        queue: usize,
-        index: u16,
-        address: u64,
-        len: u32,
-        flags: u16,
-        next: u16,
-    ) {
+    pub(crate) fn write_descriptor(&self, queue: usize, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         self.write_descriptor_at(Self::ring_base(queue), index, address, len, flags, next);
     }
 
-    pub(crate) fn write_descriptor_at(
-        &self,
-        table: u64,
-        index: u16,
-        address: u64,
-        len: u32,
-        flags: u16,
-        next: u16,
-    ) {
+    pub(crate) fn write_descriptor_at(&self, table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&address.to_le_bytes());
         bytes[8..12].copy_from_slice(&len.to_le_bytes());
         bytes[12..14].copy_from_slice(&flags.to_le_bytes());
         bytes[14..].copy_from_slice(&next.to_le_bytes());
-        self.memory
-            .write_slice(&bytes, GuestAddress(table + 16 * u64::from(index)))
-            .unwrap();
+        self.memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).unwrap();
     }
 
     fn available_ring(&self, queue: usize) -> u64 {
@@ -246,15 +195,11 @@ impl Driver {
     }
 
     pub(crate) fn set_available_index(&self, queue: usize, index: u16) {
-        self.memory
-            .write_obj(index, GuestAddress(self.available_ring(queue) + 2))
-            .unwrap();
+        self.memory.write_obj(index, GuestAddress(self.available_ring(queue) + 2)).unwrap();
     }
 
     pub(crate) fn set_no_interrupt(&self, queue: usize, on: bool) {
-        self.memory
-            .write_obj(u16::from(on), GuestAddress(self.available_ring(queue)))
-            .unwrap();
+        self.memory.write_obj(u16::from(on), GuestAddress(self.available_ring(queue))).unwrap();
     }
 
     /// Makes descriptor `head` available.
@@ -262,9 +207,7 @@ impl Driver {
         let ring = self.available_ring(queue);
         let rings = &mut self.rings[queue];
         let slot = u64::from(rings.available % rings.size);
-        self.memory
-            .write_obj(head, GuestAddress(ring + 4 + 2 * slot))
-            .unwrap();
+        self.memory.write_obj(head, GuestAddress(ring + 4 + 2 * slot)).unwrap();
         rings.available = rings.available.wrapping_add(1);
         let available = rings.available;
         self.set_available_index(queue, available);
@@ -279,16 +222,8 @@ impl Driver {
         let indexes = rings.free.split_off(rings.free.len() - buffers.len());
         for (at, buffer) in buffers.iter().enumerate() {
             let next = indexes.get(at + 1).copied();
-            let flags =
-                if buffer.writable { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 };
-            self.write_descriptor(
-                queue,
-                indexes[at],
-                buffer.address,
-                buffer.len,
-                flags,
-                next.unwrap_or(0),
-            );
+            let flags = if buffer.writable { WRITE } else { 0 } | if next.is_some() { NEXT } else { 0 };
+            self.write_descriptor(queue, indexes[at], buffer.address, buffer.len, flags, next.unwrap_or(0));
         }
         let head = indexes[0];
         self.rings[queue].chains.insert(head, indexes);
@@ -332,9 +267,7 @@ impl Driver {
         let len: u32 = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
         rings.used = rings.used.wrapping_add(1);
         let head = head as u16;
-        rings
-            .free
-            .extend(rings.chains.remove(&head).unwrap_or_default());
+        rings.free.extend(rings.chains.remove(&head).unwrap_or_default());
         Some((head, len))
     }
 
@@ -355,22 +288,16 @@ impl Driver {
     }
 
     pub(crate) fn clear_dirty(&self) {
-        self.memory
-            .iter()
-            .for_each(|region| (**region).bitmap().reset());
+        self.memory.iter().for_each(|region| (**region).bitmap().reset());
     }
 
     pub(crate) fn put(&self, address: u64, data: &[u8]) {
-        self.memory
-            .write_slice(data, GuestAddress(address))
-            .unwrap();
+        self.memory.write_slice(data, GuestAddress(address)).unwrap();
     }
 
     pub(crate) fn get(&self, address: u64, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
-        self.memory
-            .read_slice(&mut data, GuestAddress(address))
-            .unwrap();
+        self.memory.read_slice(&mut data, GuestAddress(address)).unwrap();
         data
     }
 }

@@ -4,13 +4,12 @@
 //! [`write`](MmioDevice::write); the I/O thread runs it as an event subscriber (`Arc<Mutex<MmioDevice>>` is one). A notification only
 //! signals the queue's event, also when it comes as an MMIO exit instead of through an ioeventfd, so device work never runs on a vCPU.
 //!
-//! [`Interrupt`] is shared: the VMM may serve the two interrupt registers, which a guest's handler uses on each interrupt, without
+//! The [`Interrupt`] is shared: the VMM may serve the two interrupt registers, which a guest's handler uses on each interrupt, without
 //! the device's lock, and so without waiting for block I/O.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
@@ -19,6 +18,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_mmio as reg;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::interrupt::{CONFIG_CHANGE, Interrupt, USED_BUFFER};
 use super::queue::{QueueState, VirtQueue};
 use super::status::{self, StatusChange};
 use super::{DeviceError, DeviceIo, DeviceState, RestoreError, VirtioDevice};
@@ -39,46 +39,10 @@ const VENDOR: u32 = u32::from_le_bytes(*b"STAS");
 const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
 const TRANSPORT_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | INDIRECT;
 const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
-const USED_BUFFER: u32 = reg::VIRTIO_MMIO_INT_VRING;
-const CONFIG_CHANGE: u32 = reg::VIRTIO_MMIO_INT_CONFIG;
 /// Event data of the device's host events; queue events carry the queue's index.
 const HOST_EVENTS: u32 = u32::MAX;
 /// A guest can break and reset a device for ever; only the first few faults are worth a line in the log.
 const LOGGED_FAULTS: u64 = 8;
-
-/// The interrupt of one device: its status register and its irqfd.
-#[derive(Debug)]
-pub struct Interrupt {
-    status: AtomicU32,
-    irq: EventFd,
-}
-
-impl Interrupt {
-    fn new(irq: EventFd) -> Self {
-        Self {
-            status: AtomicU32::new(0),
-            irq,
-        }
-    }
-
-    /// The InterruptStatus register.
-    pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
-    }
-
-    /// A write of `bits` to the InterruptACK register.
-    pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
-    }
-
-    /// The status bit first: a handler that runs between the two must see it, and one that runs after finds the used ring filled.
-    fn raise(&self, bits: u32) {
-        self.status.fetch_or(bits, Ordering::SeqCst);
-        if let Err(error) = self.irq.write(1) {
-            tracing::warn!(%error, "cannot raise a virtio interrupt");
-        }
-    }
-}
 
 /// Saved state of an [`MmioDevice`] with its queues and device model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,19 +93,10 @@ pub struct MmioDevice {
 
 impl MmioDevice {
     /// Puts `device` behind a transport after power-on. `irq` is the irqfd of the device's own, edge-triggered GSI.
-    pub fn new(
-        device: Box<dyn VirtioDevice>,
-        memory: GuestMemory,
-        irq: EventFd,
-    ) -> io::Result<Self> {
-        let queues: Vec<_> = (0u16..)
-            .zip(device.queue_sizes())
-            .map(|(index, &size)| VirtQueue::new(index, size))
-            .collect();
-        let queue_events = queues
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
-            .collect::<io::Result<_>>()?;
+    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory, irq: EventFd) -> io::Result<Self> {
+        let queues: Vec<_> =
+            (0u16..).zip(device.queue_sizes()).map(|(index, &size)| VirtQueue::new(index, size)).collect();
+        let queue_events = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
         Ok(Self {
             device,
             memory,
@@ -189,8 +144,7 @@ impl MmioDevice {
         data.fill(0);
         if let Some(offset) = offset.checked_sub(CONFIG) {
             let config = self.device.config();
-            let from =
-                usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
+            let from = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
             let len = data.len().min(config.len() - from);
             data[..len].copy_from_slice(&config[from..from + len]);
         } else if data.len() == 4
@@ -240,14 +194,9 @@ impl MmioDevice {
         match register {
             reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
             reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            reg::VIRTIO_MMIO_DRIVER_FEATURES if status::may_negotiate(self.status) => match self
-                .driver_features_sel
-            {
+            reg::VIRTIO_MMIO_DRIVER_FEATURES if status::may_negotiate(self.status) => match self.driver_features_sel {
                 0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
-                1 => {
-                    self.driver_features =
-                        self.driver_features & 0xffff_ffff | u64::from(value) << 32
-                }
+                1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(value) << 32,
                 _ => {}
             },
             reg::VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
@@ -267,11 +216,7 @@ impl MmioDevice {
     }
 
     fn write_queue_setup(&mut self, register: u32, value: u32) {
-        let Some(setup) = self
-            .queues
-            .get_mut(self.queue_sel as usize)
-            .and_then(VirtQueue::setup_mut)
-        else {
+        let Some(setup) = self.queues.get_mut(self.queue_sel as usize).and_then(VirtQueue::setup_mut) else {
             return;
         };
         let low = |address: &mut u64| *address = *address & !0xffff_ffff | u64::from(value);
@@ -338,8 +283,7 @@ impl MmioDevice {
     }
 
     fn features_acceptable(&self) -> bool {
-        self.driver_features & !self.offered_features() == 0
-            && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0
+        self.driver_features & !self.offered_features() == 0 && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0
     }
 
     /// The driver broke the protocol: nothing more happens until it resets the device.
@@ -361,10 +305,7 @@ impl MmioDevice {
     }
 
     /// Runs `work` on an active device, then raises the interrupt it owes, if any, and asks for the turns it wants.
-    fn run(
-        &mut self,
-        work: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo<'_>) -> Result<(), DeviceError>,
-    ) {
+    fn run(&mut self, work: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo<'_>) -> Result<(), DeviceError>) {
         if !self.is_active() {
             return;
         }
@@ -381,10 +322,7 @@ impl MmioDevice {
         if let Err(error) = result {
             return self.fault(&error);
         }
-        for (_, event) in (0u32..)
-            .zip(&self.queue_events)
-            .filter(|(index, _)| again & 1 << index != 0)
-        {
+        for (_, event) in (0u32..).zip(&self.queue_events).filter(|(index, _)| again & 1 << index != 0) {
             if let Err(error) = event.write(1) {
                 tracing::debug!(%error, "queue event already pending");
             }
@@ -425,44 +363,19 @@ impl MmioDevice {
     /// touched, so its pages may still be absent; [`kick_all`](Self::kick_all) follows when they can be read.
     pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
         let same = |field, saved: u64, actual: u64| {
-            if saved == actual {
-                Ok(())
-            } else {
-                Err(RestoreError::Mismatch {
-                    field,
-                    saved,
-                    actual,
-                })
-            }
+            if saved == actual { Ok(()) } else { Err(RestoreError::Mismatch { field, saved, actual }) }
         };
-        same(
-            "device type",
-            state.device_type.into(),
-            self.device.device_type().into(),
-        )?;
-        same(
-            "number of queues",
-            state.queues.len() as u64,
-            self.queues.len() as u64,
-        )?;
+        same("device type", state.device_type.into(), self.device.device_type().into())?;
+        same("number of queues", state.queues.len() as u64, self.queues.len() as u64)?;
         if !status::is_reachable(state.status) {
-            return Err(RestoreError::Impossible {
-                field: "device status",
-                value: state.status.into(),
-            });
+            return Err(RestoreError::Impossible { field: "device status", value: state.status.into() });
         }
         if state.interrupt_status & !(USED_BUFFER | CONFIG_CHANGE) != 0 {
-            return Err(RestoreError::Impossible {
-                field: "interrupt status",
-                value: state.interrupt_status.into(),
-            });
+            return Err(RestoreError::Impossible { field: "interrupt status", value: state.interrupt_status.into() });
         }
         self.driver_features = state.driver_features;
         if state.status & status::FEATURES_OK != 0 && !self.features_acceptable() {
-            return Err(RestoreError::Impossible {
-                field: "feature set",
-                value: state.driver_features,
-            });
+            return Err(RestoreError::Impossible { field: "feature set", value: state.driver_features });
         }
         self.device_features_sel = state.device_features_sel;
         self.driver_features_sel = state.driver_features_sel;
@@ -474,13 +387,9 @@ impl MmioDevice {
         }
         self.device.restore(&state.device)?;
         if status::is_active(state.status) {
-            self.device
-                .activate(self.driver_features)
-                .map_err(RestoreError::Device)?;
+            self.device.activate(self.driver_features).map_err(RestoreError::Device)?;
         }
-        self.interrupt
-            .status
-            .store(state.interrupt_status, Ordering::SeqCst);
+        self.interrupt.restore(state.interrupt_status);
         self.status = state.status;
         Ok(())
     }
@@ -488,13 +397,9 @@ impl MmioDevice {
 
 impl MutEventSubscriber for MmioDevice {
     fn init(&mut self, ops: &mut EventOps) {
-        let queues = (0u32..)
-            .zip(&self.queue_events)
-            .map(|(index, event)| Events::with_data(event, index, EventSet::IN));
-        let host = self
-            .device
-            .host_events()
-            .map(|fd| Events::with_data_raw(fd, HOST_EVENTS, EventSet::IN));
+        let queues =
+            (0u32..).zip(&self.queue_events).map(|(index, event)| Events::with_data(event, index, EventSet::IN));
+        let host = self.device.host_events().map(|fd| Events::with_data_raw(fd, HOST_EVENTS, EventSet::IN));
         for events in queues.chain(host) {
             if let Err(error) = ops.add(events) {
                 tracing::error!(%error, fd = events.fd(), "cannot watch a device's event");

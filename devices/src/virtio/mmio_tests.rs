@@ -1,6 +1,4 @@
-use super::super::driver::{
-    ARENA, Driver, F_INDIRECT, F_VERSION_1, MEMORY_BYTES, memory, readable, writable,
-};
+use super::super::driver::{ARENA, Driver, F_INDIRECT, F_VERSION_1, MEMORY_BYTES, memory, readable, writable};
 use super::super::rng::{Rng, RngState};
 use super::super::vsock::VsockState;
 use super::*;
@@ -12,12 +10,7 @@ fn driver() -> Driver {
 }
 
 fn fresh() -> MmioDevice {
-    MmioDevice::new(
-        Box::new(Rng::new()),
-        memory(),
-        EventFd::new(EFD_NONBLOCK).unwrap(),
-    )
-    .unwrap()
+    MmioDevice::new(Box::new(Rng::new()), memory(), EventFd::new(EFD_NONBLOCK).unwrap()).unwrap()
 }
 
 #[test]
@@ -29,11 +22,7 @@ fn the_identity_registers_are_those_of_a_modern_device() {
     assert_eq!(driver.offered(), F_VERSION_1 | F_INDIRECT);
     assert_eq!(driver.read(reg::VIRTIO_MMIO_QUEUE_NUM_MAX), 64);
     driver.write(reg::VIRTIO_MMIO_QUEUE_SEL, 1);
-    assert_eq!(
-        driver.read(reg::VIRTIO_MMIO_QUEUE_NUM_MAX),
-        0,
-        "no such queue"
-    );
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_QUEUE_NUM_MAX), 0, "no such queue");
     assert_eq!(driver.read(reg::VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
 }
 
@@ -42,18 +31,7 @@ fn accesses_of_other_widths_and_places_do_nothing() {
     let driver = driver();
     let before = driver.device().save();
     for len in [1, 2, 3, 8, 16] {
-        for offset in [
-            0,
-            1,
-            2,
-            0x70,
-            0xff,
-            0x100,
-            0xfff,
-            0x1000,
-            u64::MAX,
-            u64::MAX - 3,
-        ] {
+        for offset in [0, 1, 2, 0x70, 0xff, 0x100, 0xfff, 0x1000, u64::MAX, u64::MAX - 3] {
             let mut data = vec![0xaa; len];
             driver.device().read(offset, &mut data);
             if offset < 0x100 {
@@ -103,11 +81,7 @@ fn a_queue_that_is_no_queue_breaks_the_device() {
         let driver = driver();
         assert!(driver.negotiate(F_VERSION_1));
         driver.configure_queue(0, size, addresses);
-        assert_eq!(
-            driver.read(reg::VIRTIO_MMIO_QUEUE_READY),
-            0,
-            "{size} {addresses:x?}"
-        );
+        assert_eq!(driver.read(reg::VIRTIO_MMIO_QUEUE_READY), 0, "{size} {addresses:x?}");
         assert!(driver.needs_reset());
         driver.write(reg::VIRTIO_MMIO_STATUS, 15);
         assert!(!driver.device().is_active());
@@ -207,11 +181,7 @@ fn a_kick_raises_the_interrupt_even_with_nothing_to_do_and_against_the_flag() {
     let next = driver.migrate(Rng::new());
     assert!(next.needs_reset());
     next.device().kick_all();
-    assert_eq!(
-        next.take_interrupt() & 2,
-        2,
-        "a broken device says so again"
-    );
+    assert_eq!(next.take_interrupt() & 2, 2, "a broken device says so again");
 }
 
 #[test]
@@ -235,10 +205,7 @@ fn states_of_every_stage_round_trip() {
         driver.take_used(0).unwrap();
     }
     let state = driver.device().save();
-    assert_eq!(
-        (state.queues[0].next_available, state.queues[0].next_used),
-        (40, 40)
-    );
+    assert_eq!((state.queues[0].next_available, state.queues[0].next_used), (40, 40));
     assert_eq!(driver.migrate(Rng::new()).device().save(), state);
 }
 
@@ -271,12 +238,7 @@ fn a_state_is_not_believed() {
     refused(&|s| s.queues[0].used_ring = MEMORY_BYTES);
     refused(&|s| s.queues[0].next_available = 17);
     refused(&|s| s.queues[0].next_used = 1);
-    refused(&|s| {
-        s.device = DeviceState::Vsock(VsockState {
-            guest_cid: 3,
-            next_host_port: 1 << 30,
-        })
-    });
+    refused(&|s| s.device = DeviceState::Vsock(VsockState { guest_cid: 3, next_host_port: 1 << 30 }));
 }
 
 #[test]
@@ -286,12 +248,8 @@ fn an_index_that_does_not_fit_the_rings_breaks_the_restored_device_and_no_more()
     let mut state = driver.device().save();
     state.queues[0].next_available = 5000;
     state.queues[0].next_used = 5000;
-    let mut device = MmioDevice::new(
-        Box::new(Rng::new()),
-        driver.memory.clone(),
-        EventFd::new(EFD_NONBLOCK).unwrap(),
-    )
-    .unwrap();
+    let mut device =
+        MmioDevice::new(Box::new(Rng::new()), driver.memory.clone(), EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
     device.restore(&state).unwrap();
     device.kick_all();
     assert_eq!(device.save().status, 15 | status::NEEDS_RESET);
@@ -299,28 +257,16 @@ fn an_index_that_does_not_fit_the_rings_breaks_the_restored_device_and_no_more()
 
 fn queue_state() -> impl Strategy<Value = QueueState> {
     let address = || prop_oneof![Just(0x1_0000), 0..MEMORY_BYTES, any::<u64>()];
-    (
-        prop_oneof![Just(16), any::<u16>()],
-        any::<bool>(),
-        address(),
-        address(),
-        address(),
-        any::<u16>(),
-        0u16..20,
-    )
-        .prop_map(
-            |(size, ready, descriptor_table, available_ring, used_ring, next_used, ahead)| {
-                QueueState {
-                    size,
-                    ready,
-                    descriptor_table: descriptor_table & !15,
-                    available_ring: available_ring & !1,
-                    used_ring: used_ring & !3,
-                    next_available: next_used.wrapping_add(ahead),
-                    next_used,
-                }
-            },
-        )
+    (prop_oneof![Just(16), any::<u16>()], any::<bool>(), address(), address(), address(), any::<u16>(), 0u16..20)
+        .prop_map(|(size, ready, descriptor_table, available_ring, used_ring, next_used, ahead)| QueueState {
+            size,
+            ready,
+            descriptor_table: descriptor_table & !15,
+            available_ring: available_ring & !1,
+            used_ring: used_ring & !3,
+            next_available: next_used.wrapping_add(ahead),
+            next_used,
+        })
 }
 
 proptest! {

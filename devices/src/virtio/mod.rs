@@ -18,6 +18,7 @@
 
 pub mod block;
 pub mod chain;
+pub mod interrupt;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -216,13 +217,7 @@ pub struct DeviceIo<'a> {
 
 impl<'a> DeviceIo<'a> {
     fn new(memory: &'a GuestMemory, queues: &'a mut [VirtQueue]) -> Self {
-        Self {
-            memory,
-            queues,
-            used: 0,
-            again: 0,
-            completed: 0,
-        }
+        Self { memory, queues, used: 0, again: 0, completed: 0 }
     }
 
     /// Guest memory.

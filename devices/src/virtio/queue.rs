@@ -49,10 +49,7 @@ impl VirtQueue {
         Self {
             index,
             max_size,
-            setup: QueueState {
-                size: max_size,
-                ..QueueState::default()
-            },
+            setup: QueueState { size: max_size, ..QueueState::default() },
             rings: None,
             indirect: false,
         }
@@ -84,11 +81,7 @@ impl VirtQueue {
     }
 
     /// Checks size, alignment and place of the rings and begins to use them.
-    pub(super) fn enable(
-        &mut self,
-        memory: &GuestMemory,
-        indirect: bool,
-    ) -> Result<(), DeviceError> {
+    pub(super) fn enable(&mut self, memory: &GuestMemory, indirect: bool) -> Result<(), DeviceError> {
         self.enable_at(memory, indirect, 0, 0)
     }
 
@@ -110,10 +103,7 @@ impl VirtQueue {
             avail_ring: self.setup.available_ring,
             used_ring: self.setup.used_ring,
         })
-        .map_err(|source| DeviceError::Ring {
-            queue: self.index,
-            source,
-        })?;
+        .map_err(|source| DeviceError::Ring { queue: self.index, source })?;
         // virtio-queue takes a ring at 0 for one that was never set.
         if self.setup.available_ring == 0 || !rings.is_valid(memory) {
             return Err(DeviceError::RingRange(self.index));
@@ -132,21 +122,11 @@ impl VirtQueue {
         // `iter` refuses an available index more than the queue's size ahead.
         let head = rings
             .iter(memory)
-            .map_err(|source| DeviceError::Ring {
-                queue: index,
-                source,
-            })?
+            .map_err(|source| DeviceError::Ring { queue: index, source })?
             .next()
             .map(|c| c.head_index());
         let Some(head) = head else { return Ok(None) };
-        Chain::walk(
-            memory,
-            GuestAddress(rings.desc_table()),
-            rings.size(),
-            head,
-            self.indirect,
-        )
-        .map(Some)
+        Chain::walk(memory, GuestAddress(rings.desc_table()), rings.size(), head, self.indirect).map(Some)
     }
 
     /// Gives the chain taken last back.
@@ -170,30 +150,17 @@ impl VirtQueue {
             Some(rings) => rings
                 .avail_idx(memory, Ordering::Acquire)
                 .map(|index| index.0)
-                .map_err(|source| DeviceError::Ring {
-                    queue: self.index,
-                    source,
-                }),
+                .map_err(|source| DeviceError::Ring { queue: self.index, source }),
             None => Ok(0),
         }
     }
 
     /// Puts a chain in the used ring.
-    pub fn complete(
-        &mut self,
-        memory: &GuestMemory,
-        head: u16,
-        written: u32,
-    ) -> Result<(), DeviceError> {
+    pub fn complete(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), DeviceError> {
         let index = self.index;
         match &mut self.rings {
             Some(rings) => {
-                rings
-                    .add_used(memory, head, written)
-                    .map_err(|source| DeviceError::Ring {
-                        queue: index,
-                        source,
-                    })
+                rings.add_used(memory, head, written).map_err(|source| DeviceError::Ring { queue: index, source })
             }
             None => Ok(()),
         }
@@ -205,9 +172,7 @@ impl VirtQueue {
         fence(Ordering::SeqCst);
         memory
             .load::<u16>(GuestAddress(self.setup.available_ring), Ordering::Relaxed)
-            .map_or(true, |flags| {
-                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-            })
+            .map_or(true, |flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// The state for a snapshot.
@@ -230,22 +195,14 @@ impl VirtQueue {
     ) -> Result<(), RestoreError> {
         self.reset();
         // What a driver could write in the size register before the queue is ready is not checked until then.
-        self.setup = QueueState {
-            ready: false,
-            next_available: 0,
-            next_used: 0,
-            ..state.clone()
-        };
+        self.setup = QueueState { ready: false, next_available: 0, next_used: 0, ..state.clone() };
         if !state.ready {
             return Ok(());
         }
         // Nothing is in flight in a saved device, but a driver that broke the protocol may have left one chain unreturned.
         let unreturned = state.next_available.wrapping_sub(state.next_used);
         if unreturned > state.size {
-            return Err(RestoreError::Impossible {
-                field: "queue index",
-                value: u64::from(unreturned),
-            });
+            return Err(RestoreError::Impossible { field: "queue index", value: u64::from(unreturned) });
         }
         let queue = self.index;
         self.enable_at(memory, indirect, state.next_available, state.next_used)

@@ -62,9 +62,7 @@ impl VirtioDevice for Rng {
         let mut given = 0;
         while let Some(mut chain) = io.pop(queue)? {
             if chain.readable.remaining() != 0 || chain.writable.remaining() == 0 {
-                return Err(DeviceError::Malformed(
-                    "an entropy buffer must be writable and not empty",
-                ));
+                return Err(DeviceError::Malformed("an entropy buffer must be writable and not empty"));
             }
             let len = chain.writable.remaining().min(REQUEST_BYTES);
             let mut chunk = [0; CHUNK];
@@ -103,10 +101,7 @@ fn fill_random(mut out: &mut [u8]) -> Result<(), DeviceError> {
             Ok(filled) => out = &mut out[filled..],
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                return Err(DeviceError::Host {
-                    operation: "getrandom",
-                    source: error.into(),
-                });
+                return Err(DeviceError::Host { operation: "getrandom", source: error.into() });
             }
         }
     }
@@ -124,13 +119,7 @@ mod tests {
         driver.start(16, 0);
         driver.clear_dirty();
         driver.add(0, &[writable(ARENA, 100)]);
-        driver.add(
-            0,
-            &[
-                writable(ARENA + 0x1_0000, 0x8000),
-                writable(ARENA + 0x2_0000, 0x10_0000),
-            ],
-        );
+        driver.add(0, &[writable(ARENA + 0x1_0000, 0x8000), writable(ARENA + 0x2_0000, 0x10_0000)]);
         driver.notify(0);
         driver.run(0);
         assert_eq!(driver.take_used(0).unwrap().1, 100);
@@ -138,11 +127,7 @@ mod tests {
         assert_eq!(driver.take_interrupt(), 1);
         assert!(driver.get(ARENA, 100).iter().any(|&byte| byte != 0));
         assert!(driver.get(ARENA + 100, 100).iter().all(|&byte| byte == 0));
-        assert!(
-            driver.is_dirty(ARENA)
-                && driver.is_dirty(ARENA + 0x2_0000)
-                && !driver.is_dirty(ARENA + 0x3_0000)
-        );
+        assert!(driver.is_dirty(ARENA) && driver.is_dirty(ARENA + 0x2_0000) && !driver.is_dirty(ARENA + 0x3_0000));
     }
 
     #[test]
@@ -161,11 +146,9 @@ mod tests {
 
     #[test]
     fn empty_and_readable_buffers_break_the_device_until_a_reset() {
-        for buffers in [
-            [readable(ARENA, 8)].as_slice(),
-            &[writable(ARENA, 0)],
-            &[readable(ARENA, 8), writable(ARENA, 8)],
-        ] {
+        for buffers in
+            [[readable(ARENA, 8)].as_slice(), &[writable(ARENA, 0)], &[readable(ARENA, 8), writable(ARENA, 8)]]
+        {
             let mut driver = Driver::new(Rng::new());
             driver.start(16, 0);
             driver.add(0, buffers);

@@ -98,12 +98,7 @@ pub(super) struct Connection {
 impl Connection {
     /// A host client that has named its port: owes the guest a REQUEST, which must be answered by `deadline`.
     pub(super) fn requested(stream: UnixStream, ports: Ports, deadline: Instant) -> Self {
-        Self::new(
-            stream,
-            ports,
-            Phase::Requested { sent: false },
-            Some(deadline),
-        )
+        Self::new(stream, ports, Phase::Requested { sent: false }, Some(deadline))
     }
 
     /// A guest's connection that the host's socket has accepted: owes the guest a RESPONSE.
@@ -180,9 +175,7 @@ impl Connection {
                 self.response_owed
                     || self.credit_update_owed
                     || self.shutdown_owed() != 0
-                    || self.may_read()
-                        && self.readable
-                        && (self.credit() > 0 || !self.credit_requested)
+                    || self.may_read() && self.readable && (self.credit() > 0 || !self.credit_requested)
             }
             Phase::Draining => false,
         }
@@ -226,21 +219,12 @@ impl Connection {
             Phase::Draining if self.hung_up => return Verdict::Close,
             Phase::Requested { .. } | Phase::Open | Phase::Draining => {}
         }
-        if self.to_host.is_empty() {
-            Verdict::Keep
-        } else {
-            self.flush(now)
-        }
+        if self.to_host.is_empty() { Verdict::Keep } else { self.flush(now) }
     }
 
     /// The next packet for the guest with at most `room` bytes of payload, which are in `buffer` then. The device fills in CIDs and
     /// socket type.
-    pub(super) fn next_packet(
-        &mut self,
-        room: usize,
-        buffer: &mut [u8],
-        now: Instant,
-    ) -> (Option<Header>, Verdict) {
+    pub(super) fn next_packet(&mut self, room: usize, buffer: &mut [u8], now: Instant) -> (Option<Header>, Verdict) {
         match self.phase {
             Phase::Requested { sent: false } => {
                 self.phase = Phase::Requested { sent: true };
@@ -265,10 +249,7 @@ impl Connection {
                     Ok(Some(0)) => self.end_of_stream = true,
                     Ok(Some(len)) => {
                         self.tx_cnt = self.tx_cnt.wrapping_add(len as u32);
-                        let header = Header {
-                            len: len as u32,
-                            ..self.header(op::RW)
-                        };
+                        let header = Header { len: len as u32, ..self.header(op::RW) };
                         return (Some(header), Verdict::Keep);
                     }
                     Ok(None) => self.readable = false,
@@ -286,10 +267,7 @@ impl Connection {
                 // The guest answers with an RST when its program has closed the socket.
                 self.deadline = Some(now + LINGER);
             }
-            let header = Header {
-                flags: self.host_shutdown,
-                ..self.header(op::SHUTDOWN)
-            };
+            let header = Header { flags: self.host_shutdown, ..self.header(op::SHUTDOWN) };
             return (Some(header), Verdict::Keep);
         }
         (None, Verdict::Keep)
@@ -309,9 +287,7 @@ impl Connection {
 
     fn take_bytes(&mut self, payload: &[u8], now: Instant) -> Verdict {
         // Beyond its own end of stream, or beyond the credit it has.
-        if self.guest_shutdown & SHUTDOWN_SEND != 0
-            || self.to_host.len() + payload.len() > WINDOW_BYTES as usize
-        {
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 || self.to_host.len() + payload.len() > WINDOW_BYTES as usize {
             return Verdict::Reset;
         }
         let sent = if self.hung_up {
@@ -356,9 +332,7 @@ impl Connection {
     /// not into a full window. What the host has sent still goes to the guest.
     fn host_gone(&mut self, dropped: usize, now: Instant) -> Verdict {
         self.hung_up = true;
-        self.fwd_cnt = self
-            .fwd_cnt
-            .wrapping_add((self.to_host.len() + dropped) as u32);
+        self.fwd_cnt = self.fwd_cnt.wrapping_add((self.to_host.len() + dropped) as u32);
         self.to_host.clear();
         self.after_forwarding(now)
     }
@@ -391,9 +365,7 @@ impl Connection {
     }
 
     fn may_read(&self) -> bool {
-        self.phase == Phase::Open
-            && !self.end_of_stream
-            && self.guest_shutdown & SHUTDOWN_RECEIVE == 0
+        self.phase == Phase::Open && !self.end_of_stream && self.guest_shutdown & SHUTDOWN_RECEIVE == 0
     }
 
     /// SHUTDOWN flags that the guest has not heard of.
@@ -405,8 +377,7 @@ impl Connection {
 
     /// Bytes that the guest has room for (virtio 1.2 §5.10.6.3). Its counters are its own affair: lies only stall it.
     fn credit(&self) -> u32 {
-        self.guest_buf_alloc
-            .saturating_sub(self.tx_cnt.wrapping_sub(self.guest_fwd_cnt))
+        self.guest_buf_alloc.saturating_sub(self.tx_cnt.wrapping_sub(self.guest_fwd_cnt))
     }
 
     fn take_credit(&mut self, header: &Header) {
@@ -445,8 +416,7 @@ fn send_bytes(stream: &UnixStream, bytes: &[u8]) -> io::Result<Option<usize>> {
 /// Receives without blocking; 0 is the end of the stream, none that there is nothing now.
 pub(super) fn receive_bytes(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     again_is_none(
-        rustix::io::retry_on_intr(|| rustix::net::recv(stream, &mut *buffer, RecvFlags::DONTWAIT))
-            .map(|(len, _)| len),
+        rustix::io::retry_on_intr(|| rustix::net::recv(stream, &mut *buffer, RecvFlags::DONTWAIT)).map(|(len, _)| len),
     )
 }
 

@@ -33,11 +33,7 @@ pub(super) enum Progress {
 
 impl Greeting {
     pub(super) fn new(stream: UnixStream, deadline: Instant) -> Self {
-        Self {
-            stream,
-            deadline,
-            line: Vec::with_capacity(LINE_BYTES),
-        }
+        Self { stream, deadline, line: Vec::with_capacity(LINE_BYTES) }
     }
 
     /// Reads what there is of the line.
@@ -115,10 +111,6 @@ mod tests {
         }
         let (mut greeting, mut client) = greeting();
         client.write_all(&[b'1'; 100]).unwrap();
-        assert_eq!(
-            greeting.advance(),
-            Progress::Refused,
-            "no end of line in sight"
-        );
+        assert_eq!(greeting.advance(), Progress::Refused, "no end of line in sight");
     }
 }

@@ -96,12 +96,7 @@ pub struct VsockConfig {
 impl VsockConfig {
     /// The defaults: 256 connections, 5 s.
     pub fn new(guest_cid: u32, path: PathBuf) -> Self {
-        Self {
-            guest_cid,
-            path,
-            max_connections: 256,
-            connect_timeout: Duration::from_secs(5),
-        }
+        Self { guest_cid, path, max_connections: 256, connect_timeout: Duration::from_secs(5) }
     }
 }
 
@@ -177,22 +172,14 @@ impl Vsock {
             TransportReset::Done => {}
             TransportReset::Owed { hold_until } => {
                 let hold_until = hold_until.unwrap_or(now + RESET_HOLD);
-                self.transport_reset = TransportReset::Owed {
-                    hold_until: Some(hold_until),
-                };
+                self.transport_reset = TransportReset::Owed { hold_until: Some(hold_until) };
                 if let Some(mut chain) = io.pop(EVENT)? {
                     chain.writable.write(io.memory(), &TRANSPORT_RESET)?;
                     io.complete(EVENT, chain.head, TRANSPORT_RESET.len() as u32)?;
-                    self.transport_reset = TransportReset::Sent {
-                        available: io.available_index(EVENT)?,
-                        hold_until,
-                    };
+                    self.transport_reset = TransportReset::Sent { available: io.available_index(EVENT)?, hold_until };
                 }
             }
-            TransportReset::Sent {
-                available,
-                hold_until,
-            } => {
+            TransportReset::Sent { available, hold_until } => {
                 if now >= hold_until || io.available_index(EVENT)? != available {
                     self.transport_reset = TransportReset::Done;
                 }
@@ -252,10 +239,7 @@ impl Vsock {
             return;
         }
         let refused = header.dst_cid != HOST_CID || header.kind != STREAM;
-        let ports = Ports {
-            host: header.dst_port,
-            guest: header.src_port,
-        };
+        let ports = Ports { host: header.dst_port, guest: header.src_port };
         match self.by_ports.get(&ports) {
             Some(&token) if !refused => {
                 let Some(connection) = self.connections.get_mut(&token) else {
@@ -307,11 +291,7 @@ impl Vsock {
             // Room for a header, and for progress.
             let need = HEADER_BYTES as u64 + 1;
             if have < need {
-                return Err(DeviceError::TooShort {
-                    direction: "writable",
-                    have,
-                    need,
-                });
+                return Err(DeviceError::TooShort { direction: "writable", have, need });
             }
             let room = PACKET_BYTES.min(have as usize - HEADER_BYTES);
             let Some(header) = self.next_packet(room, now) else {
@@ -319,9 +299,7 @@ impl Vsock {
                 return Ok(());
             };
             chain.writable.write(io.memory(), &header.encode())?;
-            chain
-                .writable
-                .write(io.memory(), &self.buffer[..header.len as usize])?;
+            chain.writable.write(io.memory(), &self.buffer[..header.len as usize])?;
             io.complete(RX, chain.head, HEADER_BYTES as u32 + header.len)?;
         }
         if !(self.replies.is_empty() && self.ready.is_empty()) {
@@ -421,10 +399,8 @@ impl Vsock {
             if self.is_full() {
                 return;
             }
-            let accepted = self
-                .sockets
-                .accept()
-                .and_then(|client| client.map(|stream| self.greet(stream, now)).transpose());
+            let accepted =
+                self.sockets.accept().and_then(|client| client.map(|stream| self.greet(stream, now)).transpose());
             match accepted {
                 Ok(Some(())) => {}
                 Ok(None) => return,
@@ -440,10 +416,7 @@ impl Vsock {
     fn greet(&mut self, stream: UnixStream, now: Instant) -> io::Result<()> {
         let token = self.take_token();
         self.sockets.add(stream.as_raw_fd(), token, EventSet::IN)?;
-        self.greetings.insert(
-            token,
-            Greeting::new(stream, now + self.config.connect_timeout),
-        );
+        self.greetings.insert(token, Greeting::new(stream, now + self.config.connect_timeout));
         Ok(())
     }
 
@@ -454,10 +427,7 @@ impl Vsock {
         };
         match greeting.advance() {
             Progress::Waiting => {
-                if let Err(error) =
-                    self.sockets
-                        .rearm(greeting.stream.as_raw_fd(), token, EventSet::IN)
-                {
+                if let Err(error) = self.sockets.rearm(greeting.stream.as_raw_fd(), token, EventSet::IN) {
                     tracing::warn!(%error, "cannot watch a vsock client");
                     self.greetings.remove(&token);
                 }
@@ -467,15 +437,8 @@ impl Vsock {
                 let Some(greeting) = self.greetings.remove(&token) else {
                     return;
                 };
-                let ports = Ports {
-                    host: self.take_host_port(guest),
-                    guest,
-                };
-                let mut connection = Connection::requested(
-                    greeting.stream,
-                    ports,
-                    now + self.config.connect_timeout,
-                );
+                let ports = Ports { host: self.take_host_port(guest), guest };
+                let mut connection = Connection::requested(greeting.stream, ports, now + self.config.connect_timeout);
                 connection.registered = true;
                 self.by_ports.insert(ports, token);
                 self.connections.insert(token, connection);
@@ -487,17 +450,9 @@ impl Vsock {
     /// Ends what has waited too long.
     fn expire(&mut self, now: Instant) {
         self.greetings.retain(|_, greeting| now < greeting.deadline);
-        let late = |connection: &Connection| {
-            connection
-                .deadline()
-                .is_some_and(|deadline| now >= deadline)
-        };
-        let expired: Vec<_> = self
-            .connections
-            .iter()
-            .filter(|(_, c)| late(c))
-            .map(|(&token, c)| (token, c.expire()))
-            .collect();
+        let late = |connection: &Connection| connection.deadline().is_some_and(|deadline| now >= deadline);
+        let expired: Vec<_> =
+            self.connections.iter().filter(|(_, c)| late(c)).map(|(&token, c)| (token, c.expire())).collect();
         for (token, verdict) in expired {
             self.settle(token, verdict);
         }
@@ -510,25 +465,16 @@ impl Vsock {
         if listen != self.listening {
             self.sockets
                 .listen(listen)
-                .map_err(|source| DeviceError::Host {
-                    operation: "watch the vsock listener",
-                    source,
-                })?;
+                .map_err(|source| DeviceError::Host { operation: "watch the vsock listener", source })?;
             self.listening = listen;
         }
         let deadlines = !self.greetings.is_empty()
             || self.accept_again.is_some()
             || self.packets_held(now)
-            || self
-                .connections
-                .values()
-                .any(|connection| connection.deadline().is_some());
+            || self.connections.values().any(|connection| connection.deadline().is_some());
         self.sockets
             .tick(self.active && deadlines)
-            .map_err(|source| DeviceError::Host {
-                operation: "set the vsock timer",
-                source,
-            })
+            .map_err(|source| DeviceError::Host { operation: "set the vsock timer", source })
     }
 
     fn is_full(&self) -> bool {
@@ -545,11 +491,7 @@ impl Vsock {
     fn take_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
-            self.next_host_port = if host + 1 < HOST_PORTS.end {
-                host + 1
-            } else {
-                HOST_PORTS.start
-            };
+            self.next_host_port = if host + 1 < HOST_PORTS.end { host + 1 } else { HOST_PORTS.start };
             // Ends: there are fewer connections than ports.
             if !self.by_ports.contains_key(&Ports { host, guest }) {
                 return host;
@@ -628,33 +570,19 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Vsock(VsockState {
-            guest_cid: self.config.guest_cid,
-            next_host_port: self.next_host_port,
-        })
+        DeviceState::Vsock(VsockState { guest_cid: self.config.guest_cid, next_host_port: self.next_host_port })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        let DeviceState::Vsock(VsockState {
-            guest_cid,
-            next_host_port,
-        }) = *state
-        else {
+        let DeviceState::Vsock(VsockState { guest_cid, next_host_port }) = *state else {
             return Err(RestoreError::Foreign);
         };
         if guest_cid != self.config.guest_cid {
             let (saved, actual) = (guest_cid.into(), self.config.guest_cid.into());
-            return Err(RestoreError::Mismatch {
-                field: "guest CID",
-                saved,
-                actual,
-            });
+            return Err(RestoreError::Mismatch { field: "guest CID", saved, actual });
         }
         if !HOST_PORTS.contains(&next_host_port) {
-            return Err(RestoreError::Impossible {
-                field: "next host port",
-                value: next_host_port.into(),
-            });
+            return Err(RestoreError::Impossible { field: "next host port", value: next_host_port.into() });
         }
         self.next_host_port = next_host_port;
         self.transport_reset = TransportReset::Owed { hold_until: None };

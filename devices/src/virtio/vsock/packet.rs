@@ -126,12 +126,7 @@ mod tests {
         let bytes = header.encode();
         assert_eq!(Header::decode(&bytes), header);
         // Places of the fields, virtio 1.2 §5.10.6.
-        assert_eq!(
-            (
-                bytes[0], bytes[8], bytes[16], bytes[24], bytes[28], bytes[30]
-            ),
-            (3, 2, 4, 6, 1, 5)
-        );
+        assert_eq!((bytes[0], bytes[8], bytes[16], bytes[24], bytes[28], bytes[30]), (3, 2, 4, 6, 1, 5));
         assert_eq!((bytes[32], bytes[36], bytes[40]), (7, 8, 9));
     }
 }

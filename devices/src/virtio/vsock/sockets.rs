@@ -41,22 +41,11 @@ impl Sockets {
     /// Watches nothing yet.
     pub(super) fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let timer = rustix::time::timerfd_create(
-            TimerfdClockId::Monotonic,
-            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-        )?;
+        let timer =
+            rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         let epoll = Epoll::new()?;
-        let sockets = Self {
-            epoll,
-            listener,
-            timer,
-            ticking: false,
-        };
-        sockets.epoll.ctl(
-            ControlOperation::Add,
-            sockets.timer.as_raw_fd(),
-            EpollEvent::new(EventSet::IN, TIMER),
-        )?;
+        let sockets = Self { epoll, listener, timer, ticking: false };
+        sockets.epoll.ctl(ControlOperation::Add, sockets.timer.as_raw_fd(), EpollEvent::new(EventSet::IN, TIMER))?;
         // Silent: a one-shot that has had its shot. Hang-ups and errors do not happen to a listener.
         sockets.epoll.ctl(
             ControlOperation::Add,
@@ -83,37 +72,22 @@ impl Sockets {
                 0
             }
         };
-        events[..count]
-            .iter()
-            .map(|event| (event.data(), EventSet::from_bits_truncate(event.events())))
-            .collect()
+        events[..count].iter().map(|event| (event.data(), EventSet::from_bits_truncate(event.events()))).collect()
     }
 
     /// Begins to watch a new socket for one event.
     pub(super) fn add(&self, fd: RawFd, token: Token, interest: EventSet) -> io::Result<()> {
-        self.epoll.ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(interest | EventSet::ONE_SHOT, token),
-        )
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(interest | EventSet::ONE_SHOT, token))
     }
 
     /// Watches a socket for its next event. A socket leaves when it is closed.
     pub(super) fn rearm(&self, fd: RawFd, token: Token, interest: EventSet) -> io::Result<()> {
-        self.epoll.ctl(
-            ControlOperation::Modify,
-            fd,
-            EpollEvent::new(interest | EventSet::ONE_SHOT, token),
-        )
+        self.epoll.ctl(ControlOperation::Modify, fd, EpollEvent::new(interest | EventSet::ONE_SHOT, token))
     }
 
     /// Watches the listener for its next client, or stops doing so.
     pub(super) fn listen(&self, on: bool) -> io::Result<()> {
-        self.rearm(
-            self.listener.as_raw_fd(),
-            LISTENER,
-            if on { EventSet::IN } else { EventSet::empty() },
-        )
+        self.rearm(self.listener.as_raw_fd(), LISTENER, if on { EventSet::IN } else { EventSet::empty() })
     }
 
     /// The next client; none when none waits.
@@ -124,12 +98,7 @@ impl Sockets {
                 Ok(Some(stream))
             }
             // A client that gave up while it waited.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
-                ) =>
-            {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -142,17 +111,11 @@ impl Sockets {
             return Ok(());
         }
         let interval = if on { TICK } else { Duration::ZERO };
-        let spec = Timespec {
-            tv_sec: interval.as_secs().cast_signed(),
-            tv_nsec: interval.subsec_nanos().into(),
-        };
+        let spec = Timespec { tv_sec: interval.as_secs().cast_signed(), tv_nsec: interval.subsec_nanos().into() };
         rustix::time::timerfd_settime(
             &self.timer,
             TimerfdTimerFlags::empty(),
-            &Itimerspec {
-                it_interval: spec,
-                it_value: spec,
-            },
+            &Itimerspec { it_interval: spec, it_value: spec },
         )?;
         self.ticking = on;
         Ok(())
