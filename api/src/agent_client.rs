@@ -147,7 +147,8 @@ mod tests {
     use tokio::io::{AsyncBufReadExt as _, BufReader};
     use tokio::net::UnixListener;
 
-    async fn answering(reply: &'static str) -> (tempfile::TempDir, Agent) {
+    /// An agent that answers every request with this status line and body, `length` octets of which it announces.
+    async fn answering(status: &'static str, body: &'static str, length: usize) -> (tempfile::TempDir, Agent) {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join(VSOCK_SOCKET)).unwrap();
         tokio::spawn(async move {
@@ -161,6 +162,7 @@ mod tests {
                     line.clear();
                     stream.read_line(&mut line).await.unwrap();
                 }
+                let reply = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n\r\n{body}");
                 stream.write_all(reply.as_bytes()).await.unwrap();
             }
         });
@@ -179,15 +181,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_refusal_carries_its_message() {
-        let (_dir, agent) =
-            answering("HTTP/1.1 400 Bad Request\r\ncontent-length: 17\r\n\r\n{\"message\":\"cwd\"}").await;
+        let (_dir, agent) = answering("400 Bad Request", r#"{"message":"cwd"}"#, 17).await;
         let error = agent.health(Duration::from_secs(5)).await.unwrap_err();
         assert!(matches!(error, AgentFailure::Refused { status: 400, message } if message == "cwd"));
     }
 
     #[tokio::test]
     async fn an_answer_beyond_the_limit_or_without_end_is_refused() {
-        let (_dir, agent) = answering("HTTP/1.1 200 OK\r\ncontent-length: 2000000\r\n\r\n").await;
+        let (_dir, agent) = answering("200 OK", "", 2_000_000).await;
         assert!(agent.health(Duration::from_millis(200)).await.is_err());
         let missing = Agent::new(Path::new("/nonexistent"), 10);
         assert!(matches!(missing.health(Duration::from_secs(1)).await, Err(AgentFailure::Connection(_))));

@@ -28,7 +28,11 @@ pub(super) struct Answer {
 impl Client {
     pub(super) fn new(profile: Profile) -> Result<Self, Failure> {
         // No proxy: the supervisor is an address that the user named.
-        let http = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().map_err(|e| Failure::other(e.to_string()))?;
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(DEADLINE)
+            .build()
+            .map_err(|e| Failure::other(e.to_string()))?;
         Ok(Self { http, profile })
     }
 
@@ -53,6 +57,9 @@ impl Client {
 
     fn unreachable(&self, error: &reqwest::Error) -> Failure {
         let chain = crate::error::chain(error);
-        Failure::new(ExitStatus::Unavailable, format!("cannot reach the supervisor at {}: {chain}; is it running? (stasis dev)", self.profile.url))
+        Failure::new(
+            ExitStatus::Unavailable,
+            format!("cannot reach the supervisor at {}: {chain}; is it running? (stasis dev)", self.profile.url),
+        )
     }
 }

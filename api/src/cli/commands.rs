@@ -15,7 +15,9 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: &Ou
     let client = Client::new(Profile::choose(connection.url.clone(), connection.api_key.clone(), kept)?)?;
     match verb {
         args::Client::Create(create) => {
-            let answer = interruptible(client.call(Method::POST, "/v1/sandbox", Some(&create_body(create))), "it goes on").await?;
+            let answer =
+                interruptible(client.call(Method::POST, "/v1/sandbox", Some(&create_body(create))), "it goes on")
+                    .await?;
             show(&answer, output);
         }
         args::Client::Ls(ls) => list(&client, ls, output).await?,
@@ -23,12 +25,14 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: &Ou
         args::Client::Exec(exec) => return execute(&client, exec, output).await,
         args::Client::Pause(one) => {
             let progress = Progress::start(&client, &one.id, output);
-            let answer = interruptible(client.call(Method::POST, &path(&one.id, "/pause"), None), "the pause goes on").await;
+            let answer =
+                interruptible(client.call(Method::POST, &path(&one.id, "/pause"), None), "the pause goes on").await;
             drop(progress);
             show(&answer?, output);
         }
         args::Client::Resume(one) => {
-            let answer = interruptible(client.call(Method::POST, &path(&one.id, "/resume"), None), "the resume goes on").await?;
+            let answer =
+                interruptible(client.call(Method::POST, &path(&one.id, "/resume"), None), "the resume goes on").await?;
             show(&answer, output);
         }
         args::Client::Rm(many) => {
@@ -101,8 +105,22 @@ fn show(answer: &Answer, output: &Output) {
         return Output::value(&answer.body);
     }
     let text = |name: &str| scalar(&answer.body[name]);
-    let mut rows = vec![vec!["ID".to_owned(), "STATE".to_owned(), "VCPU".to_owned(), "MEMORY".to_owned(), "TEMPLATE".to_owned(), "CREATED".to_owned()]];
-    rows.push(vec![text("id"), text("state"), text("vcpu"), format!("{} MiB", text("memory")), text("template_name"), text("created_at")]);
+    let mut rows = vec![vec![
+        "ID".to_owned(),
+        "STATE".to_owned(),
+        "VCPU".to_owned(),
+        "MEMORY".to_owned(),
+        "TEMPLATE".to_owned(),
+        "CREATED".to_owned(),
+    ]];
+    rows.push(vec![
+        text("id"),
+        text("state"),
+        text("vcpu"),
+        format!("{} MiB", text("memory")),
+        text("template_name"),
+        text("created_at"),
+    ]);
     output.table(&rows);
     if let Some(reason) = answer.body["reason"].as_str() {
         output::tell(&format!("reason: {reason}"));
@@ -127,13 +145,19 @@ fn rows(heads: &[&str], fields: &[&str], items: &[Value]) -> Vec<Vec<String>> {
 
 async fn list(client: &Client, ls: args::Ls, output: &Output) -> Result<(), Failure> {
     let state = ls.state.map(|s| format!("&state={}", s.replace(['&', '#', ' '], ""))).unwrap_or_default();
-    let answer = client.call(Method::GET, &format!("/v1/sandboxes?page={}&page-size={}{state}", ls.page, ls.page_size), None).await?;
+    let answer = client
+        .call(Method::GET, &format!("/v1/sandboxes?page={}&page-size={}{state}", ls.page, ls.page_size), None)
+        .await?;
     if output.json {
         Output::value(&answer.body);
         return Ok(());
     }
     let items = answer.body["items"].as_array().cloned().unwrap_or_default();
-    output.table(&rows(&["ID", "STATE", "TEMPLATE", "CREATED", "SINCE"], &["id", "state", "template_id", "created_at", "state_change_time"], &items));
+    output.table(&rows(
+        &["ID", "STATE", "TEMPLATE", "CREATED", "SINCE"],
+        &["id", "state", "template_id", "created_at", "state_change_time"],
+        &items,
+    ));
     let total = answer.body["total_items"].as_u64().unwrap_or(0);
     if total > items.len() as u64 {
         output::tell(&format!("{} of {total}; --page {} shows more", items.len(), ls.page + 1));
@@ -180,7 +204,11 @@ fn shell_line(words: &[String]) -> String {
 
 fn quote(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./=:,@%+".contains(&b);
-    if !word.is_empty() && word.bytes().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    if !word.is_empty() && word.bytes().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 async fn inspect(client: &Client, id: &str, output: &Output) -> Result<(), Failure> {
@@ -204,7 +232,12 @@ async fn inspect(client: &Client, id: &str, output: &Output) -> Result<(), Failu
     ));
     let manifest = &body["manifest"];
     if !manifest.is_null() {
-        output::line(&format!("{} {} ({})", output.bold("manifest"), scalar(&manifest["key"]), bytes(number(&manifest["bytes"]))));
+        output::line(&format!(
+            "{} {} ({})",
+            output.bold("manifest"),
+            scalar(&manifest["key"]),
+            bytes(number(&manifest["bytes"]))
+        ));
         if let Some(problem) = manifest["problem"].as_str() {
             output::line(&format!("  damaged: {problem}"));
         }
@@ -220,7 +253,12 @@ async fn inspect(client: &Client, id: &str, output: &Output) -> Result<(), Failu
         }
     }
     let objects = body["objects"].as_array().cloned().unwrap_or_default();
-    output::line(&format!("{} {}, {} in all", output.bold("objects"), objects.len(), bytes(number(&body["objects_bytes"]))));
+    output::line(&format!(
+        "{} {}, {} in all",
+        output.bold("objects"),
+        objects.len(),
+        bytes(number(&body["objects_bytes"]))
+    ));
     for object in &objects {
         output::line(&format!("  {:>10}  {}", bytes(number(&object["bytes"])), scalar(&object["key"])));
     }

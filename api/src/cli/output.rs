@@ -51,7 +51,11 @@ pub(super) fn line(text: &str) {
 
 /// Octets of the answer, or of the narration.
 pub(super) fn raw(bytes: &[u8], narration: bool) {
-    let written = if narration { io::stderr().write_all(bytes) } else { io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()) };
+    let written = if narration {
+        io::stderr().write_all(bytes)
+    } else {
+        io::stdout().write_all(bytes).and_then(|()| io::stdout().flush())
+    };
     match written {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe && !narration => std::process::exit(0),
         // There is nobody left to tell.

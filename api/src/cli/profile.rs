@@ -40,7 +40,9 @@ impl Profile {
     /// Reads one; `None` when there is none.
     pub(super) fn read(path: &Path) -> Result<Option<Self>, Failure> {
         match fs::read_to_string(path) {
-            Ok(text) => toml::from_str(&text).map(Some).map_err(|e| Failure::other(format!("{} is no client configuration: {e}", path.display()))),
+            Ok(text) => toml::from_str(&text)
+                .map(Some)
+                .map_err(|e| Failure::other(format!("{} is no client configuration: {e}", path.display()))),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Failure::other(format!("cannot read {}: {e}", path.display()))),
         }
@@ -53,7 +55,13 @@ impl Profile {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(|e| failed(&e))?;
         }
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path).map_err(|e| failed(&e))?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| failed(&e))?;
         io::Write::write_all(&mut file, text.as_bytes()).map_err(|e| failed(&e))
     }
 
@@ -63,7 +71,8 @@ impl Profile {
         let no_key = || {
             Failure::new(
                 super::ExitStatus::Usage,
-                "no API key: start `stasis dev`, or make one with `stasis key create` and set STASIS_API_KEY".to_owned(),
+                "no API key: start `stasis dev`, or make one with `stasis key create` and set STASIS_API_KEY"
+                    .to_owned(),
             )
         };
         Ok(Self {

@@ -24,17 +24,26 @@ fn log_to_stderr(default: &str) {
     let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || !std::io::stderr().is_terminal();
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(!plain);
     // A second start in one process (a test) keeps the first subscriber.
-    let _ = if std::env::var_os("STASIS_LOG_JSON").is_some() { subscriber.json().try_init() } else { subscriber.try_init() };
+    let _ = if std::env::var_os("STASIS_LOG_JSON").is_some() {
+        subscriber.json().try_init()
+    } else {
+        subscriber.try_init()
+    };
 }
 
 fn started(error: &Error) -> Failure {
-    let status = if error.status().as_u16() == 503 || error.status().as_u16() == 502 { ExitStatus::Unavailable } else { ExitStatus::Other };
+    let status = if error.status().as_u16() == 503 || error.status().as_u16() == 502 {
+        ExitStatus::Unavailable
+    } else {
+        ExitStatus::Other
+    };
     Failure::new(status, format!("cannot start: {}", error.chain()))
 }
 
 /// Until it is told to end.
 async fn ended() -> Result<(), Failure> {
-    let mut terminated = signal(SignalKind::terminate()).map_err(|e| Failure::other(format!("cannot wait for signals: {e}")))?;
+    let mut terminated =
+        signal(SignalKind::terminate()).map_err(|e| Failure::other(format!("cannot wait for signals: {e}")))?;
     tokio::select! {
         result = tokio::signal::ctrl_c() => result.map_err(|e| Failure::other(format!("cannot wait for signals: {e}"))),
         _ = terminated.recv() => Ok(()),
@@ -50,8 +59,13 @@ pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
         ("images_dir", "--images-dir", serve.images_dir),
         ("vmm", "--vmm", serve.vmm),
     ];
-    settings.extend(flags.into_iter().filter_map(|(field, flag, text)| Some(Setting { field, origin: flag.to_owned(), text: text? })));
-    let config = Config::load(serve.config.as_deref(), &settings).map_err(|e| Failure::new(ExitStatus::Usage, crate::error::chain(&e)))?;
+    settings.extend(
+        flags
+            .into_iter()
+            .filter_map(|(field, flag, text)| Some(Setting { field, origin: flag.to_owned(), text: text? })),
+    );
+    let config = Config::load(serve.config.as_deref(), &settings)
+        .map_err(|e| Failure::new(ExitStatus::Usage, crate::error::chain(&e)))?;
     let supervisor = Supervisor::start(config).await.map_err(|e| started(&e))?;
     tell(&format!("stasis serves on http://{}", supervisor.addr()));
     ended().await?;
@@ -63,8 +77,10 @@ pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
 pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
     log_to_stderr("warn,stasis_api=info");
     let usage = |text: &str| Failure::new(ExitStatus::Usage, text.to_owned());
-    let data_dir = dev.data_dir.or_else(profile::data_dir).ok_or_else(|| usage("no home directory: give --data-dir"))?;
-    std::fs::create_dir_all(&data_dir).map_err(|e| Failure::other(format!("cannot create {}: {e}", data_dir.display())))?;
+    let data_dir =
+        dev.data_dir.or_else(profile::data_dir).ok_or_else(|| usage("no home directory: give --data-dir"))?;
+    std::fs::create_dir_all(&data_dir)
+        .map_err(|e| Failure::other(format!("cannot create {}: {e}", data_dir.display())))?;
     let profile_path = dev.profile.or_else(profile::path).ok_or_else(|| usage("no home directory: give --profile"))?;
     let failed = |e: JournalError| Failure::other(crate::error::chain(&e));
     let sources = Sources::system();
@@ -133,7 +149,9 @@ Ctrl-C stops the servers; running sandboxes go on and are adopted by the next `s
     let running = supervisor.core().registry.all().iter().filter(|s| s.vm().is_some()).count();
     supervisor.shutdown().await;
     if running > 0 {
-        tell(&format!("{running} sandboxes keep running; the next `stasis dev` adopts them (pause or rm them first to leave nothing behind)"));
+        tell(&format!(
+            "{running} sandboxes keep running; the next `stasis dev` adopts them (pause or rm them first to leave nothing behind)"
+        ));
     }
     Ok(ExitStatus::Ok)
 }

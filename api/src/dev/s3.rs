@@ -6,6 +6,7 @@
 //!
 //! For development and tests: objects are renamed into place but not synced.
 
+use base64::Engine as _;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
 use http::{Request, Response};
@@ -20,7 +21,7 @@ use s3s_fs::FileSystem;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::RwLock;
@@ -72,7 +73,7 @@ impl EmbeddedS3 {
         let directory = |error: String| EmbeddedError::Directory { path: root.display().to_string(), error };
         std::fs::create_dir_all(root.join(bucket)).map_err(|e| directory(e.to_string()))?;
         let files = FileSystem::new(root).map_err(|e| directory(format!("{e:?}")))?;
-        let mut builder = S3ServiceBuilder::new(Strict::new(files));
+        let mut builder = S3ServiceBuilder::new(Strict::new(files, root.to_owned()));
         builder.set_auth(SimpleAuth::from_single(access_key, secret_key));
         let listener = TcpListener::bind(addr).await.map_err(|source| EmbeddedError::Listen { addr, source })?;
         let addr = listener.local_addr().map_err(|source| EmbeddedError::Listen { addr, source })?;
@@ -137,12 +138,26 @@ where
 /// s3s-fs behind one lock for each group of keys.
 struct Strict {
     files: FileSystem,
+    root: PathBuf,
     locks: Vec<RwLock<()>>,
 }
 
 impl Strict {
-    fn new(files: FileSystem) -> Self {
-        Self { files, locks: (0..STRIPES).map(|_| RwLock::new(())).collect() }
+    fn new(files: FileSystem, root: PathBuf) -> Self {
+        Self { files, root, locks: (0..STRIPES).map(|_| RwLock::new(())).collect() }
+    }
+
+    /// s3s-fs leaves what it noted beside an object (ETag, attributes) when the object is deleted.
+    fn drop_sidecars(&self, bucket: &str, key: &str) {
+        let encode = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+        for kind in ["metadata", "internal"] {
+            let path = self.root.join(format!(".bucket-{}.object-{}.{kind}.json", encode(bucket), encode(key)));
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::debug!(%error, path = %path.display(), "a note beside a deleted object stays");
+            }
+        }
     }
 
     fn lock(&self, bucket: &str, key: &str) -> &RwLock<()> {
@@ -201,8 +216,11 @@ impl S3 for Strict {
         &self,
         req: S3Request<dto::DeleteObjectInput>,
     ) -> S3Result<S3Response<dto::DeleteObjectOutput>> {
-        let _alone = self.lock(&req.input.bucket, &req.input.key).write().await;
-        self.files.delete_object(req).await
+        let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
+        let _alone = self.lock(&bucket, &key).write().await;
+        let deleted = self.files.delete_object(req).await?;
+        self.drop_sidecars(&bucket, &key);
+        Ok(deleted)
     }
 
     async fn create_bucket(

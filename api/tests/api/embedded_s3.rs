@@ -1,0 +1,177 @@
+//! The embedded S3 server as the S3 store sees it, directly and through the fault proxy.
+
+use bytes::Bytes;
+use http::Method;
+use stasis_api::dev::{EmbeddedS3, Fault, FaultProxy, Rule};
+use stasis_snapshot::store::probe::probe;
+use stasis_snapshot::store::s3::{S3Settings, S3Store};
+use stasis_snapshot::store::{ErrorKind, ObjectStore, Precondition, RawGrant};
+use std::sync::Arc;
+use std::time::Duration;
+
+async fn server() -> (tempfile::TempDir, EmbeddedS3) {
+    let dir = tempfile::tempdir().unwrap();
+    let s3 = EmbeddedS3::start(dir.path(), "127.0.0.1:0".parse().unwrap(), "b", "access", "secret").await.unwrap();
+    (dir, s3)
+}
+
+fn settings(endpoint: String) -> S3Settings {
+    S3Settings {
+        endpoint,
+        region: "us-east-1".to_owned(),
+        bucket: "b".to_owned(),
+        access_key: "access".to_owned(),
+        secret_key: "secret".to_owned(),
+        path_style: true,
+        request_timeout: Duration::from_millis(1500),
+        commit_timeout: Duration::from_millis(1500),
+    }
+}
+
+fn store(endpoint: String) -> S3Store {
+    S3Store::new(settings(endpoint)).unwrap()
+}
+
+#[tokio::test]
+async fn it_has_conditional_writes_as_the_commit_protocol_needs_them() {
+    let (_dir, s3) = server().await;
+    let found = probe(&store(s3.endpoint()), "nonce").await.unwrap();
+    assert!(found.conditional_writes, "{:?}", found.reasons);
+}
+
+#[tokio::test]
+async fn of_many_writers_under_one_precondition_exactly_one_wins() {
+    let (_dir, s3) = server().await;
+    let store = Arc::new(store(s3.endpoint()));
+    let mut tag = store.put("head", Bytes::from("0"), &Precondition::IfAbsent).await.unwrap();
+    for round in 1..6 {
+        let writers = (0..8).map(|n| {
+            let (store, tag) = (store.clone(), tag.clone());
+            tokio::spawn(async move {
+                store.put("head", Bytes::from(format!("{round}-{n}")), &Precondition::IfMatch(tag)).await
+            })
+        });
+        let mut won = Vec::new();
+        for writer in futures::future::join_all(writers).await {
+            match writer.unwrap() {
+                Ok(new) => won.push(new),
+                Err(e) => assert_eq!(e.kind, ErrorKind::PreconditionFailed),
+            }
+        }
+        assert_eq!(won.len(), 1, "round {round}");
+        let read = store.get("head").await.unwrap();
+        assert_eq!(read.etag, won[0], "the tag belongs to the body");
+        tag = read.etag;
+    }
+}
+
+#[tokio::test]
+async fn presigned_urls_open_one_object_and_no_other() {
+    let (_dir, s3) = server().await;
+    let store = store(s3.endpoint());
+    let url = |grant| match grant {
+        RawGrant::Url(url) => url,
+        RawGrant::File(_) => panic!("an S3 store grants URLs"),
+    };
+    let put = url(store.grant_put("v1/pack/0", Duration::from_secs(60)).await.unwrap());
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    assert_eq!(http.put(&put).body("pack").send().await.unwrap().status(), 200);
+    assert_eq!(store.get("v1/pack/0").await.unwrap().bytes, "pack");
+    let get = url(store.grant_get("v1/pack/0", Duration::from_secs(60)).await.unwrap());
+    let answer = http.get(&get).header("range", "bytes=1-2").send().await.unwrap();
+    assert_eq!((answer.status().as_u16(), answer.bytes().await.unwrap()), (206, Bytes::from("ac")));
+    for forged in [put.replace("pack/0", "pack/1"), get.replace("X-Amz-Expires=60", "X-Amz-Expires=61")] {
+        assert_eq!(http.put(&forged).body("x").send().await.unwrap().status(), 403, "{forged}");
+    }
+    assert_eq!(http.delete(&put).send().await.unwrap().status(), 403);
+    assert_eq!(
+        http.get(format!("{}/b/v1/pack/0", s3.endpoint())).send().await.unwrap().status(),
+        403,
+        "nobody reads without a signature"
+    );
+}
+
+#[tokio::test]
+async fn wrong_keys_and_wrong_buckets_are_told_apart() {
+    let (_dir, s3) = server().await;
+    let kind = |settings: S3Settings| async move {
+        let store = S3Store::new(settings).unwrap();
+        store.put("x", Bytes::from("x"), &Precondition::None).await.unwrap_err().kind
+    };
+    assert_eq!(
+        kind(S3Settings { bucket: "nope".to_owned(), ..settings(s3.endpoint()) }).await,
+        ErrorKind::NoSuchBucket
+    );
+    let wrong = kind(S3Settings { secret_key: "wrong".to_owned(), ..settings(s3.endpoint()) }).await;
+    assert!(matches!(wrong, ErrorKind::Forbidden | ErrorKind::Unauthorized), "{wrong:?}");
+}
+
+#[tokio::test]
+async fn deleting_leaves_no_file() {
+    let (dir, s3) = server().await;
+    let store = store(s3.endpoint());
+    store.put("a/b", Bytes::from("x"), &Precondition::None).await.unwrap();
+    store.delete("a/b").await.unwrap();
+    let left = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .filter(|name| name != "b")
+        .collect::<Vec<_>>();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(store.get("a/b").await.unwrap_err().kind, ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn each_fault_shows_as_what_it_is() {
+    let (_dir, s3) = server().await;
+    let proxy = FaultProxy::start(s3.addr()).await.unwrap();
+    let store = store(proxy.endpoint());
+    let direct = self::store(s3.endpoint());
+    let put = |key: &'static str| store.put(key, Bytes::from("x"), &Precondition::IfAbsent);
+    put("untouched").await.unwrap();
+
+    for (status, kind) in [
+        (401, ErrorKind::Unauthorized),
+        (403, ErrorKind::Forbidden),
+        (503, ErrorKind::Unavailable),
+        (507, ErrorKind::Full),
+    ] {
+        proxy.add(Rule::once(Method::PUT, "refused", Fault::Refuse(status)));
+        let error = put("refused").await.unwrap_err();
+        assert_eq!((error.kind, error.maybe_applied && status != 503), (kind, false), "{status}");
+        assert_eq!(direct.get("refused").await.unwrap_err().kind, ErrorKind::NotFound);
+    }
+    for (key, fault, applied) in [
+        ("dropped", Fault::Drop, false),
+        ("hung", Fault::Hang, false),
+        ("lost", Fault::LoseReply, true),
+        ("replaced", Fault::ReplaceReply(500), true),
+    ] {
+        proxy.add(Rule::once(Method::PUT, key, fault));
+        let error = put(key).await.unwrap_err();
+        assert!(error.maybe_applied, "{key}: {error}");
+        assert_eq!(direct.get(key).await.is_ok(), applied, "{key}");
+    }
+    proxy.add(Rule::once(Method::PUT, "late", Fault::ApplyLate(Duration::from_millis(300))));
+    assert!(put("late").await.unwrap_err().maybe_applied);
+    assert!(direct.get("late").await.is_err(), "not yet");
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    assert!(direct.get("late").await.is_ok(), "it landed");
+
+    direct.put("whole", Bytes::from("whole object"), &Precondition::None).await.unwrap();
+    proxy.add(Rule::once(Method::GET, "whole", Fault::FlipBit));
+    assert_ne!(store.get("whole").await.unwrap().bytes, "whole object");
+    proxy.add(Rule::once(Method::GET, "whole", Fault::Truncate));
+    assert!(store.get("whole").await.unwrap().bytes.len() < 12);
+    assert_eq!(store.get("whole").await.unwrap().bytes, "whole object", "a rule that is spent does nothing");
+
+    proxy.add(Rule::every(Method::PUT, "counted", Fault::Refuse(503)).after(1));
+    put("counted-1").await.unwrap();
+    put("counted-2").await.unwrap_err();
+    proxy.clear();
+    put("counted-3").await.unwrap();
+    assert!(
+        proxy.take_seen().iter().any(|seen| seen.path.contains("counted-2") && seen.fault == Some(Fault::Refuse(503)))
+    );
+    assert!(proxy.take_seen().is_empty());
+}

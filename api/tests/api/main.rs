@@ -1,0 +1,6 @@
+//! The supervisor without a VMM: routes called in-process, the embedded S3 server, faults on the wire, recovery from the bucket.
+
+mod embedded_s3;
+mod recovery;
+mod routes;
+mod support;
