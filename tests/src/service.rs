@@ -1,0 +1,316 @@
+//! A whole service: an S3 server on loopback, a proxy in front of it that can break things on the wire, `stasis serve` as a process, and a
+//! client. The supervisor is a process of its own so that tests can kill it.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use stasis_api::dev::{EmbeddedS3, FaultProxy};
+use stasis_vmm::control::CONSOLE_LOG;
+use stasis_vmm::control::client::Client;
+
+use crate::host;
+use crate::vmm::{Error, pulse, until};
+
+const BUCKET: &str = "sandboxes";
+const ACCESS_KEY: &str = "test-access";
+const SECRET_KEY: &str = "test-secret";
+
+/// What a service is started with.
+#[derive(Clone)]
+pub struct Options {
+    /// Directory with `templates/`; the small pulse templates of [`small_images`] when absent.
+    pub images: Option<PathBuf>,
+    /// More environment of the supervisor: its configuration (`STASIS_…`).
+    pub environment: Vec<(String, String)>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        // Short deadlines: a test that waits for one should not wait for long.
+        let environment = [("STASIS_DEADLINES_STORE_MS", "3000"), ("STASIS_DEADLINES_CAPTURE_MS", "20000")];
+        Self { images: None, environment: environment.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec() }
+    }
+}
+
+/// A running service. Everything of it ends when it is dropped.
+pub struct Service {
+    /// The proxy between the supervisor (and its VMMs) and the S3 server.
+    pub proxy: FaultProxy,
+    /// `http://…` of the API.
+    pub url: String,
+    /// An API key of the tenant `test`.
+    pub key: String,
+    /// Everything on disk.
+    pub dir: tempfile::TempDir,
+    options: Options,
+    s3: EmbeddedS3,
+    supervisor: Child,
+    http: reqwest::Client,
+}
+
+/// An answer of the API.
+#[derive(Debug)]
+pub struct Reply {
+    /// HTTP status.
+    pub status: u16,
+    /// Body, null when it is empty or no JSON.
+    pub json: Value,
+    /// The `Server-Timing` header.
+    pub timing: String,
+}
+
+impl Reply {
+    /// This reply, or an error when it has another status.
+    pub fn expect(self, status: u16) -> Result<Self, Error> {
+        if self.status == status { Ok(self) } else { Err(format!("expected {status}, got {self:?}").into()) }
+    }
+
+    /// A string field, empty when it is not there.
+    pub fn text(&self, field: &str) -> String {
+        self.json[field].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+/// Writes a template of a small pulse guest: `test/pulse`, 8 MiB filled and 1 MiB hot in as little as 32 MiB, counting its port accesses.
+pub fn small_images(dir: &Path) -> Result<PathBuf, Error> {
+    let template = dir.join("images/templates/pulse");
+    std::fs::create_dir_all(&template)?;
+    let json = json!({
+        "name": "test/pulse", "kernel": pulse(), "disk_mib": 0, "min_memory_mib": 32, "exit_counter": true,
+        "cmdline": "fill=8 hot=1 mix=real count=1", "ready": {"serial": "R\n"},
+    });
+    std::fs::write(template.join("template.json"), json.to_string())?;
+    Ok(dir.join("images"))
+}
+
+impl Service {
+    /// Starts everything and waits until the API answers.
+    pub async fn start(options: Options) -> Result<Self, Error> {
+        let dir = host::scratch()?;
+        let loopback = "127.0.0.1:0".parse()?;
+        let s3 = EmbeddedS3::start(&dir.path().join("s3"), loopback, BUCKET, ACCESS_KEY, SECRET_KEY).await?;
+        let proxy = FaultProxy::start(s3.addr()).await?;
+        let images = match &options.images {
+            Some(images) => images.clone(),
+            None => small_images(dir.path())?,
+        };
+        let options = Options { images: Some(images), ..options };
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let url = format!("http://127.0.0.1:{port}");
+        let data = dir.path().join("d");
+        let key = make_key(&data, "test")?;
+        let supervisor = spawn(&dir, &options, &proxy.endpoint(), port)?;
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(600)).build()?;
+        let service = Self { proxy, url, key, dir, options, s3, supervisor, http };
+        service.ready().await?;
+        Ok(service)
+    }
+
+    async fn ready(&self) -> Result<(), Error> {
+        for _ in 0..3000 {
+            if let Ok(answer) = self.http.get(format!("{}/healthz", self.url)).send().await
+                && answer.status().is_success()
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Err(format!("the supervisor does not answer: {}", self.log()).into())
+    }
+
+    /// The supervisor's log.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("supervisor.log")).unwrap_or_default()
+    }
+
+    /// Address of the S3 server itself, past the proxy.
+    pub fn s3_endpoint(&self) -> String {
+        self.s3.endpoint()
+    }
+
+    /// A new key of the tenant `test`, for a journal that was made anew.
+    pub fn same_tenant_key(&self) -> Result<String, Error> {
+        make_key(&self.dir.path().join("d"), "test")
+    }
+
+    /// Another tenant's key.
+    pub fn other_key(&self) -> Result<String, Error> {
+        make_key(&self.dir.path().join("d"), "other")
+    }
+
+    /// Kills the supervisor with SIGKILL; VMMs go on.
+    pub fn kill_supervisor(&mut self) -> Result<(), Error> {
+        self.supervisor.kill()?;
+        self.supervisor.wait()?;
+        Ok(())
+    }
+
+    /// Starts the supervisor again on the same data and address.
+    pub async fn start_supervisor(&mut self) -> Result<(), Error> {
+        let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
+        self.supervisor = spawn(&self.dir, &self.options, &self.proxy.endpoint(), port)?;
+        self.ready().await
+    }
+
+    /// One request as the tenant `test`.
+    pub async fn call(&self, method: &str, path: &str, body: Option<Value>) -> Result<Reply, Error> {
+        self.call_as(&self.key, method, path, body.map(|b| b.to_string())).await
+    }
+
+    /// One request with this key and this body, well-formed or not.
+    pub async fn call_as(&self, key: &str, method: &str, path: &str, body: Option<String>) -> Result<Reply, Error> {
+        let mut request = self.http.request(method.parse()?, format!("{}{path}", self.url));
+        if !key.is_empty() {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        if let Some(body) = body {
+            request = request.header("content-type", "application/json").body(body);
+        }
+        let answer = request.send().await?;
+        let status = answer.status().as_u16();
+        let timing = answer.headers().get("server-timing").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let json = serde_json::from_slice(&answer.bytes().await?).unwrap_or(Value::Null);
+        Ok(Reply { status, json, timing })
+    }
+
+    /// Creates a small pulse sandbox and answers its id.
+    pub async fn create_pulse(&self) -> Result<String, Error> {
+        let body = json!({"template_name": "test/pulse", "memory": 32});
+        Ok(self.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id"))
+    }
+
+    /// `POST …/pause`.
+    pub async fn pause(&self, id: &str) -> Result<Reply, Error> {
+        self.call("POST", &format!("/v1/sandbox/{id}/pause"), None).await
+    }
+
+    /// `POST …/resume`.
+    pub async fn resume(&self, id: &str) -> Result<Reply, Error> {
+        self.call("POST", &format!("/v1/sandbox/{id}/resume"), None).await
+    }
+
+    /// The state that `GET` answers.
+    pub async fn state(&self, id: &str) -> Result<String, Error> {
+        Ok(self.call("GET", &format!("/v1/sandbox/{id}"), None).await?.text("state"))
+    }
+
+    /// Waits until the sandbox is in this state.
+    pub async fn await_state(&self, id: &str, state: &str) -> Result<(), Error> {
+        let mut last = String::new();
+        for _ in 0..600 {
+            last = self.state(id).await?;
+            if last == state {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Err(format!("{id} is {last}, not {state}, after 30 s; log: {}", self.log()).into())
+    }
+
+    /// Run directory of the sandbox's VMM.
+    pub fn run_dir(&self, id: &str) -> PathBuf {
+        self.dir.path().join("d/run").join(id)
+    }
+
+    /// What the guest printed since its VMM started.
+    pub fn console(&self, id: &str) -> String {
+        let log = std::fs::read(self.run_dir(id).join(CONSOLE_LOG)).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
+    /// The sandbox's VMM.
+    pub fn vmm(&self, id: &str) -> Client {
+        Client::new(&self.run_dir(id))
+    }
+
+    /// Pulse goes on and has lost nothing: it prints new passes and never a '!'.
+    pub async fn pulse_is_well(&self, id: &str) -> Result<(), Error> {
+        let before = self.console(id).len();
+        until("new passes of pulse", || Ok((self.console(id).len() > before + 3).then_some(()))).await?;
+        let console = self.console(id);
+        if console.contains('!') { Err(format!("pulse lost something: {console}").into()) } else { Ok(()) }
+    }
+
+    /// Process ids of VMMs that run from this service's data directory.
+    pub fn vmm_pids(&self) -> Vec<u32> {
+        let marker = self.dir.path().join("d/run").to_string_lossy().into_owned();
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        processes
+            .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
+            .filter(|pid| {
+                let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let cmdline = String::from_utf8_lossy(&cmdline);
+                cmdline.contains("stasis-vmm") && cmdline.contains(&marker)
+            })
+            .collect()
+    }
+
+    /// Objects in the bucket below `prefix`, by their paths in the S3 server's folder.
+    pub fn objects(&self, prefix: &str) -> Vec<PathBuf> {
+        fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+            for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    walk(&path, found);
+                } else {
+                    found.push(path);
+                }
+            }
+        }
+        let root = self.dir.path().join("s3").join(BUCKET);
+        let mut found = Vec::new();
+        walk(&root, &mut found);
+        found.retain(|path| path.strip_prefix(&root).is_ok_and(|p| p.to_string_lossy().starts_with(prefix)));
+        found.sort();
+        found
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.supervisor.kill();
+        let _ = self.supervisor.wait();
+        for pid in self.vmm_pids() {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
+fn spawn(dir: &tempfile::TempDir, options: &Options, s3: &str, port: u16) -> Result<Child, Error> {
+    let log = File::options().create(true).append(true).open(dir.path().join("supervisor.log"))?;
+    let images = options.images.clone().unwrap_or_default();
+    let child = std::process::Command::new(host::program("stasis"))
+        .arg("serve")
+        .env("STASIS_LISTEN", format!("127.0.0.1:{port}"))
+        .env("STASIS_DATA_DIR", dir.path().join("d"))
+        .env("STASIS_IMAGES_DIR", images)
+        .env("STASIS_STORE_KIND", "s3")
+        .env("STASIS_STORE_ENDPOINT", s3)
+        .env("STASIS_STORE_BUCKET", BUCKET)
+        .env("STASIS_STORE_ACCESS_KEY", ACCESS_KEY)
+        .env("STASIS_STORE_SECRET_KEY", SECRET_KEY)
+        .envs(options.environment.iter().map(|(k, v)| (k, v)))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()?;
+    Ok(child)
+}
+
+#[expect(clippy::disallowed_methods, reason = "a program run as an operator runs it")]
+fn make_key(data: &Path, tenant: &str) -> Result<String, Error> {
+    let made = std::process::Command::new(host::program("stasis"))
+        .args(["--json", "key", "create", "--tenant", tenant, "--data-dir"])
+        .arg(data)
+        .output()?;
+    let answer: Value = serde_json::from_slice(&made.stdout)
+        .map_err(|e| format!("stasis key create: {e}: {}", String::from_utf8_lossy(&made.stderr)))?;
+    Ok(answer["key"].as_str().unwrap_or_default().to_owned())
+}

@@ -1,0 +1,217 @@
+//! Pause and resume through the REST API with pulse guests on this machine's own `/dev/kvm`: what is left, what is durable, what is refused.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use stasis_api::dev::{Fault, Rule};
+use stasis_tests::service::{Options, Service};
+use stasis_tests::suite::{Outcome, Suite};
+use stasis_tests::vmm::no_pulse;
+
+fn main() {
+    Suite::default()
+        .test("a_sandbox_sleeps_and_wakes_and_nothing_is_left", no_pulse(), sleeps_and_wakes)
+        .test("paused_is_answered_only_after_the_head_is_committed", no_pulse(), durable_before_success)
+        .test("a_client_that_hangs_up_cancels_nothing", no_pulse(), hang_up)
+        .test("bad_requests_are_refused_and_lose_nothing", no_pulse(), bad_requests)
+        .test("another_tenant_sees_nothing", no_pulse(), other_tenant)
+        .test("damaged_objects_are_named_and_the_sandbox_stays_paused", no_pulse(), damaged_objects)
+        .test("an_empty_supervisor_finds_what_sleeps_in_the_bucket", no_pulse(), bucket_is_the_catalogue)
+        .test("linux_is_refused_on_software_kvm_with_the_way_out", no_pulse().or_else(hardware), software_kvm)
+        .main();
+}
+
+fn hardware() -> Option<String> {
+    stasis_tests::host::no_linux_guest().is_none().then(|| "this machine has hardware virtualization".to_owned())
+}
+
+async fn sleeps_and_wakes() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    for generation in 1..=3 {
+        service.pulse_is_well(&id).await?;
+        let paused = service.pause(&id).await?.expect(201)?;
+        assert_eq!(paused.text("state"), "paused");
+        for phase in ["stop", "upload", "commit", "sent"] {
+            assert!(paused.timing.contains(phase), "{phase} in {:?}", paused.timing);
+        }
+        assert!(service.vmm_pids().is_empty(), "no VMM process is left");
+        assert!(!service.run_dir(&id).exists(), "no socket is left");
+        let scratch = walk(&service.dir.path().join("d"));
+        assert!(scratch.iter().all(|f| f.contains("journal") || f.contains("lock")), "no file is left: {scratch:?}");
+        assert!(service.objects("v1/test/sandbox").iter().any(|o| o.ends_with("head")));
+        let resumed = service.resume(&id).await?.expect(200)?;
+        assert_eq!(resumed.text("state"), "running");
+        assert!(resumed.timing.contains("dur="), "{:?}", resumed.timing);
+        service.pulse_is_well(&id).await?;
+        let counts = service.vmm(&id).metrics().await?.exit_counter.unwrap_or_default();
+        assert_eq!(counts.out_gaps, 0, "generation {generation}");
+    }
+    service.call("DELETE", &format!("/v1/sandbox/{id}"), None).await?.expect(204)?;
+    assert!(service.vmm_pids().is_empty());
+    assert_eq!(service.objects("v1/test/sandbox").len(), 1, "the tombstone alone is left");
+    Ok(())
+}
+
+fn walk(dir: &std::path::Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(walk(&path));
+        } else {
+            found.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        }
+    }
+    found
+}
+
+async fn durable_before_success() -> Outcome {
+    const DELAY: Duration = Duration::from_millis(1500);
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    service.proxy.add(Rule::once(http::Method::PUT, "/head", Fault::Delay(DELAY)));
+    let started = std::time::Instant::now();
+    let pausing = service.pause(&id);
+    let watching = async {
+        tokio::time::sleep(DELAY / 2).await;
+        service.state(&id).await
+    };
+    let (paused, meanwhile) = tokio::join!(pausing, watching);
+    assert_eq!(meanwhile?, "snapshotting");
+    paused?.expect(201)?;
+    assert!(started.elapsed() >= DELAY, "201 came before the head was stored");
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
+}
+
+async fn hang_up() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    service.proxy.add(Rule::once(http::Method::PUT, "/pack/", Fault::Delay(Duration::from_millis(800))));
+    let given_up = tokio::time::timeout(Duration::from_millis(200), service.pause(&id)).await;
+    assert!(given_up.is_err(), "the pause takes longer than its client waits");
+    service.await_state(&id, "paused").await?;
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
+}
+
+async fn bad_requests() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    let key = service.key.clone();
+    let raw = |method: &'static str, path: String, body: Option<&str>, key: String| {
+        let (service, body) = (&service, body.map(str::to_owned));
+        async move { service.call_as(&key, method, &path, body).await }
+    };
+    let pause = format!("/v1/sandbox/{id}/pause");
+    for (key, path) in [("", pause.clone()), ("stasis_wrong", pause.clone())] {
+        let refused = raw("POST", path, None, key.to_owned()).await?.expect(401)?;
+        assert!(!refused.text("message").is_empty());
+    }
+    for unknown in ["sbx-aaaaaaaaaaaaaaaaaaaa", "no%20id", "..%2f..", "SBX-1"] {
+        let refused = raw("POST", format!("/v1/sandbox/{unknown}/pause"), None, key.clone()).await?.expect(404)?;
+        assert!(!refused.text("message").is_empty(), "{unknown}");
+    }
+    raw("POST", format!("/v1/sandbox/{id}/resume"), None, key.clone()).await?.expect(409)?;
+    for (body, field) in [
+        (r#"{"template_name":"test/pulse","vcpu":0}"#, "vcpu"),
+        (r#"{"template_name":"test/pulse","vcpu":9}"#, "vcpu"),
+        (r#"{"template_name":"test/pulse","memory":8}"#, "memory"),
+        (r#"{"template_name":"test/pulse","memory":513}"#, "memory"),
+        (r#"{"template_name":"test/pulse","memory_mib":99999}"#, "memory"),
+        (r#"{"template_name":"test/pulse","timeout":0}"#, "timeout"),
+        (r#"{"template_name":"test/pulse","timeout":28801}"#, "timeout"),
+        (r#"{"template_name":"test/pulse","vcpu":"many"}"#, "vcpu"),
+    ] {
+        let refused = raw("POST", "/v1/sandbox".to_owned(), Some(body), key.clone()).await?.expect(400)?;
+        let named = refused.json["errors"].as_array().cloned().unwrap_or_default();
+        let named = named.iter().any(|e| e["field"].as_str().is_some_and(|f| f.contains(field)));
+        assert!(named, "{body}: {:?}", refused.json);
+    }
+    raw("POST", "/v1/sandbox".to_owned(), Some("{"), key.clone()).await?.expect(400)?;
+    let unknown = raw("POST", "/v1/sandbox/".to_owned(), Some(r#"{"template_name":"no/such"}"#), key.clone()).await?;
+    assert!((400..500).contains(&unknown.status) && unknown.text("message").contains("no/such"), "{unknown:?}");
+    let huge = format!(r#"{{"template_name":"{}"}}"#, "x".repeat(11 << 20));
+    raw("POST", "/v1/sandbox".to_owned(), Some(&huge), key.clone()).await?.expect(413)?;
+    raw("PATCH", format!("/v1/sandbox/{id}"), None, key.clone()).await?.expect(405)?;
+    raw("GET", "/v1/nothing".to_owned(), None, key.clone()).await?.expect(404)?;
+    service.pulse_is_well(&id).await?;
+    service.pause(&id).await?.expect(201)?;
+    service.pause(&id).await?.expect(409)?;
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
+}
+
+async fn other_tenant() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    let other = service.other_key()?;
+    for (method, path) in [
+        ("GET", format!("/v1/sandbox/{id}")),
+        ("POST", format!("/v1/sandbox/{id}/pause")),
+        ("POST", format!("/v1/sandbox/{id}/resume")),
+        ("GET", format!("/v1/sandbox/{id}/inspect")),
+        ("DELETE", format!("/v1/sandbox/{id}")),
+    ] {
+        service.call_as(&other, method, &path, None).await?.expect(404)?;
+    }
+    let listed = service.call_as(&other, "GET", "/v1/sandboxes", None).await?.expect(200)?;
+    assert_eq!(listed.json["total_items"], json!(0));
+    service.pulse_is_well(&id).await?;
+    assert!(!service.log().contains(&service.key), "keys are not logged");
+    Ok(())
+}
+
+async fn damaged_objects() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    service.pause(&id).await?.expect(201)?;
+    for (part, fault) in [
+        ("/manifest", Fault::FlipBit),
+        ("/manifest", Fault::Truncate),
+        ("/manifest", Fault::Refuse(404)),
+        ("/pack/", Fault::FlipBit),
+        ("/pack/", Fault::Truncate),
+        ("/pack/", Fault::Refuse(404)),
+    ] {
+        service.proxy.add(Rule::every(http::Method::GET, part, fault.clone()));
+        let failed = service.resume(&id).await?;
+        assert!(failed.status >= 500, "{part} {fault:?}: {failed:?}");
+        assert!(failed.text("message").contains(part.trim_matches('/')), "{part} {fault:?}: {failed:?}");
+        assert_eq!(service.state(&id).await?, "paused", "{part} {fault:?}");
+        assert!(service.vmm_pids().is_empty(), "{part} {fault:?}");
+        service.proxy.clear();
+    }
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
+}
+
+async fn bucket_is_the_catalogue() -> Outcome {
+    let mut service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    service.pause(&id).await?.expect(201)?;
+    service.kill_supervisor()?;
+    std::fs::remove_dir_all(service.dir.path().join("d"))?;
+    service.key = service.same_tenant_key()?;
+    service.start_supervisor().await?;
+    service.await_state(&id, "paused").await?;
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
+}
+
+async fn software_kvm() -> Outcome {
+    let mut options = Options::default();
+    let images = stasis_tests::host::built("images");
+    if let Some(why) =
+        stasis_tests::host::missing(&images.join("templates/debian-bookworm"), "guest-images/linux/build")
+    {
+        return Err(why.into());
+    }
+    options.images = Some(images);
+    let service = Service::start(options).await?;
+    let body: Value = json!({"template_name": "system/debian:bookworm"});
+    let refused = service.call("POST", "/v1/sandbox", Some(body)).await?;
+    assert!(refused.status >= 400 && refused.text("message").contains("tests/rig"), "{refused:?}");
+    Ok(())
+}
