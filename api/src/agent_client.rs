@@ -172,10 +172,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_healthy_agent_is_understood() {
-        let (_dir, agent) = answering(
-            "HTTP/1.1 200 OK\r\ncontent-length: 43\r\n\r\n{\"protocol\":1,\"version\":\"x\",\"boot_id\":\"abc\"}",
-        )
-        .await;
+        let body = r#"{"protocol":1,"version":"x","boot_id":"abc"}"#;
+        let (_dir, agent) = answering("200 OK", body, body.len()).await;
         assert_eq!(agent.health(Duration::from_secs(5)).await.unwrap().boot_id, "abc");
     }
 

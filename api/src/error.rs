@@ -197,7 +197,7 @@ pub enum Error {
     #[error(transparent)]
     Name(#[from] BadName),
     /// The operation that this request waited for failed.
-    #[error("{0}")]
+    #[error("{}", .0.chain())]
     Shared(Arc<Error>),
     /// A bug.
     #[error("internal error: {0}; please report it")]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 async fn server() -> (tempfile::TempDir, EmbeddedS3) {
     let dir = tempfile::tempdir().unwrap();
-    let s3 = EmbeddedS3::start(dir.path(), "127.0.0.1:0".parse().unwrap(), "b", "access", "secret").await.unwrap();
+    let s3 = EmbeddedS3::start(dir.path(), "127.0.0.1:0".parse().unwrap(), "bucket", "access", "secret").await.unwrap();
     (dir, s3)
 }
 
@@ -19,7 +19,7 @@ fn settings(endpoint: String) -> S3Settings {
     S3Settings {
         endpoint,
         region: "us-east-1".to_owned(),
-        bucket: "b".to_owned(),
+        bucket: "bucket".to_owned(),
         access_key: "access".to_owned(),
         secret_key: "secret".to_owned(),
         path_style: true,
@@ -85,7 +85,7 @@ async fn presigned_urls_open_one_object_and_no_other() {
     }
     assert_eq!(http.delete(&put).send().await.unwrap().status(), 403);
     assert_eq!(
-        http.get(format!("{}/b/v1/pack/0", s3.endpoint())).send().await.unwrap().status(),
+        http.get(format!("{}/bucket/v1/pack/0", s3.endpoint())).send().await.unwrap().status(),
         403,
         "nobody reads without a signature"
     );
@@ -115,7 +115,7 @@ async fn deleting_leaves_no_file() {
     let left = std::fs::read_dir(dir.path())
         .unwrap()
         .map(|e| e.unwrap().file_name())
-        .filter(|name| name != "b")
+        .filter(|name| name != "bucket")
         .collect::<Vec<_>>();
     assert!(left.is_empty(), "{left:?}");
     assert_eq!(store.get("a/b").await.unwrap_err().kind, ErrorKind::NotFound);

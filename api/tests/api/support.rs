@@ -20,12 +20,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use tower::ServiceExt as _;
 
-pub struct Place {
-    pub dir: tempfile::TempDir,
+pub(crate) struct Place {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let vmm = dir.path().join("vmm");
         std::fs::write(&vmm, "#!/bin/sh\necho this vmm cannot run >&2\nexit 1\n").unwrap();
@@ -39,11 +39,11 @@ impl Place {
         Self { dir }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    pub fn config(&self) -> Config {
+    pub(crate) fn config(&self) -> Config {
         Config {
             listen: "127.0.0.1:0".parse().unwrap(),
             data_dir: self.path("data"),
@@ -55,50 +55,49 @@ impl Place {
         }
     }
 
-    pub async fn start(&self) -> Served {
+    pub(crate) async fn start(&self) -> Served {
         Served::over(Supervisor::start(self.config()).await.unwrap())
     }
 }
 
-pub struct Served {
-    pub supervisor: Supervisor,
-    pub key: String,
+pub(crate) struct Served {
+    pub(crate) supervisor: Supervisor,
+    pub(crate) key: String,
 }
 
 /// An answer, read whole.
-pub struct Answer {
-    pub status: u16,
-    pub headers: axum::http::HeaderMap,
-    pub body: Value,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) body: Value,
 }
 
 impl Served {
-    pub fn over(supervisor: Supervisor) -> Self {
+    pub(crate) fn over(supervisor: Supervisor) -> Self {
         let (_, key) = supervisor.core().journal.create_key("dev", "", &Sources::system()).unwrap();
         Self { supervisor, key }
     }
 
-    pub async fn send(&self, request: Request<Body>) -> Answer {
+    pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
         let app = stasis_api::routes::router(self.supervisor.core().clone());
         let response: Response<Body> = app.oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes: Bytes = body.collect().await.unwrap().to_bytes();
         let body = if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap() };
-        Answer { status: parts.status.as_u16(), headers: parts.headers, body }
+        Answer { status: parts.status.as_u16(), body }
     }
 
-    pub async fn call(&self, method: &str, path: &str, body: &str) -> Answer {
+    pub(crate) async fn call(&self, method: &str, path: &str, body: &str) -> Answer {
         let request =
             Request::builder().method(method).uri(path).header("authorization", format!("Bearer {}", self.key));
         self.send(request.body(Body::from(body.to_owned())).unwrap()).await
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.call("GET", path, "").await
     }
 }
 
-pub fn spec() -> Spec {
+pub(crate) fn spec() -> Spec {
     Spec {
         template_name: "test/bare".to_owned(),
         template_id: "tpl-0".to_owned(),
@@ -117,7 +116,7 @@ pub fn spec() -> Spec {
 }
 
 /// Writes the head of a sandbox as another supervisor would have: created by `owner`, and paused with a manifest that is not there.
-pub async fn write_head(store: &Path, id: &str, owner: &str, state: HeadState) {
+pub(crate) async fn write_head(store: &Path, id: &str, owner: &str, state: HeadState) {
     std::fs::create_dir_all(store).unwrap();
     let objects = Arc::new(DirectoryStore::open(store).unwrap());
     let place = Owner::sandbox("dev", id).unwrap();
@@ -144,7 +143,7 @@ pub async fn write_head(store: &Path, id: &str, owner: &str, state: HeadState) {
     let Outcome::Committed { .. } = register.commit(&last, Sent::Never, &mut pacer).await else { panic!("last head") };
 }
 
-pub async fn start_error(config: Config) -> Error {
+pub(crate) async fn start_error(config: Config) -> Error {
     match Supervisor::start(config).await {
         Err(error) => error,
         Ok(_) => panic!("it started"),
