@@ -1,0 +1,41 @@
+# The two commands: `make demo` and `make test`. Both install what they need on Debian or Ubuntu (as root), build, and say where time goes.
+# A machine without VT-x or AMD-V runs Linux guests in an emulated KVM host (tests/rig).
+
+SHELL := /bin/bash
+PROFILE := debug
+STEP = tests/step
+
+.PHONY: all demo test test-native test-linux lint images build setup clean
+
+all: build images
+
+setup:
+	$(STEP) setup guest-images/linux/need gcc=gcc make=make debootstrap=debootstrap mke2fs=e2fsprogs cpio=cpio modprobe=kmod \
+		xz=xz-utils lz4=lz4 curl=curl python3=python3 qemu-system-x86_64=qemu-system-x86 /bin/busybox=busybox-static
+
+build: setup
+	$(STEP) build cargo build --workspace --all-targets
+
+images: setup
+	$(STEP) images guest-images/linux/build
+
+# The main job, to be watched: create, count, write, pause, look into the bucket, resume, the count goes on.
+demo: build images
+	$(STEP) demo tests/rig/here-or-rig --time-limit 900 --mem 6144 -- tests/demo target/$(PROFILE)
+
+# Everything: lints, unit and property tests, pulse guests on this machine's /dev/kvm, Debian guests here or in the rig.
+test: lint build images test-native test-linux
+	@$(STEP) --summary
+
+lint: setup
+	$(STEP) format cargo fmt --all --check
+	$(STEP) clippy cargo clippy --workspace --all-targets -- -D warnings
+
+test-native: build images
+	$(STEP) test-native tests/native
+
+test-linux: build images
+	$(STEP) test-linux tests/linux target/$(PROFILE)
+
+clean:
+	cargo clean
