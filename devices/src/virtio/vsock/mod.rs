@@ -9,7 +9,7 @@
 //! # Bounds
 //!
 //! At most [`VsockConfig::max_connections`] sockets, each with at most 128 KiB that wait for the host; towards the guest nothing waits
-//! but at most one reset per packet received or connection. The transmit queue is not read while [`REPLIES`] resets wait for a
+//! but at most one reset per packet received or connection. The transmit queue is not read while 256 resets wait for a
 //! receive buffer, as virtio 1.2 §5.10.6.1.2 allows. Clients beyond the bound wait in the listener's backlog.
 //!
 //! # Snapshots
@@ -21,24 +21,22 @@
 
 mod connection;
 mod greeting;
+mod mux;
 mod packet;
 mod sockets;
 
-use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use self::connection::{Connection, Verdict, WINDOW_BYTES};
-use self::greeting::{Greeting, Progress};
-use self::packet::{HEADER_BYTES, HOST_CID, Header, Ports, STREAM, op};
-use self::sockets::{FIRST_SOCKET, LISTENER, Sockets, TIMER, Token};
+use self::connection::WINDOW_BYTES;
+use self::mux::{HOST_PORTS, Mux};
+use self::packet::{HEADER_BYTES, Header};
 use super::{DeviceError, DeviceIo, DeviceState, RestoreError, VirtioDevice};
 
 const RX: usize = 0;
@@ -51,20 +49,12 @@ const F_STREAM: u64 = 1 << 0;
 /// Payload of the event that tells the driver to drop its connections (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
-/// Resets that may wait before the transmit queue is read no more.
-const REPLIES: usize = 256;
 /// Packets of one direction handled in one call.
 const BATCH: usize = 256;
-/// Clients accepted in one call.
-const ACCEPTS: usize = 64;
 /// Largest payload sent to the guest in one packet, bytes.
 const PACKET_BYTES: usize = 64 * 1024;
 /// How long packets are held back for a driver that does not take its transport-reset event.
 const RESET_HOLD: Duration = Duration::from_secs(2);
-/// How long no client is accepted after the host refused a descriptor.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-/// Host ports of host-initiated connections: far from those that services use.
-const HOST_PORTS: std::ops::Range<u32> = 1 << 30..1 << 31;
 
 /// Saved state of a [`Vsock`]. Connections are not part of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,21 +103,7 @@ enum TransportReset {
 
 /// The device.
 pub struct Vsock {
-    config: VsockConfig,
-    sockets: Sockets,
-    active: bool,
-    listening: bool,
-    accept_again: Option<Instant>,
-    greetings: HashMap<Token, Greeting>,
-    connections: HashMap<Token, Connection>,
-    /// Connections that the guest knows, by its name for them.
-    by_ports: HashMap<Ports, Token>,
-    next_token: Token,
-    next_host_port: u32,
-    /// Connections with a packet for the guest, each once, in the order in which they get their turn.
-    ready: VecDeque<Token>,
-    /// Resets for the guest. They go first.
-    replies: VecDeque<Header>,
+    mux: Mux,
     transport_reset: TransportReset,
     buffer: Box<[u8]>,
 }
@@ -136,18 +112,7 @@ impl Vsock {
     /// A device whose host clients connect to `listener`.
     pub fn new(config: VsockConfig, listener: UnixListener) -> io::Result<Self> {
         Ok(Self {
-            config,
-            sockets: Sockets::new(listener)?,
-            active: false,
-            listening: false,
-            accept_again: None,
-            greetings: HashMap::new(),
-            connections: HashMap::new(),
-            by_ports: HashMap::new(),
-            next_token: FIRST_SOCKET,
-            next_host_port: HOST_PORTS.start,
-            ready: VecDeque::new(),
-            replies: VecDeque::new(),
+            mux: Mux::new(config, listener)?,
             transport_reset: TransportReset::Done,
             // A packet of the guest fills its window at most.
             buffer: vec![0; WINDOW_BYTES as usize].into_boxed_slice(),
@@ -160,7 +125,7 @@ impl Vsock {
         self.pump_transmit(io, now)?;
         self.pump_receive(io, now)?;
         // Room for replies may have come only now.
-        if self.replies.len() < REPLIES && io.has_available(TX)? {
+        if !self.mux.is_choked() && io.has_available(TX)? {
             io.reschedule(TX);
         }
         self.watch(now)
@@ -199,7 +164,7 @@ impl Vsock {
     /// Takes packets of the guest.
     fn pump_transmit(&mut self, io: &mut DeviceIo<'_>, now: Instant) -> Result<(), DeviceError> {
         for _ in 0..BATCH {
-            if self.replies.len() >= REPLIES {
+            if self.mux.is_choked() {
                 return Ok(());
             }
             let Some(mut chain) = io.pop(TX)? else {
@@ -219,11 +184,11 @@ impl Vsock {
             // A payload beyond the window breaks the connection, not the device.
             let payload = if len <= self.buffer.len() {
                 chain.readable.read(io.memory(), &mut self.buffer[..len])?;
-                Some(len)
+                Some(&self.buffer[..len])
             } else {
                 None
             };
-            self.receive(&header, payload, now);
+            self.mux.receive(&header, payload, now);
             io.complete(TX, chain.head, 0)?;
         }
         if io.has_available(TX)? {
@@ -232,55 +197,13 @@ impl Vsock {
         Ok(())
     }
 
-    /// Handles one packet of the guest; its payload is the first `payload` bytes of the buffer, none if it was too large.
-    fn receive(&mut self, header: &Header, payload: Option<usize>, now: Instant) {
-        if header.src_cid != u64::from(self.config.guest_cid) {
-            // virtio 1.2 §5.10.6: a packet with a false sender is dropped.
-            return;
-        }
-        let refused = header.dst_cid != HOST_CID || header.kind != STREAM;
-        let ports = Ports { host: header.dst_port, guest: header.src_port };
-        match self.by_ports.get(&ports) {
-            Some(&token) if !refused => {
-                let Some(connection) = self.connections.get_mut(&token) else {
-                    return;
-                };
-                let verdict = match payload {
-                    Some(len) => connection.receive(header, &self.buffer[..len], now),
-                    None => Verdict::Reset,
-                };
-                self.settle(token, verdict);
-            }
-            None if !refused && header.op == op::REQUEST => self.connect_to_host(header, ports),
-            _ if header.op == op::RST => {}
-            _ => self.replies.push_back(header.reset_reply()),
-        }
-    }
-
-    /// A guest program connects to a port of the host.
-    fn connect_to_host(&mut self, request: &Header, ports: Ports) {
-        let mut path = self.config.path.clone().into_os_string();
-        path.push(format!("_{}", ports.host));
-        if self.is_full() {
-            tracing::debug!(port = ports.host, "guest connection refused: too many");
-            return self.replies.push_back(request.reset_reply());
-        }
-        match sockets::connect(path.as_ref()) {
-            Ok(stream) => self.insert(Connection::accepted(stream, request, ports)),
-            Err(error) => {
-                tracing::debug!(port = ports.host, %error, "guest connection refused");
-                self.replies.push_back(request.reset_reply());
-            }
-        }
-    }
-
     /// Fills receive buffers of the guest.
     fn pump_receive(&mut self, io: &mut DeviceIo<'_>, now: Instant) -> Result<(), DeviceError> {
         if self.packets_held(now) {
             return Ok(());
         }
         for _ in 0..BATCH {
-            if self.replies.is_empty() && self.ready.is_empty() {
+            if !self.mux.may_have_packet() {
                 return Ok(());
             }
             // None: what there is to send waits where it is, the bytes in their sockets.
@@ -294,7 +217,7 @@ impl Vsock {
                 return Err(DeviceError::TooShort { direction: "writable", have, need });
             }
             let room = PACKET_BYTES.min(have as usize - HEADER_BYTES);
-            let Some(header) = self.next_packet(room, now) else {
+            let Some(header) = self.mux.next_packet(room, &mut self.buffer, now) else {
                 io.unpop(RX);
                 return Ok(());
             };
@@ -302,201 +225,15 @@ impl Vsock {
             chain.writable.write(io.memory(), &self.buffer[..header.len as usize])?;
             io.complete(RX, chain.head, HEADER_BYTES as u32 + header.len)?;
         }
-        if !(self.replies.is_empty() && self.ready.is_empty()) {
+        if self.mux.may_have_packet() {
             io.reschedule(RX);
         }
         Ok(())
     }
 
-    /// The next packet for the guest, its payload in the buffer.
-    fn next_packet(&mut self, room: usize, now: Instant) -> Option<Header> {
-        loop {
-            if let Some(reply) = self.replies.pop_front() {
-                return Some(reply);
-            }
-            let token = self.ready.pop_front()?;
-            let Some(connection) = self.connections.get_mut(&token) else {
-                continue;
-            };
-            connection.queued = false;
-            let (header, verdict) = connection.next_packet(room, &mut self.buffer, now);
-            self.settle(token, verdict);
-            if let Some(header) = header {
-                return Some(Header {
-                    src_cid: HOST_CID,
-                    dst_cid: self.config.guest_cid.into(),
-                    kind: STREAM,
-                    ..header
-                });
-            }
-        }
-    }
-
-    /// Puts a new connection under watch.
-    fn insert(&mut self, connection: Connection) {
-        let token = self.take_token();
-        self.by_ports.insert(connection.ports, token);
-        self.connections.insert(token, connection);
-        self.settle(token, Verdict::Keep);
-    }
-
-    /// Does what `verdict` says, and brings the connection's place in the queue and its epoll registration up to date.
-    fn settle(&mut self, token: Token, verdict: Verdict) {
-        let Some(connection) = self.connections.get_mut(&token) else {
-            return;
-        };
-        match verdict {
-            Verdict::Keep => {}
-            Verdict::Drain => drop(self.by_ports.remove(&connection.ports)),
-            Verdict::Reset | Verdict::Close => {
-                let ports = connection.ports;
-                // A draining connection's ports may name another one by now.
-                if self.by_ports.get(&ports) == Some(&token) {
-                    self.by_ports.remove(&ports);
-                }
-                self.connections.remove(&token);
-                if verdict == Verdict::Reset {
-                    self.replies.push_back(Header {
-                        src_cid: HOST_CID,
-                        dst_cid: self.config.guest_cid.into(),
-                        src_port: ports.host,
-                        dst_port: ports.guest,
-                        kind: STREAM,
-                        op: op::RST,
-                        ..Header::default()
-                    });
-                }
-                return;
-            }
-        }
-        if connection.has_packet() && !connection.queued {
-            connection.queued = true;
-            self.ready.push_back(token);
-        }
-        let interest = connection.interest();
-        let Some(wanted) = interest.filter(|_| interest != connection.armed) else {
-            return;
-        };
-        let registered = match connection.armed {
-            None if !connection.registered => self.sockets.add(connection.fd(), token, wanted),
-            _ => self.sockets.rearm(connection.fd(), token, wanted),
-        };
-        match registered {
-            Ok(()) => {
-                connection.registered = true;
-                connection.armed = interest;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot watch a vsock connection");
-                self.settle(token, Verdict::Reset);
-            }
-        }
-    }
-
-    /// Accepts clients while there is room for them.
-    fn accept(&mut self, now: Instant) {
-        for _ in 0..ACCEPTS {
-            if self.is_full() {
-                return;
-            }
-            let accepted =
-                self.sockets.accept().and_then(|client| client.map(|stream| self.greet(stream, now)).transpose());
-            match accepted {
-                Ok(Some(())) => {}
-                Ok(None) => return,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a vsock client");
-                    self.accept_again = Some(now + ACCEPT_PAUSE);
-                    return;
-                }
-            }
-        }
-    }
-
-    fn greet(&mut self, stream: UnixStream, now: Instant) -> io::Result<()> {
-        let token = self.take_token();
-        self.sockets.add(stream.as_raw_fd(), token, EventSet::IN)?;
-        self.greetings.insert(token, Greeting::new(stream, now + self.config.connect_timeout));
-        Ok(())
-    }
-
-    /// A client that has not named its port yet wrote something, or left.
-    fn advance_greeting(&mut self, token: Token, now: Instant) {
-        let Some(greeting) = self.greetings.get_mut(&token) else {
-            return;
-        };
-        match greeting.advance() {
-            Progress::Waiting => {
-                if let Err(error) = self.sockets.rearm(greeting.stream.as_raw_fd(), token, EventSet::IN) {
-                    tracing::warn!(%error, "cannot watch a vsock client");
-                    self.greetings.remove(&token);
-                }
-            }
-            Progress::Refused => drop(self.greetings.remove(&token)),
-            Progress::Port(guest) => {
-                let Some(greeting) = self.greetings.remove(&token) else {
-                    return;
-                };
-                let ports = Ports { host: self.take_host_port(guest), guest };
-                let mut connection = Connection::requested(greeting.stream, ports, now + self.config.connect_timeout);
-                connection.registered = true;
-                self.by_ports.insert(ports, token);
-                self.connections.insert(token, connection);
-                self.settle(token, Verdict::Keep);
-            }
-        }
-    }
-
-    /// Ends what has waited too long.
-    fn expire(&mut self, now: Instant) {
-        self.greetings.retain(|_, greeting| now < greeting.deadline);
-        let late = |connection: &Connection| connection.deadline().is_some_and(|deadline| now >= deadline);
-        let expired: Vec<_> =
-            self.connections.iter().filter(|(_, c)| late(c)).map(|(&token, c)| (token, c.expire())).collect();
-        for (token, verdict) in expired {
-            self.settle(token, verdict);
-        }
-        self.accept_again = self.accept_again.filter(|&until| now < until);
-    }
-
-    /// Brings listener and timer up to date with what happened in this call.
     fn watch(&mut self, now: Instant) -> Result<(), DeviceError> {
-        let listen = self.active && !self.is_full() && self.accept_again.is_none();
-        if listen != self.listening {
-            self.sockets
-                .listen(listen)
-                .map_err(|source| DeviceError::Host { operation: "watch the vsock listener", source })?;
-            self.listening = listen;
-        }
-        let deadlines = !self.greetings.is_empty()
-            || self.accept_again.is_some()
-            || self.packets_held(now)
-            || self.connections.values().any(|connection| connection.deadline().is_some());
-        self.sockets
-            .tick(self.active && deadlines)
-            .map_err(|source| DeviceError::Host { operation: "set the vsock timer", source })
-    }
-
-    fn is_full(&self) -> bool {
-        self.greetings.len() + self.connections.len() >= self.config.max_connections
-    }
-
-    /// Tokens never repeat, so an event of a closed socket finds nobody.
-    fn take_token(&mut self) -> Token {
-        let token = self.next_token;
-        self.next_token += 1;
-        token
-    }
-
-    fn take_host_port(&mut self, guest: u32) -> u32 {
-        loop {
-            let host = self.next_host_port;
-            self.next_host_port = if host + 1 < HOST_PORTS.end { host + 1 } else { HOST_PORTS.start };
-            // Ends: there are fewer connections than ports.
-            if !self.by_ports.contains_key(&Ports { host, guest }) {
-                return host;
-            }
-        }
+        let held = self.packets_held(now);
+        self.mux.watch(held).map_err(|source| DeviceError::Host { operation: "watching vsock sockets", source })
     }
 }
 
@@ -514,22 +251,16 @@ impl VirtioDevice for Vsock {
     }
 
     fn config(&self) -> Vec<u8> {
-        u64::from(self.config.guest_cid).to_le_bytes().to_vec()
+        u64::from(self.mux.config.guest_cid).to_le_bytes().to_vec()
     }
 
     fn activate(&mut self, _features: u64) -> Result<(), DeviceError> {
-        self.active = true;
+        self.mux.activate();
         self.watch(Instant::now())
     }
 
     fn reset(&mut self) {
-        self.active = false;
-        self.accept_again = None;
-        self.greetings.clear();
-        self.connections.clear();
-        self.by_ports.clear();
-        self.ready.clear();
-        self.replies.clear();
+        self.mux.reset();
         self.transport_reset = TransportReset::Done;
         if let Err(error) = self.watch(Instant::now()) {
             tracing::warn!(error = &error as &dyn std::error::Error, "vsock reset");
@@ -541,50 +272,31 @@ impl VirtioDevice for Vsock {
     }
 
     fn host_events(&self) -> Option<RawFd> {
-        Some(self.sockets.fd())
+        Some(self.mux.fd())
     }
 
     fn process_host_events(&mut self, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
         let now = Instant::now();
-        for (token, events) in self.sockets.poll() {
-            match token {
-                LISTENER => {
-                    self.listening = false;
-                    self.accept(now);
-                }
-                TIMER => {
-                    self.sockets.acknowledge_tick();
-                    self.expire(now);
-                }
-                _ => match self.connections.get_mut(&token) {
-                    Some(connection) => {
-                        connection.armed = None;
-                        let verdict = connection.host_event(events, now);
-                        self.settle(token, verdict);
-                    }
-                    None => self.advance_greeting(token, now),
-                },
-            }
-        }
+        self.mux.host_events(now);
         self.pump(io, now)
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Vsock(VsockState { guest_cid: self.config.guest_cid, next_host_port: self.next_host_port })
+        DeviceState::Vsock(VsockState { guest_cid: self.mux.config.guest_cid, next_host_port: self.mux.next_host_port })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         let DeviceState::Vsock(VsockState { guest_cid, next_host_port }) = *state else {
             return Err(RestoreError::Foreign);
         };
-        if guest_cid != self.config.guest_cid {
-            let (saved, actual) = (guest_cid.into(), self.config.guest_cid.into());
+        if guest_cid != self.mux.config.guest_cid {
+            let (saved, actual) = (guest_cid.into(), self.mux.config.guest_cid.into());
             return Err(RestoreError::Mismatch { field: "guest CID", saved, actual });
         }
         if !HOST_PORTS.contains(&next_host_port) {
             return Err(RestoreError::Impossible { field: "next host port", value: next_host_port.into() });
         }
-        self.next_host_port = next_host_port;
+        self.mux.next_host_port = next_host_port;
         self.transport_reset = TransportReset::Owed { hold_until: None };
         Ok(())
     }
