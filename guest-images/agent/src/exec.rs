@@ -20,10 +20,7 @@ use crate::reaper::{Process, Reaper};
 
 /// What a command finds in its environment unless the request says otherwise.
 const ENVIRONMENT: [(&str, &str); 6] = [
-    (
-        "PATH",
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    ),
+    ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
     ("HOME", "/root"),
     ("USER", "root"),
     ("LOGNAME", "root"),
@@ -61,29 +58,16 @@ pub(crate) enum ExecError {
 /// Runs a command until its own process has ended or the time is up.
 pub(crate) async fn run(reaper: &Reaper, request: ExecRequest) -> Result<ExecReply, ExecError> {
     let limit = request.output_limit.min(OUTPUT_LIMIT);
-    let mut process = reaper
-        .spawn(&mut command(&request)?)
-        .map_err(ExecError::Start)?;
-    let mut stdout = Stream::new(process.child.stdout.take().map(OwnedFd::from), limit)
-        .map_err(ExecError::Start)?;
-    let mut stderr = Stream::new(process.child.stderr.take().map(OwnedFd::from), limit)
-        .map_err(ExecError::Start)?;
+    let mut process = reaper.spawn(&mut command(&request)?).map_err(ExecError::Start)?;
+    let mut stdout = Stream::new(process.child.stdout.take().map(OwnedFd::from), limit).map_err(ExecError::Start)?;
+    let mut stderr = Stream::new(process.child.stderr.take().map(OwnedFd::from), limit).map_err(ExecError::Start)?;
 
-    let (status, timed_out) = follow(
-        &mut process,
-        &mut stdout,
-        &mut stderr,
-        Duration::from_millis(request.timeout_ms),
-    )
-    .await;
+    let (status, timed_out) =
+        follow(&mut process, &mut stdout, &mut stderr, Duration::from_millis(request.timeout_ms)).await;
     let (stdout, stdout_dropped) = stdout.finish();
     let (stderr, stderr_dropped) = stderr.finish();
     Ok(ExecReply {
-        exit_code: if timed_out {
-            EXIT_TIMED_OUT
-        } else {
-            status.map_or(-1, exit_code)
-        },
+        exit_code: if timed_out { EXIT_TIMED_OUT } else { status.map_or(-1, exit_code) },
         stdout: STANDARD.encode(stdout),
         stderr: STANDARD.encode(stderr),
         stdout_dropped,
@@ -95,43 +79,18 @@ pub(crate) async fn run(reaper: &Reaper, request: ExecRequest) -> Result<ExecRep
 fn command(request: &ExecRequest) -> Result<Command, ExecError> {
     let directory = request.cwd.as_deref().unwrap_or(DIRECTORY);
     // Looked at here because the error of a spawn does not tell a missing directory from a missing shell.
-    let found = std::fs::metadata(directory).and_then(|found| {
-        if found.is_dir() {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::NotADirectory.into())
-        }
-    });
-    found.map_err(|source| ExecError::Directory {
-        path: directory.to_owned(),
-        source,
-    })?;
-    if let Some(name) = request
-        .env
-        .keys()
-        .find(|name| name.is_empty() || name.contains(['=', '\0']))
-    {
+    let found = std::fs::metadata(directory)
+        .and_then(|found| if found.is_dir() { Ok(()) } else { Err(io::ErrorKind::NotADirectory.into()) });
+    found.map_err(|source| ExecError::Directory { path: directory.to_owned(), source })?;
+    if let Some(name) = request.env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
         return Err(ExecError::VariableName { name: name.clone() });
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "running commands is what the agent is for"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "running commands is what the agent is for")]
     let mut command = Command::new("/bin/sh");
-    command
-        .arg("-c")
-        .arg(&request.command)
-        .current_dir(directory);
-    command
-        .env_clear()
-        .envs(ENVIRONMENT)
-        .env("PWD", directory)
-        .envs(&request.env);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.arg("-c").arg(&request.command).current_dir(directory);
+    command.env_clear().envs(ENVIRONMENT).env("PWD", directory).envs(&request.env);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; setsid is one system call and allocates nothing.
     unsafe {
         command.pre_exec(|| setsid().map(drop).map_err(io::Error::from));
@@ -166,10 +125,7 @@ async fn follow(
 }
 
 fn exit_code(status: WaitStatus) -> i32 {
-    status
-        .exit_status()
-        .or_else(|| status.terminating_signal().map(|signal| 128 + signal))
-        .unwrap_or(-1)
+    status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1)
 }
 
 /// One output pipe and what is kept of it.
@@ -214,11 +170,7 @@ impl Stream {
                 self.dropped += (len - keep) as u64;
                 return len;
             }
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(_) => self.open = false,
         }
         0

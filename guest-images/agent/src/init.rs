@@ -14,9 +14,7 @@ use rustix::fs::{FsWord, statfs, sync};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::net::{AddressFamily, SocketType, socket};
-use rustix::process::{
-    Resource, Rlimit, Signal, WaitOptions, chdir, chroot, setrlimit, setsid, waitpid,
-};
+use rustix::process::{Resource, Rlimit, Signal, WaitOptions, chdir, chroot, setrlimit, setsid, wait};
 use rustix::system::{RebootCommand, finit_module, reboot, sethostname};
 
 /// A file system of the kernel's own that a Linux guest expects.
@@ -32,24 +30,9 @@ const DATA: MountFlags = PLAIN.union(MountFlags::NOEXEC);
 
 /// Needed to find the root disk; they move with us into it.
 const EARLY: [Mount; 3] = [
-    Mount {
-        kind: "proc",
-        at: "/proc",
-        flags: DATA,
-        options: "",
-    },
-    Mount {
-        kind: "sysfs",
-        at: "/sys",
-        flags: DATA,
-        options: "",
-    },
-    Mount {
-        kind: "devtmpfs",
-        at: "/dev",
-        flags: MountFlags::NOSUID,
-        options: "mode=755",
-    },
+    Mount { kind: "proc", at: "/proc", flags: DATA, options: "" },
+    Mount { kind: "sysfs", at: "/sys", flags: DATA, options: "" },
+    Mount { kind: "devtmpfs", at: "/dev", flags: MountFlags::NOSUID, options: "mode=755" },
 ];
 /// `/tmp` is left to the disk, as Debian has it: half of a small guest's memory would be too little for it.
 const LATE: [Mount; 4] = [
@@ -59,32 +42,13 @@ const LATE: [Mount; 4] = [
         flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
         options: "gid=5,mode=620,ptmxmode=666",
     },
-    Mount {
-        kind: "tmpfs",
-        at: "/dev/shm",
-        flags: PLAIN,
-        options: "mode=1777",
-    },
-    Mount {
-        kind: "tmpfs",
-        at: "/run",
-        flags: PLAIN,
-        options: "mode=755",
-    },
-    Mount {
-        kind: "cgroup2",
-        at: "/sys/fs/cgroup",
-        flags: DATA,
-        options: "nsdelegate",
-    },
+    Mount { kind: "tmpfs", at: "/dev/shm", flags: PLAIN, options: "mode=1777" },
+    Mount { kind: "tmpfs", at: "/run", flags: PLAIN, options: "mode=755" },
+    Mount { kind: "cgroup2", at: "/sys/fs/cgroup", flags: DATA, options: "nsdelegate" },
 ];
 /// What programs expect in /dev beside the devices.
-const LINKS: [(&str, &str); 4] = [
-    ("/proc/self/fd", "/dev/fd"),
-    ("fd/0", "/dev/stdin"),
-    ("fd/1", "/dev/stdout"),
-    ("fd/2", "/dev/stderr"),
-];
+const LINKS: [(&str, &str); 4] =
+    [("/proc/self/fd", "/dev/fd"), ("fd/0", "/dev/stdin"), ("fd/1", "/dev/stdout"), ("fd/2", "/dev/stderr")];
 
 const MODULES: &str = "/modules";
 const NEW_ROOT: &str = "/new-root";
@@ -93,10 +57,7 @@ const ROOT_DEADLINE: Duration = Duration::from_secs(10);
 /// For processes to end by themselves before the guest goes down.
 const TERM_GRACE: Duration = Duration::from_secs(2);
 /// The kernel's limit of 1024 for a process whose init does not raise it is too low for servers.
-const OPEN_FILES: Rlimit = Rlimit {
-    current: Some(65_536),
-    maximum: Some(1 << 20),
-};
+const OPEN_FILES: Rlimit = Rlimit { current: Some(65_536), maximum: Some(1 << 20) };
 
 /// The magic numbers that `statfs` gives for an initramfs.
 const RAMFS: FsWord = 0x8584_58f6;
@@ -112,15 +73,8 @@ pub(crate) struct InitError {
     source: io::Error,
 }
 
-fn failed<E: Into<io::Error>>(
-    operation: &'static str,
-    object: impl Into<String>,
-) -> impl FnOnce(E) -> InitError {
-    move |source| InitError {
-        operation,
-        object: object.into(),
-        source: source.into(),
-    }
+fn failed<E: Into<io::Error>>(operation: &'static str, object: impl Into<String>) -> impl FnOnce(E) -> InitError {
+    move |source| InitError { operation, object: object.into(), source: source.into() }
 }
 
 /// Makes a Linux guest of what the kernel left.
@@ -144,9 +98,7 @@ pub(crate) fn set_up() -> Result<(), InitError> {
     }
     warn(set_host_name());
     warn(loopback_up().map_err(failed("bring up", "lo")));
-    warn(
-        setrlimit(Resource::Nofile, OPEN_FILES).map_err(failed("raise the limit of", "open files")),
-    );
+    warn(setrlimit(Resource::Nofile, OPEN_FILES).map_err(failed("raise the limit of", "open files")));
     // Already a session leader when the kernel started us; it is the children that must not share the console's.
     let _ = setsid();
     Ok(())
@@ -160,22 +112,12 @@ fn warn(step: Result<(), InitError>) {
 
 fn unless(kind: io::ErrorKind) -> impl FnOnce(io::Error) -> io::Result<()> {
     move |error| {
-        if error.kind() == kind {
-            Ok(())
-        } else {
-            Err(error)
-        }
+        if error.kind() == kind { Ok(()) } else { Err(error) }
     }
 }
 
 fn mount_all(mounts: &[Mount]) -> Result<(), InitError> {
-    for Mount {
-        kind,
-        at,
-        flags,
-        options,
-    } in mounts
-    {
+    for Mount { kind, at, flags, options } in mounts {
         // A read-only root has them or not; the mount below says which.
         let _ = fs::create_dir_all(at);
         let options = std::ffi::CString::new(*options).unwrap_or_default();
@@ -228,12 +170,8 @@ impl RootDisk {
     /// The options the kernel itself knows: `root=` (a path), `rootfstype=`, `rootflags=`, `ro`, `rw`. `None` without a root.
     fn from_command_line(line: &str) -> Option<Self> {
         let mut device = None;
-        let mut root = Self {
-            device: String::new(),
-            kind: "ext4".to_owned(),
-            flags: MountFlags::RDONLY,
-            options: String::new(),
-        };
+        let mut root =
+            Self { device: String::new(), kind: "ext4".to_owned(), flags: MountFlags::RDONLY, options: String::new() };
         for word in line.split_ascii_whitespace() {
             match word.split_once('=') {
                 Some(("root", value)) => device = Some(value.to_owned()),
@@ -251,16 +189,10 @@ impl RootDisk {
     fn enter(&self) -> Result<(), InitError> {
         wait_for(Path::new(&self.device)).map_err(failed("find the root disk", &self.device))?;
         fs::create_dir_all(NEW_ROOT).map_err(failed("make", NEW_ROOT))?;
-        let options = std::ffi::CString::new(self.options.as_str())
-            .map_err(failed("read the options of", &self.device))?;
-        mount(
-            &self.device,
-            NEW_ROOT,
-            &self.kind,
-            self.flags,
-            options.as_c_str(),
-        )
-        .map_err(failed("mount the root disk", &self.device))?;
+        let options =
+            std::ffi::CString::new(self.options.as_str()).map_err(failed("read the options of", &self.device))?;
+        mount(&self.device, NEW_ROOT, &self.kind, self.flags, options.as_c_str())
+            .map_err(failed("mount the root disk", &self.device))?;
         for Mount { at, .. } in EARLY {
             let target = format!("{NEW_ROOT}{at}");
             let _ = fs::create_dir_all(&target);
@@ -275,10 +207,7 @@ impl RootDisk {
 }
 
 /// Until the path exists. Drivers make device nodes in their own time and there is nothing to wait on before /dev has them.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a poll with a deadline; no other task runs yet"
-)]
+#[expect(clippy::disallowed_methods, reason = "a poll with a deadline; no other task runs yet")]
 fn wait_for(path: &Path) -> io::Result<()> {
     let begun = Instant::now();
     while !path.exists() {
@@ -310,18 +239,8 @@ fn loopback_up() -> io::Result<()> {
     request.ifr_name[1] = b'o'.cast_signed();
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the kernel reads one ifreq, whose name ends in a zero byte; it lives through the call.
-    let done = unsafe {
-        libc::ioctl(
-            socket.as_raw_fd(),
-            libc::SIOCSIFFLAGS as _,
-            &raw const request,
-        )
-    };
-    if done < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Ends all processes, writes everything out and resets the machine, at which its VMM ends. Returns only if the kernel refuses.
@@ -336,17 +255,14 @@ pub(crate) fn shut_down() {
 }
 
 /// Signals all processes but this one and reaps until none is left or the time is up.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a poll with a deadline; the runtime is gone by now"
-)]
+#[expect(clippy::disallowed_methods, reason = "a poll with a deadline; the runtime is gone by now")]
 fn end_processes(signal: Signal, grace: Duration) {
     // To all it may signal: for PID 1 everybody else.
     // SAFETY: kill touches no memory; that it reaches every process is what is wanted.
     unsafe { libc::kill(-1, signal.as_raw()) };
     let begun = Instant::now();
     while begun.elapsed() < grace {
-        match waitpid(None, WaitOptions::NOHANG) {
+        match wait(WaitOptions::NOHANG) {
             Ok(Some(_)) => {}
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
             Err(_) => return,
@@ -371,16 +287,8 @@ mod tests {
             })
         );
         // The last word wins, and without one the root is read-only.
-        assert_eq!(
-            RootDisk::from_command_line("root=/dev/vdb rw ro")
-                .unwrap()
-                .flags,
-            MountFlags::RDONLY
-        );
-        assert_eq!(
-            RootDisk::from_command_line("root=/dev/vdb").unwrap().flags,
-            MountFlags::RDONLY
-        );
+        assert_eq!(RootDisk::from_command_line("root=/dev/vdb rw ro").unwrap().flags, MountFlags::RDONLY);
+        assert_eq!(RootDisk::from_command_line("root=/dev/vdb").unwrap().flags, MountFlags::RDONLY);
         assert_eq!(RootDisk::from_command_line("console=ttyS0 rw"), None);
     }
 }

@@ -26,8 +26,7 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
-const USAGE: &str =
-    "usage: stasis-agent            serve on vsock, and first set the guest up when PID 1
+const USAGE: &str = "usage: stasis-agent            serve on vsock, and first set the guest up when PID 1
        stasis-agent --unix PATH  serve on a unix socket";
 
 fn main() -> ExitCode {
@@ -39,11 +38,7 @@ fn main() -> ExitCode {
     if is_init {
         init::shut_down();
     }
-    if ended.is_ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Prints an error and its causes.
@@ -68,26 +63,19 @@ fn run(is_init: bool, arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     if is_init {
         init::set_up()?;
     }
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(serve(is_init, socket))
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(is_init, socket))
 }
 
 /// Serves until a signal asks to stop.
 async fn serve(is_init: bool, socket: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let reaper = Arc::new(Reaper::start(if is_init {
-        Adoption::Everyone
-    } else {
-        Adoption::OwnChildren
-    })?);
+    let reaper = Arc::new(Reaper::start(if is_init { Adoption::Everyone } else { Adoption::OwnChildren })?);
     let router = server::router(reaper);
     let served = async {
         if let Some(path) = socket {
-            let listener = UnixListener::bind(&path)
-                .map_err(|source| format!("cannot listen on {}: {source}", path.display()))?;
+            let listener =
+                UnixListener::bind(&path).map_err(|source| format!("cannot listen on {}: {source}", path.display()))?;
             ready();
             server::serve(listener, router).await;
         } else {

@@ -101,20 +101,51 @@ fn hand_over(waiting: &mut Waiting, pid: Pid, status: WaitStatus) {
 #[cfg(test)]
 #[expect(clippy::disallowed_methods, reason = "processes are what is tested")]
 mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::time::{Duration, Instant};
+
+    use rustix::process::{WaitId, WaitIdOptions, getpid, set_child_subreaper, waitid};
+    use tokio::time::timeout;
+
     use super::*;
+
+    const ALONE: &str = "STASIS_TEST_ALONE";
+
+    /// Reaping everyone would take the children of the tests beside it, so this one runs again in a process of its own.
+    #[tokio::test]
+    async fn everyone_is_reaped_whatever_group_it_is_in() {
+        if std::env::var_os(ALONE).is_none() {
+            let name = "reaper::tests::everyone_is_reaped_whatever_group_it_is_in";
+            let status =
+                Command::new(std::env::current_exe().unwrap()).args([name, "--exact"]).env(ALONE, "1").status();
+            assert!(status.unwrap().success());
+            return;
+        }
+        set_child_subreaper(Some(getpid())).unwrap();
+        let reaper = Reaper::start(Adoption::Everyone).unwrap();
+        // Leaves an orphan, which a subreaper inherits as PID 1 does.
+        let orphan = "setsid sh -c 'sleep 0.1; exit 3' & exit 5";
+        let process = reaper.spawn(Command::new("/bin/sh").args(["-c", orphan]).process_group(0)).unwrap();
+        let status = timeout(Duration::from_secs(10), process.exited).await.expect("the command was not reaped");
+        assert_eq!(status.unwrap().exit_status(), Some(5));
+        let begun = Instant::now();
+        while wait_would_find_a_child() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "the orphan was not reaped");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Whether a child is left, running or dead; takes no status.
+    fn wait_would_find_a_child() -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::All, options).is_ok()
+    }
 
     #[tokio::test]
     async fn statuses_reach_their_own_waiter() {
         let reaper = Reaper::start(Adoption::OwnChildren).unwrap();
         let processes: Vec<_> = (0..40)
-            .map(|code| {
-                (
-                    code,
-                    reaper
-                        .spawn(Command::new("/bin/sh").args(["-c", &format!("exit {code}")]))
-                        .unwrap(),
-                )
-            })
+            .map(|code| (code, reaper.spawn(Command::new("/bin/sh").args(["-c", &format!("exit {code}")])).unwrap()))
             .collect();
         for (code, process) in processes {
             assert_eq!(process.exited.await.unwrap().exit_status(), Some(code));
@@ -132,9 +163,7 @@ mod tests {
     #[tokio::test]
     async fn a_signal_is_told_from_an_exit() {
         let reaper = Reaper::start(Adoption::OwnChildren).unwrap();
-        let process = reaper
-            .spawn(Command::new("/bin/sh").args(["-c", "kill -9 $$"]))
-            .unwrap();
+        let process = reaper.spawn(Command::new("/bin/sh").args(["-c", "kill -9 $$"])).unwrap();
         assert_eq!(process.exited.await.unwrap().terminating_signal(), Some(9));
     }
 }

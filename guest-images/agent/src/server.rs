@@ -73,8 +73,7 @@ pub(crate) async fn serve(listener: impl Listen, router: Router) {
         let service = TowerToHyperService::new(router.clone());
         tokio::spawn(async move {
             let mut http = http1::Builder::new();
-            http.timer(TokioTimer::new())
-                .header_read_timeout(HEAD_DEADLINE);
+            http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE);
             // A peer that goes away or speaks no HTTP is its own business; a command it started goes on.
             let _ = http.serve_connection(TokioIo::new(stream), service).await;
             drop(permit);
@@ -88,23 +87,14 @@ pub(crate) fn router(reaper: Arc<Reaper>) -> Router {
         .route("/v1/health", get(health))
         .route("/v1/exec", post(run_command))
         .route("/v1/wake", post(wake_up))
-        .fallback(async |uri: Uri| {
-            Refusal(
-                StatusCode::NOT_FOUND,
-                format!("no such path: {}", uri.path()),
-            )
-        })
+        .fallback(async |uri: Uri| Refusal(StatusCode::NOT_FOUND, format!("no such path: {}", uri.path())))
         .with_state(reaper)
 }
 
 async fn health() -> Result<Json<Health>, Refusal> {
     const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-    let boot_id = std::fs::read_to_string(BOOT_ID).map_err(|error| {
-        Refusal(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            format!("cannot read {BOOT_ID}: {error}"),
-        )
-    })?;
+    let boot_id = std::fs::read_to_string(BOOT_ID)
+        .map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot read {BOOT_ID}: {error}")))?;
     Ok(Json(Health {
         protocol: PROTOCOL,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -112,20 +102,14 @@ async fn health() -> Result<Json<Health>, Refusal> {
     }))
 }
 
-async fn run_command(
-    State(reaper): State<Arc<Reaper>>,
-    body: Bytes,
-) -> Result<Json<ExecReply>, Refusal> {
+async fn run_command(State(reaper): State<Arc<Reaper>>, body: Bytes) -> Result<Json<ExecReply>, Refusal> {
     let request: ExecRequest = parse(&body)?;
     // In a task of its own: dropping this future, as a lost connection does, must not take the command's output pipes away.
     let reply = tokio::spawn(async move { exec::run(&reaper, request).await }).await;
     match reply {
         Ok(Ok(reply)) => Ok(Json(reply)),
         Ok(Err(error)) => Err(error.into()),
-        Err(error) => Err(Refusal(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            format!("the command's task failed: {error}"),
-        )),
+        Err(error) => Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("the command's task failed: {error}"))),
     }
 }
 
@@ -135,12 +119,8 @@ async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
-    serde_json::from_slice(body).map_err(|error| {
-        Refusal(
-            StatusCode::BAD_REQUEST,
-            format!("cannot read the request: {error}"),
-        )
-    })
+    serde_json::from_slice(body)
+        .map_err(|error| Refusal(StatusCode::BAD_REQUEST, format!("cannot read the request: {error}")))
 }
 
 /// An [`AgentError`] and its status.
@@ -170,10 +150,7 @@ impl From<WakeError> for Refusal {
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source())
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[cfg(test)]

@@ -46,24 +46,17 @@ pub(crate) enum WakeError {
 
 /// Reseeds the random pool, then sets the wall clock. `received`: when the request had come in.
 pub(crate) fn apply(request: &WakeRequest, received: Instant) -> Result<WakeReply, WakeError> {
-    let seed = STANDARD
-        .decode(&request.entropy)
-        .ok()
-        .and_then(|seed| seed.try_into().ok())
-        .ok_or(WakeError::BadEntropy)?;
+    let seed =
+        STANDARD.decode(&request.entropy).ok().and_then(|seed| seed.try_into().ok()).ok_or(WakeError::BadEntropy)?;
     reseed(seed)?;
     // Time has gone by since the host looked at its clock; of that, what passed in here is known.
     let now = i128::from(request.unix_time_ns) + received.elapsed().as_nanos().cast_signed();
     let target = timespec(now).ok_or(WakeError::BadTime(request.unix_time_ns))?;
     let before = nanoseconds(clock_gettime(ClockId::Realtime));
-    clock_settime(ClockId::Realtime, target).map_err(|source| WakeError::Kernel {
-        operation: "set the clock",
-        source: source.into(),
-    })?;
+    clock_settime(ClockId::Realtime, target)
+        .map_err(|source| WakeError::Kernel { operation: "set the clock", source: source.into() })?;
     let step = now - before;
-    Ok(WakeReply {
-        stepped_ns: i64::try_from(step).unwrap_or(if step < 0 { i64::MIN } else { i64::MAX }),
-    })
+    Ok(WakeReply { stepped_ns: i64::try_from(step).unwrap_or(if step < 0 { i64::MIN } else { i64::MAX }) })
 }
 
 fn timespec(nanoseconds: i128) -> Option<Timespec> {
@@ -80,28 +73,17 @@ fn nanoseconds(time: Timespec) -> i128 {
 /// Mixes the seed into the kernel's input pool and makes the generator that every reader uses draw from it at once.
 fn reseed(seed: [u8; SEED_BYTES]) -> Result<(), WakeError> {
     let failed = |operation| move |source| WakeError::Kernel { operation, source };
-    let random = File::options()
-        .write(true)
-        .open("/dev/urandom")
-        .map_err(failed("open /dev/urandom"))?;
-    let info = RandPoolInfo {
-        entropy_bits: SEED_BYTES_C * 8,
-        buffer_bytes: SEED_BYTES_C,
-        buffer: seed,
-    };
+    let random = File::options().write(true).open("/dev/urandom").map_err(failed("open /dev/urandom"))?;
+    let info = RandPoolInfo { entropy_bits: SEED_BYTES_C * 8, buffer_bytes: SEED_BYTES_C, buffer: seed };
     // SAFETY: the kernel reads a rand_pool_info and `buffer_bytes` bytes behind it; `info` has that layout and lives through the call.
     let added = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) };
     if added < 0 {
-        return Err(failed("add entropy to the random pool")(
-            io::Error::last_os_error(),
-        ));
+        return Err(failed("add entropy to the random pool")(io::Error::last_os_error()));
     }
     // SAFETY: this ioctl takes no argument and touches no memory of ours.
     let reseeded = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
     if reseeded < 0 {
-        return Err(failed("reseed the random generator")(
-            io::Error::last_os_error(),
-        ));
+        return Err(failed("reseed the random generator")(io::Error::last_os_error()));
     }
     Ok(())
 }
@@ -111,40 +93,21 @@ mod tests {
     use super::*;
 
     fn request(entropy: &[u8]) -> WakeRequest {
-        WakeRequest {
-            unix_time_ns: 0,
-            entropy: STANDARD.encode(entropy),
-        }
+        WakeRequest { unix_time_ns: 0, entropy: STANDARD.encode(entropy) }
     }
 
     #[test]
     fn entropy_of_another_size_is_refused_before_anything_changes() {
         for size in [0, 31, 33, 1000] {
-            assert!(matches!(
-                apply(&request(&vec![7; size]), Instant::now()),
-                Err(WakeError::BadEntropy)
-            ));
+            assert!(matches!(apply(&request(&vec![7; size]), Instant::now()), Err(WakeError::BadEntropy)));
         }
-        let not_base64 = WakeRequest {
-            unix_time_ns: 0,
-            entropy: "%".repeat(44),
-        };
-        assert!(matches!(
-            apply(&not_base64, Instant::now()),
-            Err(WakeError::BadEntropy)
-        ));
+        let not_base64 = WakeRequest { unix_time_ns: 0, entropy: "%".repeat(44) };
+        assert!(matches!(apply(&not_base64, Instant::now()), Err(WakeError::BadEntropy)));
     }
 
     #[test]
     fn nanoseconds_and_timespec_are_inverse() {
-        for time in [
-            0,
-            1,
-            NANOSECONDS - 1,
-            NANOSECONDS,
-            1_700_000_000_123_456_789,
-            i128::from(u64::MAX),
-        ] {
+        for time in [0, 1, NANOSECONDS - 1, NANOSECONDS, 1_700_000_000_123_456_789, i128::from(u64::MAX)] {
             assert_eq!(nanoseconds(timespec(time).unwrap()), time);
         }
     }

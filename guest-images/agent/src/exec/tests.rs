@@ -23,36 +23,21 @@ fn text(base64: &str) -> String {
 
 #[tokio::test]
 async fn streams_and_status_are_kept_apart() {
-    let reply = run(&reaper(), request("echo out; echo err >&2; exit 3"))
-        .await
-        .unwrap();
+    let reply = run(&reaper(), request("echo out; echo err >&2; exit 3")).await.unwrap();
     assert_eq!((reply.exit_code, reply.timed_out), (3, false));
-    assert_eq!(
-        (text(&reply.stdout), text(&reply.stderr)),
-        ("out\n".to_owned(), "err\n".to_owned())
-    );
+    assert_eq!((text(&reply.stdout), text(&reply.stderr)), ("out\n".to_owned(), "err\n".to_owned()));
 }
 
 #[tokio::test]
 async fn a_signal_is_128_and_its_number() {
-    assert_eq!(
-        run(&reaper(), request("kill -TERM $$"))
-            .await
-            .unwrap()
-            .exit_code,
-        128 + 15
-    );
+    assert_eq!(run(&reaper(), request("kill -TERM $$")).await.unwrap().exit_code, 128 + 15);
 }
 
 #[tokio::test]
 async fn directory_and_environment_are_the_request_s_over_the_default() {
     let mut request = request("pwd; echo $HOME $A; env | grep -c CARGO");
     request.cwd = Some("/usr".to_owned());
-    request.env = [
-        ("A".to_owned(), "b c".to_owned()),
-        ("HOME".to_owned(), "/nowhere".to_owned()),
-    ]
-    .into();
+    request.env = [("A".to_owned(), "b c".to_owned()), ("HOME".to_owned(), "/nowhere".to_owned())].into();
     let reply = run(&reaper(), request).await.unwrap();
     // The agent's own environment does not leak in: no CARGO variable of the test run.
     assert_eq!(text(&reply.stdout), "/usr\n/nowhere b c\n0\n");
@@ -63,10 +48,7 @@ async fn output_beyond_the_limit_is_read_dropped_and_counted() {
     let mut request = request("head -c 3000000 /dev/zero; head -c 10 /dev/zero >&2");
     request.output_limit = 1000;
     let reply = run(&reaper(), request).await.unwrap();
-    assert_eq!(
-        (text(&reply.stdout).len(), reply.stdout_dropped),
-        (1000, 2_999_000)
-    );
+    assert_eq!((text(&reply.stdout).len(), reply.stdout_dropped), (1000, 2_999_000));
     assert_eq!((text(&reply.stderr).len(), reply.stderr_dropped), (10, 0));
     assert_eq!(reply.exit_code, 0);
 }
@@ -78,10 +60,7 @@ async fn a_timeout_kills_the_whole_group_and_keeps_the_output() {
     let begun = Instant::now();
     let reply = run(&reaper(), request).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(4));
-    assert_eq!(
-        (reply.exit_code, reply.timed_out, text(&reply.stdout)),
-        (124, true, "begun\n".to_owned())
-    );
+    assert_eq!((reply.exit_code, reply.timed_out, text(&reply.stdout)), (124, true, "begun\n".to_owned()));
 }
 
 #[tokio::test]
@@ -89,25 +68,18 @@ async fn a_background_process_is_not_waited_for_and_lives_on_with_its_pipe() {
     let reaper = reaper();
     let directory = tempfile::tempdir().unwrap();
     // It writes to the inherited pipe after the reply, and would die of SIGPIPE there without a reader.
-    let background =
-        "(while [ ! -e go ]; do sleep 0.01; done; seq 100000; echo survived > done) & echo started";
+    let background = "(while [ ! -e go ]; do sleep 0.01; done; seq 100000; echo survived > done) & echo started";
     let mut request = request(background);
     request.cwd = Some(directory.path().to_str().unwrap().to_owned());
     let begun = Instant::now();
     let reply = run(&reaper, request).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10));
-    assert_eq!(
-        (reply.exit_code, text(&reply.stdout)),
-        (0, "started\n".to_owned())
-    );
+    assert_eq!((reply.exit_code, text(&reply.stdout)), (0, "started\n".to_owned()));
 
     std::fs::write(directory.path().join("go"), "").unwrap();
     let done = directory.path().join("done");
     while std::fs::read_to_string(&done).unwrap_or_default() != "survived\n" {
-        assert!(
-            begun.elapsed() < Duration::from_secs(20),
-            "the background process did not survive the reply"
-        );
+        assert!(begun.elapsed() < Duration::from_secs(20), "the background process did not survive the reply");
         sleep(Duration::from_millis(10)).await;
     }
 }
@@ -125,28 +97,13 @@ async fn all_output_of_a_process_that_ends_at_once_is_kept() {
 async fn what_cannot_be_started_is_an_error_that_names_it() {
     let mut missing = request("true");
     missing.cwd = Some("/no/such/directory".to_owned());
-    assert!(
-        run(&reaper(), missing)
-            .await
-            .unwrap_err()
-            .to_string()
-            .contains("/no/such/directory")
-    );
+    assert!(run(&reaper(), missing).await.unwrap_err().to_string().contains("/no/such/directory"));
     let mut file = request("true");
     file.cwd = Some("/etc/passwd".to_owned());
-    assert!(matches!(
-        run(&reaper(), file).await,
-        Err(ExecError::Directory { .. })
-    ));
+    assert!(matches!(run(&reaper(), file).await, Err(ExecError::Directory { .. })));
     let mut name = request("true");
     name.env = [("A=B".to_owned(), String::new())].into();
-    assert!(matches!(
-        run(&reaper(), name).await,
-        Err(ExecError::VariableName { .. })
-    ));
+    assert!(matches!(run(&reaper(), name).await, Err(ExecError::VariableName { .. })));
     let zero = request("echo \0");
-    assert!(matches!(
-        run(&reaper(), zero).await,
-        Err(ExecError::Start(_))
-    ));
+    assert!(matches!(run(&reaper(), zero).await, Err(ExecError::Start(_))));
 }
