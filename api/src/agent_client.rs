@@ -148,7 +148,7 @@ mod tests {
     use tokio::net::UnixListener;
 
     /// An agent that answers every request with this status line and body, `length` octets of which it announces.
-    async fn answering(status: &'static str, body: &'static str, length: usize) -> (tempfile::TempDir, Agent) {
+    fn answering(status: &'static str, body: &'static str, length: usize) -> (tempfile::TempDir, Agent) {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join(VSOCK_SOCKET)).unwrap();
         tokio::spawn(async move {
@@ -173,20 +173,20 @@ mod tests {
     #[tokio::test]
     async fn a_healthy_agent_is_understood() {
         let body = r#"{"protocol":1,"version":"x","boot_id":"abc"}"#;
-        let (_dir, agent) = answering("200 OK", body, body.len()).await;
+        let (_dir, agent) = answering("200 OK", body, body.len());
         assert_eq!(agent.health(Duration::from_secs(5)).await.unwrap().boot_id, "abc");
     }
 
     #[tokio::test]
     async fn a_refusal_carries_its_message() {
-        let (_dir, agent) = answering("400 Bad Request", r#"{"message":"cwd"}"#, 17).await;
+        let (_dir, agent) = answering("400 Bad Request", r#"{"message":"cwd"}"#, 17);
         let error = agent.health(Duration::from_secs(5)).await.unwrap_err();
         assert!(matches!(error, AgentFailure::Refused { status: 400, message } if message == "cwd"));
     }
 
     #[tokio::test]
     async fn an_answer_beyond_the_limit_or_without_end_is_refused() {
-        let (_dir, agent) = answering("200 OK", "", 2_000_000).await;
+        let (_dir, agent) = answering("200 OK", "", 2_000_000);
         assert!(agent.health(Duration::from_millis(200)).await.is_err());
         let missing = Agent::new(Path::new("/nonexistent"), 10);
         assert!(matches!(missing.health(Duration::from_secs(1)).await, Err(AgentFailure::Connection(_))));

@@ -274,8 +274,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Checks what a file, a variable or a flag may have said.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    fn check(&self) -> Result<(), ConfigError> {
         let wrong = |field: &str, error: String| Err(ConfigError::Value { field: field.to_owned(), error });
         let data_dir = std::path::absolute(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone());
         if data_dir.as_os_str().len() > MAX_DATA_DIR {

@@ -148,7 +148,7 @@ pub enum Error {
         what: String,
         /// Why.
         #[source]
-        source: Option<ManifestError>,
+        source: Option<Box<ManifestError>>,
     },
     /// The agent failed.
     #[error("sandbox {id}: its agent cannot {action}: {what}")]
@@ -251,11 +251,10 @@ impl Error {
             Self::NoAgent { .. } => "no-agent",
             Self::Template(_) => "template",
             Self::Host(_) => "host",
-            Self::Store { .. } => "store",
+            Self::Store { .. } | Self::Vmm { store: Some(_), .. } => "store",
             Self::Damaged { .. } => "damaged",
             Self::Unknown { .. } => OUTCOME_UNKNOWN,
             Self::Fenced { .. } => "fenced",
-            Self::Vmm { store: Some(_), .. } => "store",
             Self::Vmm { store: None, .. } => "vmm",
             Self::VmmEnded { .. } => "vmm-ended",
             Self::Deadline { .. } => "deadline",

@@ -79,16 +79,15 @@ fn has_virtualization(cpuinfo: &str) -> bool {
 
 /// Where the VMM's program is: as configured, else beside our own.
 pub fn vmm_program(configured: Option<&Path>) -> Result<PathBuf, Error> {
-    let path = match configured {
-        Some(path) => path.to_owned(),
-        None => {
-            let own = std::env::current_exe()
-                .map_err(|source| Error::Local { action: "find our own program".to_owned(), source })?;
-            let beside = own.with_file_name("stasis-vmm");
-            // A test's program lies one directory below the programs it tests.
-            let above = own.parent().and_then(Path::parent).map(|dir| dir.join("stasis-vmm"));
-            if beside.exists() { beside } else { above.filter(|path| path.exists()).unwrap_or(beside) }
-        }
+    let path = if let Some(path) = configured {
+        path.to_owned()
+    } else {
+        let own = std::env::current_exe()
+            .map_err(|source| Error::Local { action: "find our own program".to_owned(), source })?;
+        let beside = own.with_file_name("stasis-vmm");
+        // A test's program lies one directory below the programs it tests.
+        let above = own.parent().and_then(Path::parent).map(|dir| dir.join("stasis-vmm"));
+        if beside.exists() { beside } else { above.filter(|path| path.exists()).unwrap_or(beside) }
     };
     match fs::metadata(&path) {
         Ok(found) if found.is_file() => Ok(path),

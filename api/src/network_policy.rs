@@ -154,7 +154,7 @@ mod tests {
     fn errors_of(value: &serde_json::Value) -> Vec<String> {
         let mut errors = FieldErrors::default();
         let policy = NetworkPolicy::from_json(value, &mut errors);
-        assert_eq!(policy.is_none(), errors.len() > 0);
+        assert_eq!(policy.is_none(), !errors.is_empty());
         errors.into_list().into_iter().map(|e| e.field).collect()
     }
 

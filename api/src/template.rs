@@ -149,14 +149,12 @@ impl Templates {
     /// The template of that name, with digests. Blocks: reads whole files whose digest is not cached.
     pub fn find(&self, name: &str, journal: &Journal) -> Result<Template, TemplateError> {
         let mut known = self.scan()?;
-        match known.remove(name) {
-            Some((path, file)) => load(&path, file, journal),
-            None => {
-                let known = known.into_keys().collect::<Vec<_>>().join(", ");
-                let known = if known.is_empty() { format!("none (nothing in {})", self.dir.display()) } else { known };
-                Err(TemplateError::Unknown { name: name.to_owned(), known })
-            }
+        if let Some((path, file)) = known.remove(name) {
+            return load(&path, file, journal);
         }
+        let known = known.into_keys().collect::<Vec<_>>().join(", ");
+        let known = if known.is_empty() { format!("none (nothing in {})", self.dir.display()) } else { known };
+        Err(TemplateError::Unknown { name: name.to_owned(), known })
     }
 
     /// A root file system with that digest, `preferred` first. `None` when no template here has it.

@@ -44,6 +44,7 @@ pub struct Vmm {
 
 impl Vmm {
     /// Starts `program` for `id` with a fresh run directory, and waits until its control socket is there.
+    #[expect(clippy::disallowed_methods, reason = "this is the place that starts processes")]
     pub async fn spawn(program: &Path, id: &SandboxId, run_dir: &Path, within: Duration) -> io::Result<Self> {
         if run_dir.exists() {
             fs::remove_dir_all(run_dir)?;

@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::time::Duration;
 
 /// Longer than any operation of the supervisor: the server's deadlines decide.
-const DEADLINE: Duration = Duration::from_secs(1800);
+const DEADLINE: Duration = Duration::from_mins(30);
 
 /// A supervisor.
 #[derive(Clone, Debug)]

@@ -10,7 +10,7 @@ use reqwest::Method;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-pub(super) async fn run(verb: args::Client, connection: &Connection, output: &Output) -> Result<ExitStatus, Failure> {
+pub(super) async fn run(verb: args::Client, connection: &Connection, output: Output) -> Result<ExitStatus, Failure> {
     let kept = profile::path().map_or(Ok(None), |path| Profile::read(&path))?;
     let client = Client::new(Profile::choose(connection.url.clone(), connection.api_key.clone(), kept)?)?;
     match verb {
@@ -75,7 +75,11 @@ fn path(id: &str, rest: &str) -> String {
     let escaped = id.bytes().fold(String::new(), |mut out, byte| {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => out.push(char::from(byte)),
-            _ => out.push_str(&format!("%{byte:02X}")),
+            _ => {
+                use std::fmt::Write as _;
+                // Writing to a String cannot fail.
+                let _ = write!(out, "%{byte:02X}");
+            }
         }
         out
     });
@@ -100,7 +104,7 @@ fn create_body(create: args::Create) -> Value {
 }
 
 /// One sandbox: its id alone when nobody watches would hide its state, so id and state, then what it cost.
-fn show(answer: &Answer, output: &Output) {
+fn show(answer: &Answer, output: Output) {
     if output.json {
         return Output::value(&answer.body);
     }
@@ -143,7 +147,7 @@ fn rows(heads: &[&str], fields: &[&str], items: &[Value]) -> Vec<Vec<String>> {
     std::iter::once(head).chain(items.iter().map(|item| fields.iter().map(|f| scalar(&item[*f])).collect())).collect()
 }
 
-async fn list(client: &Client, ls: args::Ls, output: &Output) -> Result<(), Failure> {
+async fn list(client: &Client, ls: args::Ls, output: Output) -> Result<(), Failure> {
     let state = ls.state.map(|s| format!("&state={}", s.replace(['&', '#', ' '], ""))).unwrap_or_default();
     let answer = client
         .call(Method::GET, &format!("/v1/sandboxes?page={}&page-size={}{state}", ls.page, ls.page_size), None)
@@ -165,7 +169,7 @@ async fn list(client: &Client, ls: args::Ls, output: &Output) -> Result<(), Fail
     Ok(())
 }
 
-async fn execute(client: &Client, exec: args::Exec, output: &Output) -> Result<ExitStatus, Failure> {
+async fn execute(client: &Client, exec: args::Exec, output: Output) -> Result<ExitStatus, Failure> {
     let env: BTreeMap<_, _> = exec.env.into_iter().collect();
     let mut body = json!({ "command": shell_line(&exec.command), "envs": env });
     if let Some(cwd) = exec.cwd {
@@ -211,7 +215,7 @@ fn quote(word: &str) -> String {
     }
 }
 
-async fn inspect(client: &Client, id: &str, output: &Output) -> Result<(), Failure> {
+async fn inspect(client: &Client, id: &str, output: Output) -> Result<(), Failure> {
     let answer = client.call(Method::GET, &path(id, "/inspect"), None).await?;
     if output.json {
         Output::value(&answer.body);

@@ -9,7 +9,7 @@ use crate::sources::{Sources, rfc3339};
 use crate::supervisor::JOURNAL;
 use serde_json::json;
 
-pub(super) fn run(key: &Key, output: &Output) -> Result<ExitStatus, Failure> {
+pub(super) fn run(key: &Key, output: Output) -> Result<ExitStatus, Failure> {
     let sources = Sources::system();
     let failed = |e: JournalError| Failure::other(crate::error::chain(&e));
     let dir = key

@@ -73,7 +73,7 @@ async fn run(args: Args) -> Result<ExitStatus, Failure> {
     match args.command {
         Command::Serve(serve) => serve::serve(serve).await,
         Command::Dev(dev) => serve::dev(dev).await,
-        Command::Key(key) => keys::run(&key, &output),
-        Command::Client(client) => commands::run(client, &args.connection, &output).await,
+        Command::Key(key) => keys::run(&key, output),
+        Command::Client(client) => commands::run(client, &args.connection, output).await,
     }
 }

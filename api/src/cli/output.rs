@@ -22,7 +22,7 @@ impl Output {
     }
 
     /// A table: the first row is the head.
-    pub(super) fn table(&self, rows: &[Vec<String>]) {
+    pub(super) fn table(self, rows: &[Vec<String>]) {
         let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
         let widths = (0..columns)
             .map(|i| rows.iter().filter_map(|row| row.get(i)).map(|cell| cell.chars().count()).max().unwrap_or(0))
@@ -39,7 +39,7 @@ impl Output {
         }
     }
 
-    pub(super) fn bold(&self, text: &str) -> String {
+    pub(super) fn bold(self, text: &str) -> String {
         if self.colour { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
     }
 }

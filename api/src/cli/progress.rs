@@ -21,7 +21,7 @@ pub(super) struct Progress {
 
 impl Progress {
     /// `None` where a bar does not belong.
-    pub(super) fn start(client: &Client, id: &str, output: &Output) -> Option<Self> {
+    pub(super) fn start(client: &Client, id: &str, output: Output) -> Option<Self> {
         if output.json || !std::io::stderr().is_terminal() {
             return None;
         }

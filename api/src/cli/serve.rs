@@ -4,7 +4,7 @@ use super::args::{Dev, Serve};
 use super::output::{self, tell};
 use super::profile::{self, Profile};
 use super::{ExitStatus, Failure};
-use crate::config::{Config, Deadlines, Limits, Setting, StoreConfig, from_environment};
+use crate::config::{Config, Setting, from_environment};
 use crate::dev::EmbeddedS3;
 use crate::error::Error;
 use crate::journal::{Journal, JournalError};
@@ -92,23 +92,27 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
     let s3 = EmbeddedS3::start(&root, dev.s3_listen, DEV_BUCKET, &access_key, &secret_key)
         .await
         .map_err(|e| Failure::other(format!("cannot start: {}", crate::error::chain(&e))))?;
-    let config = Config {
-        listen: dev.listen,
-        data_dir: data_dir.clone(),
-        images_dir: dev.images_dir.unwrap_or_else(images_dir),
-        vmm: dev.vmm,
-        store: StoreConfig::S3 {
-            endpoint: s3.endpoint(),
-            bucket: DEV_BUCKET.to_owned(),
-            region: "us-east-1".to_owned(),
-            access_key: access_key.clone(),
-            secret_key: secret_key.clone(),
-            path_style: true,
-        },
-        limits: Limits::default(),
-        deadlines: Deadlines::default(),
-    };
-    config.check().map_err(|e| Failure::new(ExitStatus::Usage, crate::error::chain(&e)))?;
+    // Limits and deadlines may still be set by the environment; where things are is ours to say.
+    let mut settings = from_environment(|name| std::env::var(name).ok());
+    settings.retain(|setting| setting.field.starts_with("limits.") || setting.field.starts_with("deadlines."));
+    let images_dir = dev.images_dir.unwrap_or_else(images_dir);
+    let ours = [
+        ("listen", dev.listen.to_string()),
+        ("data_dir", data_dir.display().to_string()),
+        ("images_dir", images_dir.display().to_string()),
+        ("store.kind", "s3".to_owned()),
+        ("store.endpoint", s3.endpoint()),
+        ("store.bucket", DEV_BUCKET.to_owned()),
+        ("store.access_key", access_key.clone()),
+        ("store.secret_key", secret_key),
+    ];
+    let vmm = dev.vmm.map(|path| ("vmm", path.display().to_string()));
+    settings.extend(ours.into_iter().chain(vmm).map(|(field, text)| Setting {
+        field,
+        origin: "stasis dev".to_owned(),
+        text,
+    }));
+    let config = Config::load(None, &settings).map_err(|e| Failure::new(ExitStatus::Usage, crate::error::chain(&e)))?;
     let images = config.images_dir.clone();
     let supervisor = Supervisor::start(config).await.map_err(|e| started(&e))?;
     let kept = Profile::read(&profile_path)?.map(|p| p.api_key);

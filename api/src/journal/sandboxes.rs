@@ -124,7 +124,7 @@ pub(crate) mod tests_support {
             disk_mib: 0,
             timeout_s: 300,
             auto_pause: false,
-            env_vars: Default::default(),
+            env_vars: std::collections::BTreeMap::new(),
             network_policy: None,
             created_at: 1000,
         };

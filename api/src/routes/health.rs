@@ -1,8 +1,12 @@
 //! Health: no key needed, nothing secret said.
 
 use super::Shared;
+use crate::error::chain;
+use crate::host::Kvm;
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
 /// Alive, and what it cannot do.
@@ -21,7 +25,17 @@ pub(super) async fn health(State(core): Shared) -> Json<Value> {
     }))
 }
 
-/// Ready for requests: it serves only after everything was adopted, so being asked is being ready.
-pub(super) async fn ready() -> Json<Value> {
-    Json(json!({ "status": "ready" }))
+/// 200 when sandboxes can be made and paused now: the store answers and KVM is there. 503 with the reason otherwise.
+pub(super) async fn ready(State(core): Shared) -> Response {
+    let unready = |reason: &str| {
+        let body = Json(json!({ "status": "not ready", "message": reason }));
+        (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+    };
+    if let (Kvm::Missing | Kvm::Forbidden(_), Some(advice)) = (&core.kvm, core.kvm.advice()) {
+        return unready(&advice);
+    }
+    match core.store.objects().list("v1/probe/", None).await {
+        Ok(_) => Json(json!({ "status": "ready" })).into_response(),
+        Err(error) => unready(&chain(&error)),
+    }
 }

@@ -20,6 +20,7 @@ use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn};
 use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, post};
+use http_body_util::BodyExt as _;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::Instant;
@@ -68,12 +69,7 @@ async fn log(request: Request, next: Next) -> Response {
 
 /// The body as a JSON object; an empty one counts as `{}`. Content types are not looked at: the contract's clients often send none.
 async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error> {
-    let limit = core.config.limits.body_bytes;
-    let bytes = match axum::body::to_bytes(body, limit).await {
-        Ok(bytes) => bytes,
-        Err(e) if is_too_large(&e) => return Err(Error::TooLarge { limit }),
-        Err(e) => return Err(Error::BadJson(format!("it cannot be read: {e}"))),
-    };
+    let bytes = read(body, core.config.limits.body_bytes).await?;
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(Map::new());
     }
@@ -84,15 +80,24 @@ async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error>
     }
 }
 
-fn is_too_large(error: &axum::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
+/// The body whole, at most `limit` bytes. What a client sends beyond that is read and dropped for a while: one that is still sending when the
+/// connection closes would see a broken connection instead of the answer.
+async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, Error> {
+    let (mut bytes, mut seen) = (Vec::new(), 0_usize);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|e| Error::BadJson(format!("it cannot be read: {e}")))?;
+        let Some(data) = frame.data_ref() else { continue };
+        seen = seen.saturating_add(data.len());
+        if seen <= limit {
+            bytes.extend_from_slice(data);
+        } else {
+            bytes = Vec::new();
         }
-        cause = error.source();
+        if seen > limit.saturating_mul(4) {
+            break;
+        }
     }
-    false
+    if seen > limit { Err(Error::TooLarge { limit }) } else { Ok(bytes) }
 }
 
 /// The shared state, as handlers take it.

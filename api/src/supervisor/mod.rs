@@ -119,7 +119,7 @@ impl Supervisor {
         let templates = Templates::new(&config.images_dir);
         match templates.names() {
             Ok(names) if names.is_empty() => {
-                tracing::warn!("there are no templates in {}; build the images first", templates.dir().display())
+                tracing::warn!("there are no templates in {}; build the images first", templates.dir().display());
             }
             Ok(names) => tracing::info!(?names, "templates"),
             Err(error) => tracing::warn!(error = crate::error::chain(&error), "templates"),

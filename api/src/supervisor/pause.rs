@@ -18,11 +18,11 @@ use crate::store::place;
 use crate::timing::Timing;
 use crate::vmm_process::Vmm;
 use bytes::Bytes;
-use stasis_snapshot::commit::{Attempt, Backoff, Change, Current, HeadState, PauseEnd, Sent};
+use stasis_snapshot::commit::{Attempt, Backoff, Cancelled, Change, Current, HeadState, PauseEnd, Sent};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::layout::Generation;
 use stasis_snapshot::manifest::{Lineage, Manifest, ManifestRef};
-use stasis_snapshot::store::{ErrorKind, Precondition};
+use stasis_snapshot::store::{ErrorKind, Operation, Precondition, StoreError};
 use stasis_vmm::control::types::{CaptureReport, CaptureRequest};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 /// Grants live as long as the capture that uses them, and this much more for clocks that differ.
-const GRANT_SLACK: Duration = Duration::from_secs(300);
+const GRANT_SLACK: Duration = Duration::from_mins(5);
 /// Between two rounds of settling an unknown outcome.
 const ROUND: Duration = Duration::from_secs(2);
 /// Attempts at the manifest PUT, whose name no other commit shares: it may be sent again blindly.
@@ -202,16 +202,14 @@ async fn capture(
         deadline_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
     };
     // The VMM keeps the deadline; ours is for a VMM that does not.
-    let captured =
-        match tokio::time::timeout(limit + core.config.deadlines.control(), vm.client.capture(&request)).await {
-            Ok(outcome) => outcome.map_err(vmm_error(sandbox, vm, "capture and upload its state"))?,
-            Err(_) => {
-                if let Err(error) = vm.client.cancel_capture().await {
-                    tracing::warn!(id = %sandbox.id, error = chain(&error), "cannot cancel a capture");
-                }
-                return Err(Error::Deadline { id: sandbox.id.clone(), what: "the upload", ms: limit.as_millis() });
-            }
-        };
+    let capture = tokio::time::timeout(limit + core.config.deadlines.control(), vm.client.capture(&request));
+    let Ok(outcome) = capture.await else {
+        if let Err(error) = vm.client.cancel_capture().await {
+            tracing::warn!(id = %sandbox.id, error = chain(&error), "cannot cancel a capture");
+        }
+        return Err(Error::Deadline { id: sandbox.id.clone(), what: "the upload", ms: limit.as_millis() });
+    };
+    let captured = outcome.map_err(vmm_error(sandbox, vm, "capture and upload its state"))?;
     let took = begun.elapsed();
     let report = &captured.1;
     timing.phase("state", Duration::from_micros(report.state_us));
@@ -222,8 +220,11 @@ async fn capture(
 /// Turns a draft into the manifest of this commit, with its bytes.
 fn complete(sandbox: &Sandbox, draft: &[u8], lineage: Lineage) -> Result<(Manifest, Bytes), Error> {
     let wrong = |what: &str| Error::Draft { id: sandbox.id.clone(), what: what.to_owned(), source: None };
-    let malformed =
-        |source| Error::Draft { id: sandbox.id.clone(), what: "it is no manifest".to_owned(), source: Some(source) };
+    let malformed = |source| Error::Draft {
+        id: sandbox.id.clone(),
+        what: "it is no manifest".to_owned(),
+        source: Some(Box::new(source)),
+    };
     let mut manifest = Manifest::decode(draft).map_err(malformed)?;
     if manifest.lineage.is_some() || !manifest.record.bytes.is_empty() {
         return Err(wrong("it claims a lineage or a record, which are not the VMM's to write"));
@@ -311,9 +312,9 @@ pub(super) async fn finish(
     guard: &OperationGuard,
 ) -> Option<(oneshot::Sender<Answer>, Result<Record, Error>)> {
     let begun = Instant::now();
-    let mut sent = ready.sent;
+    let mut settled = settle(core, sandbox, ready).await;
     loop {
-        let outcome = match settle(core, sandbox, ready, sent).await {
+        let outcome = match settled {
             Settled::Paused(now) => {
                 timing.since("commit", begun);
                 let begun = Instant::now();
@@ -339,8 +340,8 @@ pub(super) async fn finish(
                 if let Some(tell) = tell.take() {
                     answer(tell, Err(error));
                 }
-                sent = Sent::Maybe;
                 tokio::time::sleep(ROUND).await;
+                settled = give_up(core, sandbox, ready).await;
                 continue;
             }
         };
@@ -355,28 +356,60 @@ enum Settled {
     Unknown(Error),
 }
 
-async fn settle(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit, sent: Sent) -> Settled {
+/// Commits, and cancels when that cannot be settled in time.
+async fn settle(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit) -> Settled {
     let register = match core.register(sandbox) {
         Ok(register) => register,
         Err(error) => return Settled::RunAgain(error),
     };
     let total = core.config.deadlines.settle();
     let (mut commit, mut cancel) = (Backoff::within(total), Backoff::within(total));
-    match register.end_pause(&ready.attempt, &ready.cancel, sent, &mut commit, &mut cancel).await {
+    match register.end_pause(&ready.attempt, &ready.cancel, ready.sent, &mut commit, &mut cancel).await {
         PauseEnd::Paused { now } => Settled::Paused(now),
-        PauseEnd::RunAgain { now, cause } => {
-            sandbox.set_head(now);
-            Settled::RunAgain(Error::Store { action: "commit the head", source: cause })
-        }
-        PauseEnd::Fenced { by } => {
-            sandbox.set_head(None);
-            Settled::Fenced(Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner, epoch: by.head.epoch })
-        }
-        PauseEnd::Unknown { cause } => {
-            sandbox.set_head(None);
-            Settled::Unknown(Error::Unknown { id: sandbox.id.clone(), action: "pause", source: cause })
-        }
+        PauseEnd::RunAgain { now, cause } => run_again_from(sandbox, now, cause),
+        PauseEnd::Fenced { by } => fenced(sandbox, &by),
+        PauseEnd::Unknown { cause } => unknown(sandbox, cause),
     }
+}
+
+/// The client was told that the pause did not succeed as far as is known, so from then on only the cancel commit is sent: unless the commit
+/// has landed, the guest goes on.
+async fn give_up(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit) -> Settled {
+    let register = match core.register(sandbox) {
+        Ok(register) => register,
+        Err(error) => return Settled::Unknown(error),
+    };
+    let mut pacer = Backoff::within(core.config.deadlines.settle());
+    match register.cancel(&ready.attempt, &ready.cancel, &mut pacer).await {
+        Cancelled::Won { now } => run_again_from(sandbox, Some(now), cancelled(ready)),
+        Cancelled::Gone { cause } => run_again_from(sandbox, None, cause),
+        Cancelled::Landed { now } => Settled::Paused(now),
+        Cancelled::Superseded { by } if by.head.owner == core.owner && by.head.state == HeadState::Live => {
+            run_again_from(sandbox, Some(by), cancelled(ready))
+        }
+        Cancelled::Superseded { by } | Cancelled::Fenced { by } => fenced(sandbox, &by),
+        Cancelled::Unknown { cause } => unknown(sandbox, cause),
+    }
+}
+
+fn cancelled(ready: &ReadyToCommit) -> StoreError {
+    StoreError::new(ErrorKind::Unavailable, Operation::Put, format!("the head of {}", ready.attempt.head().sandbox))
+        .because("the commit was not confirmed in time and has been cancelled")
+}
+
+fn run_again_from(sandbox: &Sandbox, now: Option<Current>, cause: StoreError) -> Settled {
+    sandbox.set_head(now);
+    Settled::RunAgain(Error::Store { action: "commit the head", source: cause })
+}
+
+fn fenced(sandbox: &Sandbox, by: &Current) -> Settled {
+    sandbox.set_head(None);
+    Settled::Fenced(Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner.clone(), epoch: by.head.epoch })
+}
+
+fn unknown(sandbox: &Sandbox, cause: StoreError) -> Settled {
+    sandbox.set_head(None);
+    Settled::Unknown(Error::Unknown { id: sandbox.id.clone(), action: "pause", source: cause })
 }
 
 /// The commit has won: `paused`, whatever the journal says.

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 /// A head from memory may be older than the one in the store; a fresh one is tried once.
 const CLAIM_TRIES: u32 = 2;
 /// Grants live as long as the restore that uses them, and this much more.
-const GRANT_SLACK: Duration = Duration::from_secs(300);
+const GRANT_SLACK: Duration = Duration::from_mins(5);
 
 /// Resumes a paused sandbox. One that is on its way to `running` by somebody else's resume is waited for.
 pub async fn resume(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(Record, Timing), Error> {

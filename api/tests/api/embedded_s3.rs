@@ -73,11 +73,11 @@ async fn presigned_urls_open_one_object_and_no_other() {
         RawGrant::Url(url) => url,
         RawGrant::File(_) => panic!("an S3 store grants URLs"),
     };
-    let put = url(store.grant_put("v1/pack/0", Duration::from_secs(60)).await.unwrap());
+    let put = url(store.grant_put("v1/pack/0", Duration::from_mins(1)).await.unwrap());
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     assert_eq!(http.put(&put).body("pack").send().await.unwrap().status(), 200);
     assert_eq!(store.get("v1/pack/0").await.unwrap().bytes, "pack");
-    let get = url(store.grant_get("v1/pack/0", Duration::from_secs(60)).await.unwrap());
+    let get = url(store.grant_get("v1/pack/0", Duration::from_mins(1)).await.unwrap());
     let answer = http.get(&get).header("range", "bytes=1-2").send().await.unwrap();
     assert_eq!((answer.status().as_u16(), answer.bytes().await.unwrap()), (206, Bytes::from("ac")));
     for forged in [put.replace("pack/0", "pack/1"), get.replace("X-Amz-Expires=60", "X-Amz-Expires=61")] {
