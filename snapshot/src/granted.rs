@@ -3,9 +3,7 @@
 //! Pack PUTs are idempotent (the name belongs to one commit, the body is fixed), so they are retried on time-outs, lost connections and
 //! 5xx; refusals (401, 403, 404, 507) are not. All URLs share one client, so that connections are reused.
 
-use std::{
-    collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Duration,
-};
+use std::{collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -51,11 +49,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self {
-            attempt: Duration::from_secs(30),
-            attempts: 4,
-            backoff: Duration::from_millis(100),
-        }
+        Self { attempt: Duration::from_secs(30), attempts: 4, backoff: Duration::from_millis(100) }
     }
 }
 
@@ -101,22 +95,15 @@ impl GrantedPacks {
         for GrantedObject { key, access } in objects {
             let way = match access {
                 Access::Url(url) => Way::Url(url),
-                Access::Fd(token) => {
-                    Way::File(Arc::new(files.remove(&token).ok_or_else(|| {
-                        StoreError::new(ErrorKind::Other, Operation::Grant, &key)
-                            .because(format!("no descriptor was sent under token {token}"))
-                    })?))
-                }
+                Access::Fd(token) => Way::File(Arc::new(files.remove(&token).ok_or_else(|| {
+                    StoreError::new(ErrorKind::Other, Operation::Grant, &key)
+                        .because(format!("no descriptor was sent under token {token}"))
+                })?)),
             };
             by_key.insert(key.clone(), ways.len());
             ways.push((key, way));
         }
-        Ok(Self {
-            client,
-            patience,
-            objects: ways,
-            by_key,
-        })
+        Ok(Self { client, patience, objects: ways, by_key })
     }
 
     /// How many grants there are.
@@ -153,42 +140,27 @@ impl GrantedPacks {
         let lost = |error| unanswered(Operation::Put, key, error);
         let request = self.client.put(url).timeout(self.patience.attempt);
         let answer = request.body(bytes).send().await.map_err(lost)?;
-        if answer.status().is_success() {
-            Ok(())
-        } else {
-            Err(refusal(Operation::Put, key, answer).await)
-        }
+        if answer.status().is_success() { Ok(()) } else { Err(refusal(Operation::Put, key, answer).await) }
     }
 
     async fn get_url(&self, key: &str, url: &str, range: &Range<u64>) -> Result<Bytes, StoreError> {
         let lost = |error| unanswered(Operation::Get, key, error);
         let request = self.client.get(url).timeout(self.patience.attempt);
-        let mut answer = request
-            .header(RANGE, format!("bytes={}-{}", range.start, range.end - 1))
-            .send()
-            .await
-            .map_err(lost)?;
+        let mut answer =
+            request.header(RANGE, format!("bytes={}-{}", range.start, range.end - 1)).send().await.map_err(lost)?;
         let expected = range.end - range.start;
         match answer.status() {
             StatusCode::PARTIAL_CONTENT => {}
             // The whole object, because the store ignores ranges.
             StatusCode::OK => {
-                return Err(wrong_length(
-                    key,
-                    answer.content_length().unwrap_or(0),
-                    expected,
-                ));
+                return Err(wrong_length(key, answer.content_length().unwrap_or(0), expected));
             }
             _ => return Err(refusal(Operation::Get, key, answer).await),
         }
         let mut bytes = Vec::with_capacity(expected as usize);
         while let Some(chunk) = answer.chunk().await.map_err(lost)? {
             if (bytes.len() + chunk.len()) as u64 > expected {
-                return Err(wrong_length(
-                    key,
-                    (bytes.len() + chunk.len()) as u64,
-                    expected,
-                ));
+                return Err(wrong_length(key, (bytes.len() + chunk.len()) as u64, expected));
             }
             bytes.extend_from_slice(&chunk);
         }
@@ -220,28 +192,21 @@ async fn with_file<T: Send + 'static>(
 ) -> Result<T, StoreError> {
     let file = Arc::clone(file);
     let result = tokio::task::spawn_blocking(move || work(&file)).await;
-    result
-        .map_err(|error| StoreError::new(ErrorKind::Other, operation, key).because(error))?
-        .map_err(|error| {
-            StoreError::new(io_kind(&error), operation, key)
-                .applied(operation == Operation::Put)
-                .because(error)
-        })
+    result.map_err(|error| StoreError::new(ErrorKind::Other, operation, key).because(error))?.map_err(|error| {
+        StoreError::new(io_kind(&error), operation, key).applied(operation == Operation::Put).because(error)
+    })
 }
 
 #[async_trait]
 impl PackSink for GrantedPacks {
     async fn put(&self, n: u32, bytes: Bytes) -> Result<String, StoreError> {
         let Some((key, way)) = self.objects.get(n as usize) else {
-            return Err(
-                StoreError::new(ErrorKind::Other, Operation::Put, format!("pack {n}"))
-                    .because(format!("only {} packs were granted", self.objects.len())),
-            );
+            return Err(StoreError::new(ErrorKind::Other, Operation::Put, format!("pack {n}"))
+                .because(format!("only {} packs were granted", self.objects.len())));
         };
         match way {
             Way::Url(url) => {
-                self.patiently(|| self.put_url(key, url, bytes.clone()))
-                    .await?;
+                self.patiently(|| self.put_url(key, url, bytes.clone())).await?;
             }
             Way::File(file) => {
                 self.patiently(|| {
@@ -262,14 +227,9 @@ impl PackSink for GrantedPacks {
 #[async_trait]
 impl PackSource for GrantedPacks {
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        let way = self
-            .by_key
-            .get(key)
-            .and_then(|&at| self.objects.get(at))
-            .map(|(_, way)| way);
+        let way = self.by_key.get(key).and_then(|&at| self.objects.get(at)).map(|(_, way)| way);
         let Some(way) = way else {
-            return Err(StoreError::new(ErrorKind::Forbidden, Operation::Get, key)
-                .because("the pack was not granted"));
+            return Err(StoreError::new(ErrorKind::Forbidden, Operation::Get, key).because("the pack was not granted"));
         };
         if range.is_empty() {
             return Ok(Bytes::new());
@@ -283,10 +243,7 @@ impl PackSource for GrantedPacks {
                         let len = file.metadata()?.len();
                         if end > len {
                             let what = format!("{len} bytes, a range ends at {end}");
-                            return Err(std::io::Error::new(
-                                std::io::ErrorKind::UnexpectedEof,
-                                what,
-                            ));
+                            return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, what));
                         }
                         let mut bytes = vec![0; (end - start) as usize];
                         file.read_exact_at(&mut bytes, start)?;

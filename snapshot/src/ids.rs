@@ -1,6 +1,9 @@
 //! Digests and commit ids: fixed-size values that are written as lower-case hex wherever people or JSON see them.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt::{self, Write},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -25,7 +28,11 @@ pub struct CommitId(pub [u8; 16]);
 pub struct BadHex(pub usize);
 
 fn write_hex(bytes: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    const DIGITS: [char; 16] = ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
+    bytes.iter().try_for_each(|byte| {
+        f.write_char(DIGITS[usize::from(byte >> 4)])?;
+        f.write_char(DIGITS[usize::from(byte & 15)])
+    })
 }
 
 fn parse_hex<const N: usize>(text: &str) -> Result<[u8; N], BadHex> {
@@ -73,20 +80,14 @@ macro_rules! hex_value {
         // Hex for JSON, raw bytes for the positional encoding of manifest sections.
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                if serializer.is_human_readable() {
-                    serializer.collect_str(self)
-                } else {
-                    self.0.serialize(serializer)
-                }
+                if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
             }
         }
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 if deserializer.is_human_readable() {
-                    String::deserialize(deserializer)?
-                        .parse()
-                        .map_err(de::Error::custom)
+                    String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
                 } else {
                     Deserialize::deserialize(deserializer).map(Self)
                 }
@@ -112,12 +113,7 @@ mod tests {
         let raw = postcard::to_stdvec(&digest).unwrap();
         assert_eq!(raw, digest.0);
         assert_eq!(postcard::from_bytes::<Digest>(&raw).unwrap(), digest);
-        for bad in [
-            "",
-            "0",
-            &digest.to_string()[1..],
-            &digest.to_string().to_uppercase(),
-        ] {
+        for bad in ["", "0", &digest.to_string()[1..], &digest.to_string().to_uppercase()] {
             assert_eq!(bad.parse::<Digest>(), Err(BadHex(64)));
         }
     }

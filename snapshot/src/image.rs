@@ -57,29 +57,16 @@ pub enum MapError {
     TooLarge(u64),
     #[error("empty run at page {0}")]
     EmptyRun(u64),
-    #[error(
-        "run begins at page {start}, expected {expected}: pages must be covered once and in order"
-    )]
+    #[error("run begins at page {start}, expected {expected}: pages must be covered once and in order")]
     Gap { start: u64, expected: u64 },
     #[error("run at page {start} ends beyond the image's {pages} pages")]
     Beyond { start: u64, pages: u64 },
     #[error("page {page} refers to pack {pack}; there are {packs}")]
     NoSuchPack { page: u64, pack: u32, packs: usize },
     #[error("page {page} refers to frame {frame} of pack {key}, which has {frames}")]
-    NoSuchFrame {
-        page: u64,
-        frame: u32,
-        key: String,
-        frames: usize,
-    },
+    NoSuchFrame { page: u64, frame: u32, key: String, frames: usize },
     #[error("page {page} refers to page {index} of frame {frame} of pack {key}, which has {pages}")]
-    NoSuchIndex {
-        page: u64,
-        frame: u32,
-        key: String,
-        index: u64,
-        pages: u32,
-    },
+    NoSuchIndex { page: u64, frame: u32, key: String, index: u64, pages: u32 },
     #[error("page {page} refers to base block {block}; the base has {blocks}")]
     NoSuchBlock { page: u64, block: u64, blocks: u64 },
 }
@@ -95,9 +82,7 @@ impl PageRef {
                 frame,
                 index: u32::try_from(u64::from(index).saturating_add(pages)).unwrap_or(u32::MAX),
             },
-            Self::Base { block } => Self::Base {
-                block: block.saturating_add(pages),
-            },
+            Self::Base { block } => Self::Base { block: block.saturating_add(pages) },
         }
     }
 }
@@ -120,16 +105,9 @@ impl ImageMap {
         let pages = pages.min(MAX_PAGES);
         let blocks = blocks.min(pages);
         let mut runs = Vec::new();
-        for (start, end, at) in [
-            (0, blocks, PageRef::Base { block: 0 }),
-            (blocks, pages, PageRef::Zero),
-        ] {
+        for (start, end, at) in [(0, blocks, PageRef::Base { block: 0 }), (blocks, pages, PageRef::Zero)] {
             if start < end {
-                runs.push(Run {
-                    start,
-                    pages: end - start,
-                    at,
-                });
+                runs.push(Run { start, pages: end - start, at });
             }
         }
         Self { runs, pages }
@@ -147,28 +125,15 @@ impl ImageMap {
                 return Err(MapError::EmptyRun(run.start));
             }
             if run.start != expected {
-                return Err(MapError::Gap {
-                    start: run.start,
-                    expected,
-                });
+                return Err(MapError::Gap { start: run.start, expected });
             }
             if run.pages > pages - run.start {
-                return Err(MapError::Beyond {
-                    start: run.start,
-                    pages,
-                });
+                return Err(MapError::Beyond { start: run.start, pages });
             }
             expected = run.end();
             push(&mut runs, run);
         }
-        if expected == pages {
-            Ok(Self { runs, pages })
-        } else {
-            Err(MapError::Gap {
-                start: pages,
-                expected,
-            })
-        }
+        if expected == pages { Ok(Self { runs, pages }) } else { Err(MapError::Gap { start: pages, expected }) }
     }
 
     /// Checks every reference against the packs and the number of base blocks (0 without a base).
@@ -187,21 +152,14 @@ impl ImageMap {
                     }
                 }
                 PageRef::Pack { pack, frame, index } => {
-                    let entry = packs.get(pack as usize).ok_or(MapError::NoSuchPack {
+                    let entry =
+                        packs.get(pack as usize).ok_or(MapError::NoSuchPack { page, pack, packs: packs.len() })?;
+                    let in_frame = entry.frames.get(frame as usize).ok_or_else(|| MapError::NoSuchFrame {
                         page,
-                        pack,
-                        packs: packs.len(),
+                        frame,
+                        key: entry.key.clone(),
+                        frames: entry.frames.len(),
                     })?;
-                    let in_frame =
-                        entry
-                            .frames
-                            .get(frame as usize)
-                            .ok_or_else(|| MapError::NoSuchFrame {
-                                page,
-                                frame,
-                                key: entry.key.clone(),
-                                frames: entry.frames.len(),
-                            })?;
                     let end = u64::from(index).saturating_add(run.pages);
                     if end > u64::from(in_frame.pages) {
                         return Err(MapError::NoSuchIndex {
@@ -245,10 +203,7 @@ impl ImageMap {
                 return Err(MapError::EmptyRun(run.start));
             }
             if run.start > self.pages || run.pages > self.pages - run.start {
-                return Err(MapError::Beyond {
-                    start: run.start,
-                    pages: self.pages,
-                });
+                return Err(MapError::Beyond { start: run.start, pages: self.pages });
             }
         }
         let mut top = newer.to_vec();
@@ -257,20 +212,14 @@ impl ImageMap {
             top = layered(newer);
         }
         let mut runs = Vec::with_capacity(self.runs.len() + 2 * top.len());
-        let mut below = Cursor {
-            runs: &self.runs,
-            page: 0,
-        };
+        let mut below = Cursor { runs: &self.runs, page: 0 };
         for run in top {
             below.copy_until(run.start, &mut runs);
             push(&mut runs, run);
             below.skip_until(run.end());
         }
         below.copy_until(self.pages, &mut runs);
-        Ok(Self {
-            runs,
-            pages: self.pages,
-        })
+        Ok(Self { runs, pages: self.pages })
     }
 
     /// The same map with every pack number replaced by `renumber(pack)`.
@@ -314,11 +263,7 @@ impl Cursor<'_> {
             if until > self.page {
                 push(
                     into,
-                    Run {
-                        start: self.page,
-                        pages: until - self.page,
-                        at: run.at.advance(self.page - run.start),
-                    },
+                    Run { start: self.page, pages: until - self.page, at: run.at.advance(self.page - run.start) },
                 );
             }
             self.skip_until(until);
@@ -358,14 +303,7 @@ fn layered(runs: &[Run]) -> Vec<Run> {
 /// What is left of `run` from page `from` on.
 fn insert_tail(layers: &mut BTreeMap<u64, Run>, run: Run, from: u64) {
     if run.end() > from {
-        layers.insert(
-            from,
-            Run {
-                start: from,
-                pages: run.end() - from,
-                at: run.at.advance(from - run.start),
-            },
-        );
+        layers.insert(from, Run { start: from, pages: run.end() - from, at: run.at.advance(from - run.start) });
     }
 }
 
@@ -380,11 +318,7 @@ mod tests {
     fn any_ref() -> impl Strategy<Value = PageRef> {
         prop_oneof![
             Just(PageRef::Zero),
-            (0u32..3, 0u32..2, 0u32..8).prop_map(|(pack, frame, index)| PageRef::Pack {
-                pack,
-                frame,
-                index
-            }),
+            (0u32..3, 0u32..2, 0u32..8).prop_map(|(pack, frame, index)| PageRef::Pack { pack, frame, index }),
             (0u64..PAGES).prop_map(|block| PageRef::Base { block }),
         ]
     }
@@ -405,9 +339,9 @@ mod tests {
     }
 
     fn canonical(map: &ImageMap) -> bool {
-        map.runs().windows(2).all(|pair| {
-            pair[0].end() == pair[1].start && pair[0].at.advance(pair[0].pages) != pair[1].at
-        })
+        map.runs()
+            .windows(2)
+            .all(|pair| pair[0].end() == pair[1].start && pair[0].at.advance(pair[0].pages) != pair[1].at)
     }
 
     proptest! {
@@ -452,42 +386,18 @@ mod tests {
 
     #[test]
     fn references_out_of_range_are_named() {
-        let map = |at| {
-            ImageMap::zero(4)
-                .overlay(&[Run {
-                    start: 1,
-                    pages: 2,
-                    at,
-                }])
-                .unwrap()
-        };
+        let map = |at| ImageMap::zero(4).overlay(&[Run { start: 1, pages: 2, at }]).unwrap();
         let packs = [crate::pack::test_entry("p", &[8])];
         let pack = |pack, frame, index| map(PageRef::Pack { pack, frame, index });
         assert_eq!(pack(0, 0, 6).check(&packs, 0), Ok(()));
-        assert!(matches!(
-            pack(1, 0, 0).check(&packs, 0),
-            Err(MapError::NoSuchPack { pack: 1, .. })
-        ));
-        assert!(matches!(
-            pack(0, 1, 0).check(&packs, 0),
-            Err(MapError::NoSuchFrame { frame: 1, .. })
-        ));
-        assert!(matches!(
-            pack(0, 0, 7).check(&packs, 0),
-            Err(MapError::NoSuchIndex { index: 8, .. })
-        ));
+        assert!(matches!(pack(1, 0, 0).check(&packs, 0), Err(MapError::NoSuchPack { pack: 1, .. })));
+        assert!(matches!(pack(0, 1, 0).check(&packs, 0), Err(MapError::NoSuchFrame { frame: 1, .. })));
+        assert!(matches!(pack(0, 0, 7).check(&packs, 0), Err(MapError::NoSuchIndex { index: 8, .. })));
         let base = map(PageRef::Base { block: 5 });
         assert_eq!(base.check(&packs, 7), Ok(()));
+        assert!(matches!(base.check(&packs, 6), Err(MapError::NoSuchBlock { block: 6, .. })));
         assert!(matches!(
-            base.check(&packs, 6),
-            Err(MapError::NoSuchBlock { block: 6, .. })
-        ));
-        assert!(matches!(
-            ImageMap::zero(4).overlay(&[Run {
-                start: 3,
-                pages: u64::MAX,
-                at: PageRef::Zero
-            }]),
+            ImageMap::zero(4).overlay(&[Run { start: 3, pages: u64::MAX, at: PageRef::Zero }]),
             Err(MapError::Beyond { .. })
         ));
     }

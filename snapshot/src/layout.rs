@@ -29,26 +29,18 @@ pub struct BadName(pub String);
 
 fn name(text: &str) -> Result<&str, BadName> {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-' || c == b'_';
-    if (1..=128).contains(&text.len()) && text.bytes().all(allowed) {
-        Ok(text)
-    } else {
-        Err(BadName(text.to_owned()))
-    }
+    if (1..=128).contains(&text.len()) && text.bytes().all(allowed) { Ok(text) } else { Err(BadName(text.to_owned())) }
 }
 
 impl Owner {
     /// The sandbox `id` of `tenant`.
     pub fn sandbox(tenant: &str, id: &str) -> Result<Self, BadName> {
-        Ok(Self {
-            prefix: format!("v1/{}/sandbox/{}/", name(tenant)?, name(id)?),
-        })
+        Ok(Self { prefix: format!("v1/{}/sandbox/{}/", name(tenant)?, name(id)?) })
     }
 
     /// The named snapshot `id` of `tenant`.
     pub fn snapshot(tenant: &str, id: &str) -> Result<Self, BadName> {
-        Ok(Self {
-            prefix: format!("v1/{}/snapshot/{}/", name(tenant)?, name(id)?),
-        })
+        Ok(Self { prefix: format!("v1/{}/snapshot/{}/", name(tenant)?, name(id)?) })
     }
 
     /// What every key of this owner begins with; ends with a slash.
@@ -63,9 +55,7 @@ impl Owner {
 
     /// The generation that commit `commit` writes.
     pub fn generation(&self, seq: u64, epoch: u64, commit: CommitId) -> Generation {
-        Generation {
-            prefix: format!("{}{seq}-{epoch}-{commit}/", self.prefix),
-        }
+        Generation { prefix: format!("{}{seq}-{epoch}-{commit}/", self.prefix) }
     }
 }
 
@@ -106,18 +96,9 @@ mod tests {
         assert_eq!(owner.head(), "v1/acme/sandbox/sb-1/head");
         let generation = owner.generation(3, 2, CommitId([0xab; 16]));
         let commit = "ab".repeat(16);
-        assert_eq!(
-            generation.manifest(),
-            format!("v1/acme/sandbox/sb-1/3-2-{commit}/manifest")
-        );
-        assert_eq!(
-            generation.pack(7),
-            format!("v1/acme/sandbox/sb-1/3-2-{commit}/pack/7")
-        );
-        assert_eq!(
-            Owner::snapshot("acme", "s").unwrap().prefix(),
-            "v1/acme/snapshot/s/"
-        );
+        assert_eq!(generation.manifest(), format!("v1/acme/sandbox/sb-1/3-2-{commit}/manifest"));
+        assert_eq!(generation.pack(7), format!("v1/acme/sandbox/sb-1/3-2-{commit}/pack/7"));
+        assert_eq!(Owner::snapshot("acme", "s").unwrap().prefix(), "v1/acme/snapshot/s/");
     }
 
     #[test]

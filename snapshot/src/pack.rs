@@ -115,29 +115,18 @@ pub fn encode_frame(codec: Codec, pages: &[u8]) -> EncodedFrame {
         Some(bytes) if bytes.len() * 100 <= pages.len() * 88 => (codec, bytes),
         _ => (Codec::Raw, pages.to_vec()),
     };
-    EncodedFrame {
-        codec,
-        pages: (pages.len() / PAGE_SIZE) as u32,
-        digest: Digest::of(&bytes),
-        bytes,
-    }
+    EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest: Digest::of(&bytes), bytes }
 }
 
 /// The pages of a frame from its stored bytes: length and digest are checked first, the decoded length after.
 pub fn decode_frame(entry: &FrameEntry, stored: &[u8]) -> Result<Vec<u8>, PackError> {
     if stored.len() as u64 != u64::from(entry.stored_len) {
-        return Err(PackError::Length {
-            got: stored.len() as u64,
-            expected: u64::from(entry.stored_len),
-        });
+        return Err(PackError::Length { got: stored.len() as u64, expected: u64::from(entry.stored_len) });
     }
     if Digest::of(stored) != entry.digest {
         return Err(PackError::Digest);
     }
-    let failed = PackError::Decode {
-        codec: entry.codec,
-        pages: entry.pages,
-    };
+    let failed = PackError::Decode { codec: entry.codec, pages: entry.pages };
     if entry.pages == 0 || entry.pages > FRAME_PAGES {
         return Err(failed);
     }
@@ -154,10 +143,7 @@ pub fn decode_frame(entry: &FrameEntry, stored: &[u8]) -> Result<Vec<u8>, PackEr
 pub fn check_header(bytes: &[u8]) -> Result<(), PackError> {
     let header = bytes
         .first_chunk::<{ HEADER_LEN as usize }>()
-        .ok_or(PackError::Length {
-            got: bytes.len() as u64,
-            expected: HEADER_LEN,
-        })?;
+        .ok_or(PackError::Length { got: bytes.len() as u64, expected: HEADER_LEN })?;
     if &header[..8] != MAGIC {
         return Err(PackError::Magic);
     }
@@ -180,10 +166,7 @@ impl PackBuilder {
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.resize(HEADER_LEN as usize, 0);
-        Self {
-            bytes,
-            frames: Vec::new(),
-        }
+        Self { bytes, frames: Vec::new() }
     }
 
     /// Bytes so far, the header included.
@@ -221,9 +204,7 @@ impl PackBuilder {
 pub(crate) fn test_entry(key: &str, frames: &[u32]) -> PackEntry {
     let mut pack = PackBuilder::new();
     for &pages in frames {
-        let bytes: Vec<u8> = (0..pages as usize * PAGE_SIZE)
-            .map(|i| (i / 7 % 251) as u8)
-            .collect();
+        let bytes: Vec<u8> = (0..pages as usize * PAGE_SIZE).map(|i| (i / 7 % 251) as u8).collect();
         pack.push(&encode_frame(Codec::Lz4, &bytes));
     }
     let mut entry = pack.finish().1;
@@ -248,9 +229,7 @@ mod tests {
     fn noise(len: usize) -> Vec<u8> {
         let mut state = 1u64;
         std::iter::repeat_with(|| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 56) as u8
         })
         .take(len)
@@ -264,10 +243,7 @@ mod tests {
             let frame = encode_frame(codec, &compressible);
             assert_eq!(frame.codec, codec);
             assert_eq!(frame.pages, 8);
-            assert_eq!(
-                decode_frame(&entry(&frame), &frame.bytes),
-                Ok(compressible.clone())
-            );
+            assert_eq!(decode_frame(&entry(&frame), &frame.bytes), Ok(compressible.clone()));
         }
     }
 
@@ -292,19 +268,10 @@ mod tests {
         let mut damaged = frame.bytes.clone();
         damaged[3] ^= 1;
         assert_eq!(decode_frame(&good, &damaged), Err(PackError::Digest));
-        assert!(matches!(
-            decode_frame(&good, &frame.bytes[1..]),
-            Err(PackError::Length { .. })
-        ));
+        assert!(matches!(decode_frame(&good, &frame.bytes[1..]), Err(PackError::Length { .. })));
         for pages in [0, 3, 5, FRAME_PAGES + 1, u32::MAX] {
-            let lying = FrameEntry {
-                pages,
-                ..good.clone()
-            };
-            assert!(matches!(
-                decode_frame(&lying, &frame.bytes),
-                Err(PackError::Decode { .. })
-            ));
+            let lying = FrameEntry { pages, ..good.clone() };
+            assert!(matches!(decode_frame(&lying, &frame.bytes), Err(PackError::Decode { .. })));
         }
     }
 
@@ -313,10 +280,7 @@ mod tests {
         let (bytes, entry) = PackBuilder::new().finish();
         assert_eq!(u64::from(entry.size), HEADER_LEN);
         assert_eq!(check_header(&bytes), Ok(()));
-        assert!(matches!(
-            check_header(&bytes[1..]),
-            Err(PackError::Length { .. })
-        ));
+        assert!(matches!(check_header(&bytes[1..]), Err(PackError::Length { .. })));
         let mut other = bytes.to_vec();
         other[8] = 9;
         assert_eq!(check_header(&other), Err(PackError::Version(9)));

@@ -6,10 +6,7 @@ pub const PAGE_SIZE: usize = 4096;
 /// Whether every byte is zero. Stops at the first 128 bytes that are not.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, rest) = bytes.as_chunks::<128>();
-    blocks
-        .iter()
-        .all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
-        && rest.iter().all(|&byte| byte == 0)
+    blocks.iter().all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0) && rest.iter().all(|&byte| byte == 0)
 }
 
 /// `pages` in bytes.

@@ -34,10 +34,7 @@ pub async fn verify(store: &dyn ObjectStore, manifest: &ManifestRef) -> Result<R
 }
 
 /// Checks all packs of a manifest.
-pub async fn verify_packs(
-    store: &dyn ObjectStore,
-    manifest: &Manifest,
-) -> Result<Report, StoreError> {
+pub async fn verify_packs(store: &dyn ObjectStore, manifest: &Manifest) -> Result<Report, StoreError> {
     let _ = (store, manifest);
     todo!()
 }

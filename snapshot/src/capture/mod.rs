@@ -1,5 +1,12 @@
 //! Capture: pages of images into packs.
 //!
+//! | file | what |
+//! | --- | --- |
+//! | `scan` | reads pages, tells zero ones and those of the template apart, and cuts the rest into frames |
+//! | `base` | looks pages up among the template's blocks |
+//! | `pipeline` | compresses frames, puts packs together, keeps PUTs in flight |
+//! | `outcome` | what became durable, as maps |
+//!
 //! One blocking thread reads and classifies pages in the order given; blocking workers compress and digest frames; the calling task
 //! assembles packs and keeps PUTs in flight. Raw and stored bytes together stay under [`Options::memory`].
 //!
@@ -12,11 +19,19 @@ use std::{io, ops::Range, sync::Arc};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+mod base;
+mod outcome;
+mod pipeline;
+mod scan;
+
+pub use base::BlockIndex;
+
 use crate::{
     granted::PackSink,
     image::{ImageMap, MapError},
     manifest::ImageKind,
-    pack::{Codec, PackEntry},
+    pack::{Codec, PackEntry, pack_size},
+    page::PAGE_SIZE,
     store::StoreError,
 };
 
@@ -37,18 +52,6 @@ pub struct BaseInput {
     pub same_offset: bool,
     /// Look pages up by content (memory: the page cache holds template blocks).
     pub index: Option<Arc<BlockIndex>>,
-}
-
-/// Blocks of a template disk by a short hash of their content. A hit is only a hint: bytes are compared before it is used.
-#[derive(Debug, Default)]
-pub struct BlockIndex {}
-
-impl BlockIndex {
-    /// Reads and hashes all blocks. Zero blocks are left out. Blocking.
-    pub fn build(reader: &dyn PageReader, blocks: u64) -> io::Result<Self> {
-        let _ = (reader, blocks);
-        todo!()
-    }
 }
 
 /// One image to capture.
@@ -81,19 +84,16 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            connections: 8,
-            codec: Codec::Lz4,
-            memory: 64 << 20,
-            boot_pages: 0,
-        }
+        Self { connections: 8, codec: Codec::Lz4, memory: 64 << 20, boot_pages: 0 }
     }
 }
 
 /// How many packs a capture that looks at `pages` pages may need at most.
 pub fn packs_needed(pages: u64, options: &Options) -> u32 {
-    let _ = (pages, options);
-    todo!()
+    let bytes = pages.saturating_mul(PAGE_SIZE as u64);
+    // Each pack but the last reaches the target, and frames are never stored larger than they are; the boot pack is one more.
+    let packs = bytes / pack_size(bytes, options.connections) + 2;
+    u32::try_from(packs).unwrap_or(u32::MAX)
 }
 
 /// Everything [`capture`] needs.
@@ -163,11 +163,7 @@ pub enum CaptureError {
     #[error("capture was cancelled")]
     Cancelled,
     #[error("cannot read page {page} of {image}")]
-    Read {
-        image: String,
-        page: u64,
-        source: io::Error,
-    },
+    Read { image: String, page: u64, source: io::Error },
     #[error("cannot store pack {n} of this capture")]
     Store { n: u32, source: StoreError },
     #[error("{image} cannot be captured")]
@@ -189,6 +185,8 @@ pub struct CaptureFailed {
 
 /// Captures the images. See the module for the order of things and for what holds on failure.
 pub async fn capture(request: CaptureRequest) -> Result<Captured, CaptureFailed> {
-    let _ = request;
-    todo!()
+    pipeline::run(request).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,9 +7,11 @@ use crate::{ids::CommitId, manifest::ManifestRef, store::ETag};
 /// The head format this build writes and reads.
 const FORMAT: u16 = 1;
 /// Ancestors a head names beyond its parent.
-pub const MAX_ANCESTORS: usize = 30;
+pub const MAX_ANCESTORS: usize = 14;
+/// What seq and epoch may be: what JSON readers take for an integer, and one more never overflows.
+const NUMBERS: std::ops::RangeInclusive<u64> = 1..=1 << 53;
 /// Bytes of a head at most.
-pub const MAX_LEN: usize = 1 << 20;
+const MAX_LEN: usize = 1 << 20;
 
 /// What may be done with the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -71,6 +73,8 @@ pub enum Rule {
     Sandbox(String),
     #[error("seq must be {expected}, not {got}")]
     Seq { expected: u64, got: u64 },
+    #[error("seq and epoch are numbers from 1 to 2^53")]
+    Number,
     #[error("the parent must be the current commit, and the ancestors those before it")]
     Parent,
     #[error("the commit id was used before")]
@@ -87,6 +91,10 @@ pub enum Rule {
     NoManifest,
     #[error("a tombstone is final")]
     Deleted,
+    #[error("the sandbox is live: only one at rest can be claimed")]
+    NotAtRest,
+    #[error("a cancel commit needs the head that the cancelled one was built on")]
+    NotItsBase,
 }
 
 /// Why bytes are no head.
@@ -106,18 +114,202 @@ pub enum HeadError {
 impl Head {
     /// The body as it is stored: JSON, for people too.
     pub fn encode(&self) -> Result<String, HeadError> {
-        todo!()
+        let body = serde_json::to_string_pretty(self).map_err(HeadError::Malformed)?;
+        if body.len() > MAX_LEN {
+            return Err(HeadError::TooLarge(body.len()));
+        }
+        Ok(body)
     }
 
     /// Reads a body.
     pub fn decode(bytes: &[u8]) -> Result<Self, HeadError> {
-        let _ = bytes;
-        todo!()
+        #[derive(Deserialize)]
+        struct Version {
+            format: u16,
+        }
+        if bytes.len() > MAX_LEN {
+            return Err(HeadError::TooLarge(bytes.len()));
+        }
+        let head: Self = serde_json::from_slice(bytes).map_err(|error| {
+            // Another version may have other fields: say that, not which field is strange.
+            match serde_json::from_slice::<Version>(bytes) {
+                Ok(Version { format }) if format != FORMAT => HeadError::Format(format),
+                _ => HeadError::Malformed(error),
+            }
+        })?;
+        if head.format != FORMAT {
+            return Err(HeadError::Format(head.format));
+        }
+        head.check().map_err(HeadError::Rule)?;
+        Ok(head)
+    }
+
+    /// What holds of every head by itself.
+    fn check(&self) -> Result<(), Rule> {
+        if self.state == HeadState::Paused && self.manifest.is_none() {
+            return Err(Rule::NoManifest);
+        }
+        if ![self.seq, self.epoch].iter().all(|n| NUMBERS.contains(n)) {
+            return Err(Rule::Number);
+        }
+        let before = usize::from(self.parent.is_some()) + self.ancestors.len();
+        let expected = usize::try_from(self.seq - 1).unwrap_or(usize::MAX).min(1 + MAX_ANCESTORS);
+        if before != expected || (self.parent.is_none() && before > 0) {
+            return Err(Rule::Parent);
+        }
+        Ok(())
+    }
+
+    /// This commit and those before it, newest first, as far back as the head names them.
+    pub(super) fn chain(&self) -> impl Iterator<Item = CommitId> {
+        std::iter::once(self.commit).chain(self.parent).chain(self.ancestors.iter().copied())
+    }
+
+    /// The format version that new heads have.
+    pub(super) const fn format() -> u16 {
+        FORMAT
+    }
+}
+
+impl HeadState {
+    /// Whether nobody runs a guest and a claim may make it live.
+    pub fn at_rest(self) -> bool {
+        match self {
+            Self::Paused | Self::Stopped => true,
+            Self::Live | Self::Deleted => false,
+        }
     }
 }
 
 /// Whether `new` may follow `current` (`None`: there is no head yet). Checked before every PUT.
 pub fn validate(new: &Head, current: Option<&Head>) -> Result<(), Rule> {
-    let _ = (new, current);
-    todo!()
+    new.check()?;
+    let Some(current) = current else {
+        return if new.seq == 1 { Ok(()) } else { Err(Rule::Seq { expected: 1, got: new.seq }) };
+    };
+    if new.sandbox != current.sandbox {
+        return Err(Rule::Sandbox(current.sandbox.clone()));
+    }
+    if current.state == HeadState::Deleted {
+        return Err(Rule::Deleted);
+    }
+    if new.seq != current.seq + 1 {
+        return Err(Rule::Seq { expected: current.seq + 1, got: new.seq });
+    }
+    if current.chain().any(|commit| commit == new.commit) {
+        return Err(Rule::CommitId);
+    }
+    if !new.chain().skip(1).eq(current.chain().take(1 + MAX_ANCESTORS)) {
+        return Err(Rule::Parent);
+    }
+    if new.epoch == current.epoch {
+        if new.owner != current.owner {
+            return Err(Rule::Owner);
+        }
+        if current.state.at_rest() && new.state == HeadState::Live {
+            return Err(Rule::Wake);
+        }
+    } else if new.epoch == current.epoch + 1 {
+        if new.state.at_rest() {
+            return Err(Rule::Claim);
+        }
+    } else {
+        return Err(Rule::Epoch { current: current.epoch, got: new.epoch });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::ids::Digest;
+
+    pub(in crate::commit) fn head(state: HeadState) -> Head {
+        Head {
+            format: FORMAT,
+            sandbox: "sb".into(),
+            state,
+            epoch: 3,
+            owner: "host-a".into(),
+            seq: 2,
+            commit: CommitId([2; 16]),
+            parent: Some(CommitId([1; 16])),
+            ancestors: vec![],
+            manifest: Some(ManifestRef { key: "m".into(), digest: Digest([7; 32]) }),
+            record: serde_json::json!({"name": "x"}),
+        }
+    }
+
+    fn after(current: &Head, state: HeadState) -> Head {
+        Head {
+            state,
+            seq: 3,
+            commit: CommitId([3; 16]),
+            parent: Some(current.commit),
+            ancestors: vec![CommitId([1; 16])],
+            ..current.clone()
+        }
+    }
+
+    #[test]
+    fn comes_back_and_is_strict() {
+        let head = head(HeadState::Paused);
+        let body = head.encode().unwrap();
+        assert_eq!(Head::decode(body.as_bytes()).unwrap(), head);
+        let spoiled = |from: &str, to: &str| Head::decode(body.replace(from, to).as_bytes());
+        assert!(matches!(spoiled("\"format\": 1", "\"format\": 9"), Err(HeadError::Format(9))));
+        assert!(matches!(spoiled("\"seq\": 2", "\"seq\": 2, \"x\": 1"), Err(HeadError::Malformed(_))));
+        assert!(matches!(spoiled("\"seq\": 2", "\"seq\": 3"), Err(HeadError::Rule(Rule::Parent))));
+        for len in 0..body.len() {
+            assert!(Head::decode(&body.as_bytes()[..len]).is_err());
+        }
+        let huge = vec![b' '; MAX_LEN + 1];
+        assert!(matches!(Head::decode(&huge), Err(HeadError::TooLarge(_))));
+    }
+
+    #[test]
+    fn each_rule_is_enforced() {
+        use HeadState::{Deleted, Live, Paused, Stopped};
+        type Spoil = fn(&mut Head);
+        let live = head(Live);
+        let paused = head(Paused);
+        let cases: [(&Head, HeadState, Spoil, Result<(), Rule>); 16] = [
+            (&live, Paused, |_| (), Ok(())),
+            (&live, Stopped, |h| h.manifest = None, Ok(())),
+            (&live, Deleted, |_| (), Ok(())),
+            (&paused, Paused, |_| (), Ok(())),
+            (&paused, Live, |h| h.epoch = 4, Ok(())),
+            (
+                &paused,
+                Live,
+                |h| {
+                    h.epoch = 4;
+                    h.owner = "host-b".into();
+                },
+                Ok(()),
+            ),
+            (&paused, Live, |_| (), Err(Rule::Wake)),
+            (&live, Paused, |h| h.epoch = 4, Err(Rule::Claim)),
+            (&live, Live, |h| h.owner = "b".into(), Err(Rule::Owner)),
+            (&live, Live, |h| h.epoch = 5, Err(Rule::Epoch { current: 3, got: 5 })),
+            (&live, Live, |h| h.epoch = 2, Err(Rule::Epoch { current: 3, got: 2 })),
+            (&live, Paused, |h| h.manifest = None, Err(Rule::NoManifest)),
+            (&live, Live, |h| h.sandbox = "other".into(), Err(Rule::Sandbox("sb".into()))),
+            (&live, Live, |h| h.commit = CommitId([1; 16]), Err(Rule::CommitId)),
+            (&live, Live, |h| h.parent = Some(CommitId([9; 16])), Err(Rule::Parent)),
+            (&live, Live, |h| h.ancestors.clear(), Err(Rule::Parent)),
+        ];
+        for (n, (current, state, spoil, expected)) in cases.into_iter().enumerate() {
+            let mut new = after(current, state);
+            spoil(&mut new);
+            assert_eq!(validate(&new, Some(current)), expected, "case {n}");
+        }
+        let tombstone = head(Deleted);
+        assert_eq!(validate(&after(&tombstone, Live), Some(&tombstone)), Err(Rule::Deleted));
+        let mut first = head(Live);
+        assert!(validate(&first, None).is_err());
+        first.seq = 1;
+        first.parent = None;
+        assert_eq!(validate(&first, None), Ok(()));
+    }
 }

@@ -23,5 +23,8 @@ mod storage;
 
 pub use head::{Current, Head, HeadError, HeadState, MAX_ANCESTORS, Rule, validate};
 pub use plan::{Attempt, Change, Expected};
-pub use register::{Backoff, Cancelled, Outcome, Pacer, PauseEnd, Register, Verdict, judge};
+pub use register::{Backoff, Cancelled, Outcome, Pacer, PauseEnd, Register, Sent, Verdict, judge};
 pub use storage::{HeadStorage, ObjectHead, StoredHead, WriteReply};
+
+#[cfg(test)]
+mod sim;

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::plan::Expected;
-use crate::store::{ETag, ObjectStore, StoreError};
+use crate::store::{ETag, ErrorKind, Object, ObjectStore, Operation, Precondition, StoreError};
 
 /// A head's bytes and tag.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,9 @@ pub enum WriteReply {
 /// One head. Each call sends one request at most, within a deadline.
 #[async_trait]
 pub trait HeadStorage: Send + Sync {
+    /// The head's key, for messages.
+    fn key(&self) -> &str;
+
     /// The head as it is now; `None` when there is none.
     async fn read(&self) -> Result<Option<StoredHead>, StoreError>;
 
@@ -49,30 +52,55 @@ pub struct ObjectHead {
 impl ObjectHead {
     /// The head under `key` of a store with conditional writes.
     pub fn new(store: Arc<dyn ObjectStore>, key: impl Into<String>) -> Self {
-        Self {
-            store,
-            key: key.into(),
-            conditional: true,
-        }
+        Self { store, key: key.into(), conditional: true }
     }
 
     /// The head under `key` of a store without them: compares, then writes. Right only while nobody else writes the head.
     pub fn unconditional(store: Arc<dyn ObjectStore>, key: impl Into<String>) -> Self {
-        Self {
-            conditional: false,
-            ..Self::new(store, key)
-        }
+        Self { conditional: false, ..Self::new(store, key) }
     }
 }
 
 #[async_trait]
 impl HeadStorage for ObjectHead {
-    async fn read(&self) -> Result<Option<StoredHead>, StoreError> {
-        let _ = (&self.store, &self.key, self.conditional);
-        todo!()
+    fn key(&self) -> &str {
+        &self.key
     }
 
-    async fn write(&self, _body: Bytes, _expected: &Expected) -> WriteReply {
-        todo!()
+    async fn read(&self) -> Result<Option<StoredHead>, StoreError> {
+        match self.store.get(&self.key).await {
+            Ok(Object { bytes, etag }) => Ok(Some(StoredHead { bytes, etag })),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn write(&self, body: Bytes, expected: &Expected) -> WriteReply {
+        let precondition = if self.conditional {
+            match expected {
+                Expected::Absent => Precondition::IfAbsent,
+                Expected::Match(etag) => Precondition::IfMatch(etag.clone()),
+            }
+        } else {
+            let now = match self.read().await {
+                Ok(now) => now,
+                Err(error) => return WriteReply::NotApplied(error),
+            };
+            let as_expected = match expected {
+                Expected::Absent => now.is_none(),
+                Expected::Match(etag) => now.is_some_and(|now| now.etag == *etag),
+            };
+            if !as_expected {
+                let failed = ErrorKind::PreconditionFailed;
+                let error = StoreError::new(failed, Operation::Put, &self.key);
+                return WriteReply::NotApplied(error);
+            }
+            Precondition::None
+        };
+        match self.store.put(&self.key, body, &precondition).await {
+            Ok(etag) => WriteReply::Applied(etag),
+            Err(error) if error.maybe_applied => WriteReply::Unclear(error),
+            Err(error) => WriteReply::NotApplied(error),
+        }
     }
 }

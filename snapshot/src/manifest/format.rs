@@ -39,12 +39,7 @@ pub(super) struct Kind {
 }
 
 const fn kind(number: u32, name: &'static str, required: bool) -> Kind {
-    Kind {
-        number,
-        name,
-        version: 1,
-        required,
-    }
+    Kind { number, name, version: 1, required }
 }
 
 pub(super) static PLATFORM: Kind = kind(1, "platform", true);
@@ -56,15 +51,10 @@ pub(super) static IMAGES: Kind = kind(6, "images", true);
 pub(super) static STATE: Kind = kind(7, "state", true);
 pub(super) static BOOT: Kind = kind(8, "boot", false);
 
-static KINDS: [&Kind; 8] = [
-    &PLATFORM, &SPEC, &RECORD, &LINEAGE, &PACKS, &IMAGES, &STATE, &BOOT,
-];
+static KINDS: [&Kind; 8] = [&PLATFORM, &SPEC, &RECORD, &LINEAGE, &PACKS, &IMAGES, &STATE, &BOOT];
 
 /// Puts header, table and sections together.
-pub(super) fn write(
-    arch: Arch,
-    sections: &[(&'static Kind, Vec<u8>)],
-) -> Result<Vec<u8>, ManifestError> {
+pub(super) fn write(arch: Arch, sections: &[(&'static Kind, Vec<u8>)]) -> Result<Vec<u8>, ManifestError> {
     let table_len = sections.len() * ENTRY_LEN;
     let len = HEADER_LEN + table_len + sections.iter().map(|(_, body)| body.len()).sum::<usize>();
     if len as u64 > MAX_LEN {
@@ -121,10 +111,7 @@ pub(super) fn read_header(bytes: &[u8]) -> Result<Header, ManifestError> {
         return Err(ManifestError::Magic);
     }
     if bytes.len() < HEADER_LEN {
-        return Err(ManifestError::Truncated {
-            got: bytes.len() as u64,
-            expected: HEADER_LEN as u64,
-        });
+        return Err(ManifestError::Truncated { got: bytes.len() as u64, expected: HEADER_LEN as u64 });
     }
     if header_check(&bytes[..56]) != number(bytes, 56) {
         return Err(ManifestError::HeaderCheck);
@@ -160,10 +147,7 @@ impl<'a> Sections<'a> {
         }
         let got = bytes.len() as u64;
         if got < header.len {
-            return Err(ManifestError::Truncated {
-                got,
-                expected: header.len,
-            });
+            return Err(ManifestError::Truncated { got, expected: header.len });
         }
         if got > header.len {
             return Err(ManifestError::Trailing(got - header.len));
@@ -200,19 +184,14 @@ impl<'a> Sections<'a> {
             seen.push(number_of_kind);
             let kind = KINDS.iter().find(|kind| kind.number == number_of_kind);
             if Digest::of(body).0 != number::<32>(entry, 24) {
-                return Err(ManifestError::SectionDigest(kind.map_or_else(
-                    || number_of_kind.to_string(),
-                    |kind| kind.name.to_owned(),
-                )));
+                return Err(ManifestError::SectionDigest(
+                    kind.map_or_else(|| number_of_kind.to_string(), |kind| kind.name.to_owned()),
+                ));
             }
             match kind {
                 Some(kind) if kind.version == version => known.push((kind, body)),
                 Some(kind) => {
-                    return Err(ManifestError::SectionVersion {
-                        section: kind.name,
-                        version,
-                        reads: kind.version,
-                    });
+                    return Err(ManifestError::SectionVersion { section: kind.name, version, reads: kind.version });
                 }
                 None if flags & REQUIRED != 0 => {
                     return Err(ManifestError::UnknownSection(number_of_kind));
@@ -220,24 +199,16 @@ impl<'a> Sections<'a> {
                 None => {}
             }
         }
-        if rest.is_empty() {
-            Ok(Self { arch, known })
-        } else {
-            Err(ManifestError::Table("bytes belong to no section"))
-        }
+        if rest.is_empty() { Ok(Self { arch, known }) } else { Err(ManifestError::Table("bytes belong to no section")) }
     }
 
     /// The section's bytes, where it is there.
     pub(super) fn get(&self, kind: &Kind) -> Option<&'a [u8]> {
-        self.known
-            .iter()
-            .find(|(known, _)| known.number == kind.number)
-            .map(|(_, body)| *body)
+        self.known.iter().find(|(known, _)| known.number == kind.number).map(|(_, body)| *body)
     }
 
     /// The section's bytes; an error where it is missing.
     pub(super) fn need(&self, kind: &Kind) -> Result<&'a [u8], ManifestError> {
-        self.get(kind)
-            .ok_or(ManifestError::MissingSection(kind.name))
+        self.get(kind).ok_or(ManifestError::MissingSection(kind.name))
     }
 }

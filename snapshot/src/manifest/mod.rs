@@ -208,11 +208,7 @@ pub enum ManifestError {
     #[error("manifest needs section {0}, which this build does not know")]
     UnknownSection(u32),
     #[error("section {section} is version {version}; this build reads {reads}")]
-    SectionVersion {
-        section: &'static str,
-        version: u16,
-        reads: u16,
-    },
+    SectionVersion { section: &'static str, version: u16, reads: u16 },
     #[error("section {0} is missing")]
     MissingSection(&'static str),
     #[error("section {section} is malformed: {what}")]
@@ -252,15 +248,9 @@ impl Manifest {
             return pruned.encode();
         }
         let mut sections = vec![
-            (
-                &format::PLATFORM,
-                sections::put_small("platform", &self.platform)?,
-            ),
+            (&format::PLATFORM, sections::put_small("platform", &self.platform)?),
             (&format::SPEC, sections::put_small("spec", &self.spec)?),
-            (
-                &format::RECORD,
-                sections::put_small("record", &self.record)?,
-            ),
+            (&format::RECORD, sections::put_small("record", &self.record)?),
         ];
         if let Some(lineage) = &self.lineage {
             sections.push((&format::LINEAGE, sections::put_small("lineage", lineage)?));
@@ -286,23 +276,12 @@ impl Manifest {
                 .map(|body| sections::small("record", body))
                 .transpose()?
                 .unwrap_or_default(),
-            lineage: found
-                .get(&format::LINEAGE)
-                .map(|body| sections::small("lineage", body))
-                .transpose()?,
-            packs: sections::packs(found.need(&format::PACKS)?).map_err(|error| {
-                ManifestError::Malformed {
-                    section: "packs",
-                    what: error.to_string(),
-                }
-            })?,
+            lineage: found.get(&format::LINEAGE).map(|body| sections::small("lineage", body)).transpose()?,
+            packs: sections::packs(found.need(&format::PACKS)?)
+                .map_err(|error| ManifestError::Malformed { section: "packs", what: error.to_string() })?,
             images: sections::images(found.need(&format::IMAGES)?)?,
             state: sections::small("state", found.need(&format::STATE)?)?,
-            boot: found
-                .get(&format::BOOT)
-                .map(|body| sections::small("boot", body))
-                .transpose()?
-                .unwrap_or_default(),
+            boot: found.get(&format::BOOT).map(|body| sections::small("boot", body)).transpose()?.unwrap_or_default(),
         };
         manifest.check()?;
         Ok(manifest)
@@ -357,10 +336,7 @@ impl Manifest {
     pub fn check(&self) -> Result<(), ManifestError> {
         let mut keys = HashSet::new();
         for entry in &self.packs {
-            let wrong = |what| ManifestError::Pack {
-                key: entry.key.clone(),
-                what,
-            };
+            let wrong = |what| ManifestError::Pack { key: entry.key.clone(), what };
             check_pack(entry).map_err(wrong)?;
             if !keys.insert(entry.key.as_str()) {
                 return Err(wrong("listed twice"));
@@ -372,19 +348,14 @@ impl Manifest {
                 ImageKind::Memory if position == 0 => {}
                 ImageKind::Disk(n) if n == disks => disks += 1,
                 _ => {
-                    return Err(ManifestError::Images(
-                        "images must be memory first, then disks in order from 0",
-                    ));
+                    return Err(ManifestError::Images("images must be memory first, then disks in order from 0"));
                 }
             }
             let blocks = image.base.map_or(0, |base| base.blocks);
             image
                 .map
                 .check(&self.packs, blocks)
-                .map_err(|source| ManifestError::Map {
-                    image: image.kind.to_string(),
-                    source,
-                })?;
+                .map_err(|source| ManifestError::Map { image: image.kind.to_string(), source })?;
         }
         let mut kinds = HashSet::new();
         for blob in &self.state {
@@ -395,22 +366,12 @@ impl Manifest {
                 });
             }
         }
-        let boot = |what: &str| ManifestError::Malformed {
-            section: "boot",
-            what: what.to_owned(),
-        };
-        if self
-            .boot
-            .pack
-            .is_some_and(|pack| pack as usize >= self.packs.len())
-        {
+        let boot = |what: &str| ManifestError::Malformed { section: "boot", what: what.to_owned() };
+        if self.boot.pack.is_some_and(|pack| pack as usize >= self.packs.len()) {
             return Err(boot("the boot pack is not in the pack list"));
         }
         for touch in &self.boot.first_touch {
-            let pages = self
-                .images
-                .get(touch.image as usize)
-                .map_or(0, |image| image.map.pages());
+            let pages = self.images.get(touch.image as usize).map_or(0, |image| image.map.pages());
             if touch.start > pages || touch.pages > pages - touch.start {
                 return Err(boot("a first touch is beyond its image"));
             }

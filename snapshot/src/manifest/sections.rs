@@ -14,27 +14,14 @@ use crate::{
     pack::{self, Codec, FrameEntry, PackEntry},
 };
 
-pub(super) fn put_small<T: Serialize>(
-    section: &'static str,
-    value: &T,
-) -> Result<Vec<u8>, ManifestError> {
-    postcard::to_stdvec(value).map_err(|error| ManifestError::Malformed {
-        section,
-        what: error.to_string(),
-    })
+pub(super) fn put_small<T: Serialize>(section: &'static str, value: &T) -> Result<Vec<u8>, ManifestError> {
+    postcard::to_stdvec(value).map_err(|error| ManifestError::Malformed { section, what: error.to_string() })
 }
 
-pub(super) fn small<T: DeserializeOwned>(
-    section: &'static str,
-    bytes: &[u8],
-) -> Result<T, ManifestError> {
+pub(super) fn small<T: DeserializeOwned>(section: &'static str, bytes: &[u8]) -> Result<T, ManifestError> {
     let malformed = |what: String| ManifestError::Malformed { section, what };
     let (value, rest) = postcard::take_from_bytes(bytes).map_err(|e| malformed(e.to_string()))?;
-    if rest.is_empty() {
-        Ok(value)
-    } else {
-        Err(malformed(WireError::Trailing(rest.len()).to_string()))
-    }
+    if rest.is_empty() { Ok(value) } else { Err(malformed(WireError::Trailing(rest.len()).to_string())) }
 }
 
 pub(super) fn put_packs(packs: &[PackEntry]) -> Vec<u8> {
@@ -68,12 +55,7 @@ pub(super) fn packs(bytes: &[u8]) -> Result<Vec<PackEntry>, WireError> {
         let size = reader.varint32()?;
         let digest = reader.digest()?;
         let frames = reader.count(1 + 1 + 1 + 32)?;
-        let mut entry = PackEntry {
-            key,
-            size,
-            digest,
-            frames: Vec::with_capacity(frames),
-        };
+        let mut entry = PackEntry { key, size, digest, frames: Vec::with_capacity(frames) };
         let mut offset = pack::HEADER_LEN as u32;
         for _ in 0..frames {
             let stored_len = reader.varint32()?;
@@ -84,13 +66,7 @@ pub(super) fn packs(bytes: &[u8]) -> Result<Vec<PackEntry>, WireError> {
                 2 => Codec::Zstd,
                 tag => return Err(WireError::Tag(tag.into())),
             };
-            entry.frames.push(FrameEntry {
-                offset,
-                stored_len,
-                pages,
-                codec,
-                digest: reader.digest()?,
-            });
+            entry.frames.push(FrameEntry { offset, stored_len, pages, codec, digest: reader.digest()? });
             offset = offset.checked_add(stored_len).ok_or(WireError::Number)?;
         }
         packs.push(entry);
@@ -142,19 +118,14 @@ pub(super) fn put_images(images: &[Image]) -> Vec<u8> {
 }
 
 pub(super) fn images(bytes: &[u8]) -> Result<Vec<Image>, ManifestError> {
-    let wire = |error: WireError| ManifestError::Malformed {
-        section: "images",
-        what: error.to_string(),
-    };
+    let wire = |error: WireError| ManifestError::Malformed { section: "images", what: error.to_string() };
     let mut reader = Reader::new(bytes);
     let count = reader.count(4).map_err(wire)?;
     let mut images = Vec::with_capacity(count);
     for _ in 0..count {
         let (kind, base, pages, runs) = image(&mut reader).map_err(wire)?;
-        let map = ImageMap::from_runs(pages, runs).map_err(|source| ManifestError::Map {
-            image: kind.to_string(),
-            source,
-        })?;
+        let map = ImageMap::from_runs(pages, runs)
+            .map_err(|source| ManifestError::Map { image: kind.to_string(), source })?;
         images.push(Image { kind, map, base });
     }
     reader.end().map_err(wire)?;
@@ -170,10 +141,7 @@ fn image(reader: &mut Reader<'_>) -> Result<RawImage, WireError> {
     };
     let base = match reader.byte()? {
         0 => None,
-        1 => Some(Base {
-            digest: reader.digest()?,
-            blocks: reader.varint()?,
-        }),
+        1 => Some(Base { digest: reader.digest()?, blocks: reader.varint()? }),
         tag => return Err(WireError::Tag(tag.into())),
     };
     let pages = reader.varint()?;
@@ -184,21 +152,11 @@ fn image(reader: &mut Reader<'_>) -> Result<RawImage, WireError> {
         let head = reader.varint()?;
         let at = match head & 3 {
             ZERO => PageRef::Zero,
-            PACK => PageRef::Pack {
-                pack: reader.varint32()?,
-                frame: reader.varint32()?,
-                index: reader.varint32()?,
-            },
-            BASE => PageRef::Base {
-                block: reader.varint()?,
-            },
+            PACK => PageRef::Pack { pack: reader.varint32()?, frame: reader.varint32()?, index: reader.varint32()? },
+            BASE => PageRef::Base { block: reader.varint()? },
             tag => return Err(WireError::Tag(tag)),
         };
-        let run = Run {
-            start,
-            pages: head >> 2,
-            at,
-        };
+        let run = Run { start, pages: head >> 2, at };
         start = run.end();
         runs.push(run);
     }

@@ -6,11 +6,7 @@ use super::*;
 use crate::{image::Run, pack::test_entry};
 
 fn state(kind: &str, bytes: &[u8]) -> StateBlob {
-    StateBlob {
-        kind: kind.to_owned(),
-        version: 3,
-        bytes: bytes.to_vec(),
-    }
+    StateBlob { kind: kind.to_owned(), version: 3, bytes: bytes.to_vec() }
 }
 
 /// Three packs of which the second is needed by nobody.
@@ -25,82 +21,44 @@ fn example() -> Manifest {
             cpu_features: vec!["sse2".into(), "avx2".into()],
             host_kernel: "6.12".into(),
         },
-        spec: Versioned {
-            version: 2,
-            bytes: vec![1, 2, 3],
-        },
+        spec: Versioned { version: 2, bytes: vec![1, 2, 3] },
         record: Versioned::default(),
         lineage: Some(Lineage {
             sandbox: "sb".into(),
             seq: 4,
             epoch: 2,
             commit: CommitId([9; 16]),
-            parent: Some(ManifestRef {
-                key: "m".into(),
-                digest: Digest([8; 32]),
-            }),
+            parent: Some(ManifestRef { key: "m".into(), digest: Digest([8; 32]) }),
         }),
-        packs: vec![
-            test_entry("a", &[16, 2]),
-            test_entry("b", &[1]),
-            test_entry("c", &[64]),
-        ],
+        packs: vec![test_entry("a", &[16, 2]), test_entry("b", &[1]), test_entry("c", &[64])],
         images: vec![
             Image {
                 kind: ImageKind::Memory,
-                map: ImageMap::zero(1000)
-                    .overlay(&[run(7, 10, pack(0, 0, 2)), run(900, 64, pack(2, 0, 0))])
-                    .unwrap(),
+                map: ImageMap::zero(1000).overlay(&[run(7, 10, pack(0, 0, 2)), run(900, 64, pack(2, 0, 0))]).unwrap(),
                 base: None,
             },
             Image {
                 kind: ImageKind::Disk(0),
-                map: ImageMap::base(500, 300)
-                    .overlay(&[run(299, 2, pack(0, 1, 0))])
-                    .unwrap(),
-                base: Some(Base {
-                    digest: Digest([5; 32]),
-                    blocks: 300,
-                }),
+                map: ImageMap::base(500, 300).overlay(&[run(299, 2, pack(0, 1, 0))]).unwrap(),
+                base: Some(Base { digest: Digest([5; 32]), blocks: 300 }),
             },
         ],
         state: vec![state("vm", &[1]), state("vcpu/0", &[2; 300])],
-        boot: Boot {
-            pack: Some(2),
-            first_touch: vec![Touch {
-                image: 0,
-                start: 900,
-                pages: 64,
-            }],
-        },
+        boot: Boot { pack: Some(2), first_touch: vec![Touch { image: 0, start: 900, pages: 64 }] },
     }
 }
 
 /// Replaces section `number`'s body and puts the rest right again.
 fn with_section(number: u32, version: u16, required: bool, body: &[u8]) -> Vec<u8> {
-    let name = Box::leak(Box::new(format::Kind {
-        number,
-        name: "test",
-        version,
-        required,
-    }));
+    let name = Box::leak(Box::new(format::Kind { number, name: "test", version, required }));
     let mut example = example();
     example.prune();
     let mut all = vec![
-        (
-            &format::PLATFORM,
-            sections::put_small("", &example.platform).unwrap(),
-        ),
-        (
-            &format::SPEC,
-            sections::put_small("", &example.spec).unwrap(),
-        ),
+        (&format::PLATFORM, sections::put_small("", &example.platform).unwrap()),
+        (&format::SPEC, sections::put_small("", &example.spec).unwrap()),
         (&format::PACKS, sections::put_packs(&example.packs)),
         (&format::IMAGES, sections::put_images(&example.images)),
-        (
-            &format::STATE,
-            sections::put_small("", &example.state).unwrap(),
-        ),
+        (&format::STATE, sections::put_small("", &example.state).unwrap()),
     ];
     all.retain(|(kind, _)| kind.number != number);
     all.push((name, body.to_vec()));
@@ -116,14 +74,7 @@ fn comes_back_without_the_packs_that_nobody_needs() {
     assert_eq!(read, manifest);
     assert_eq!(read.packs.len(), 2);
     assert_eq!(read.boot.pack, Some(1));
-    assert_eq!(
-        read.memory().unwrap().map.lookup(901),
-        Some(PageRef::Pack {
-            pack: 1,
-            frame: 0,
-            index: 1
-        })
-    );
+    assert_eq!(read.memory().unwrap().map.lookup(901), Some(PageRef::Pack { pack: 1, frame: 0, index: 1 }));
     assert_eq!(read.disk(0).unwrap().map.pages(), 500);
     assert_eq!(read.state_of("vcpu/0").unwrap().version, 3);
     assert_eq!(read.encode().unwrap(), bytes);
@@ -160,10 +111,7 @@ fn every_flipped_bit_is_refused() {
         let mut damaged = bytes.clone();
         damaged[bit / 8] ^= 1 << (bit % 8);
         assert!(Manifest::decode(&damaged).is_err(), "bit {bit}");
-        assert!(matches!(
-            Manifest::decode_checked(&damaged, digest),
-            Err(ManifestError::WholeDigest { .. })
-        ));
+        assert!(matches!(Manifest::decode_checked(&damaged, digest), Err(ManifestError::WholeDigest { .. })));
     }
 }
 
@@ -173,54 +121,28 @@ fn what_this_build_does_not_know_is_named() {
     bytes[8] = 9;
     let check = Digest::of(&bytes[..56]).0;
     bytes[56..64].copy_from_slice(&check[..8]);
-    assert_eq!(
-        Manifest::decode(&bytes).unwrap_err().to_string(),
-        "manifest is format version 9; this build reads 1"
-    );
-    assert_eq!(
-        Manifest::decode(&with_section(77, 1, true, b"?")),
-        Err(ManifestError::UnknownSection(77))
-    );
+    assert_eq!(Manifest::decode(&bytes).unwrap_err().to_string(), "manifest is format version 9; this build reads 1");
+    assert_eq!(Manifest::decode(&with_section(77, 1, true, b"?")), Err(ManifestError::UnknownSection(77)));
     assert!(Manifest::decode(&with_section(77, 1, false, b"?")).is_ok());
     assert_eq!(
-        Manifest::decode(&with_section(7, 2, true, b""))
-            .unwrap_err()
-            .to_string(),
+        Manifest::decode(&with_section(7, 2, true, b"")).unwrap_err().to_string(),
         "section state is version 2; this build reads 1"
     );
     let mut damaged = example().encode().unwrap();
     let last = damaged.len() - 1;
     damaged[last] ^= 1;
-    assert_eq!(
-        Manifest::decode(&damaged).unwrap_err().to_string(),
-        "digest of section boot does not match"
-    );
+    assert_eq!(Manifest::decode(&damaged).unwrap_err().to_string(), "digest of section boot does not match");
     assert_eq!(Manifest::decode(b"hello"), Err(ManifestError::Magic));
 }
 
 #[test]
 fn a_missing_or_doubled_section_is_named() {
-    let only_platform = format::write(
-        Arch::X86_64,
-        &[(
-            &format::PLATFORM,
-            sections::put_small("", &Platform::default()).unwrap(),
-        )],
-    )
-    .unwrap();
-    assert_eq!(
-        Manifest::decode(&only_platform),
-        Err(ManifestError::MissingSection("spec"))
-    );
-    let twice = format::write(
-        Arch::X86_64,
-        &[(&format::SPEC, vec![]), (&format::SPEC, vec![])],
-    )
-    .unwrap();
-    assert_eq!(
-        Manifest::decode(&twice),
-        Err(ManifestError::Table("a section appears twice"))
-    );
+    let only_platform =
+        format::write(Arch::X86_64, &[(&format::PLATFORM, sections::put_small("", &Platform::default()).unwrap())])
+            .unwrap();
+    assert_eq!(Manifest::decode(&only_platform), Err(ManifestError::MissingSection("spec")));
+    let twice = format::write(Arch::X86_64, &[(&format::SPEC, vec![]), (&format::SPEC, vec![])]).unwrap();
+    assert_eq!(Manifest::decode(&twice), Err(ManifestError::Table("a section appears twice")));
 }
 
 #[test]

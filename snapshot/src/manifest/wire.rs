@@ -105,31 +105,15 @@ mod tests {
 
     #[test]
     fn varints_come_back_and_have_one_form() {
-        for value in [
-            0,
-            1,
-            127,
-            128,
-            300,
-            u64::from(u32::MAX),
-            u64::MAX - 1,
-            u64::MAX,
-        ] {
+        for value in [0, 1, 127, 128, 300, u64::from(u32::MAX), u64::MAX - 1, u64::MAX] {
             let mut bytes = Vec::new();
             put_varint(&mut bytes, value);
             let mut reader = Reader::new(&bytes);
             assert_eq!(reader.varint(), Ok(value));
             assert_eq!(reader.end(), Ok(()));
-            assert_eq!(
-                Reader::new(&bytes[..bytes.len() - 1]).varint(),
-                Err(WireError::End)
-            );
+            assert_eq!(Reader::new(&bytes[..bytes.len() - 1]).varint(), Err(WireError::End));
         }
-        for bad in [
-            &[0x80, 0][..],
-            &[0xff; 10],
-            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2],
-        ] {
+        for bad in [&[0x80, 0][..], &[0xff; 10], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2]] {
             assert_eq!(Reader::new(bad).varint(), Err(WireError::Number));
         }
     }

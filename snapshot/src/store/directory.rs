@@ -46,11 +46,7 @@ impl DirectoryStore {
     /// Opens the store under `root`, which must exist.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let root = root.into();
-        if root.is_dir() {
-            Ok(Self { root })
-        } else {
-            Err(no_root(Operation::Get, &root))
-        }
+        if root.is_dir() { Ok(Self { root }) } else { Err(no_root(Operation::Get, &root)) }
     }
 
     /// The root directory.
@@ -70,17 +66,11 @@ impl DirectoryStore {
         let key = key.to_owned();
         tokio::task::spawn_blocking(move || {
             work(&root, &path).map_err(|failure| {
-                if root.is_dir() {
-                    failure.into_error(operation, &key)
-                } else {
-                    no_root(operation, &root)
-                }
+                if root.is_dir() { failure.into_error(operation, &key) } else { no_root(operation, &root) }
             })
         })
         .await
-        .unwrap_or_else(|error| {
-            Err(StoreError::new(ErrorKind::Other, operation, "thread").because(error))
-        })
+        .unwrap_or_else(|error| Err(StoreError::new(ErrorKind::Other, operation, "thread").because(error)))
     }
 
     /// Waits for the lock, at most [`LOCK_DEADLINE`]. It is held until the file is dropped.
@@ -122,19 +112,12 @@ struct Failure {
 
 impl Failure {
     fn of(kind: ErrorKind) -> Self {
-        Self {
-            kind,
-            maybe_applied: false,
-            cause: None,
-        }
+        Self { kind, maybe_applied: false, cause: None }
     }
 
     /// A failure after the name was changed: the change may or may not survive a crash.
     fn after_rename(error: io::Error) -> Self {
-        Self {
-            maybe_applied: true,
-            ..error.into()
-        }
+        Self { maybe_applied: true, ..error.into() }
     }
 
     fn into_error(self, operation: Operation, key: &str) -> StoreError {
@@ -148,11 +131,7 @@ impl Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        Self {
-            kind: io_kind(&error),
-            maybe_applied: false,
-            cause: Some(error),
-        }
+        Self { kind: io_kind(&error), maybe_applied: false, cause: Some(error) }
     }
 }
 
@@ -173,25 +152,18 @@ pub(crate) fn io_kind(error: &io::Error) -> ErrorKind {
 }
 
 fn no_root(operation: Operation, root: &Path) -> StoreError {
-    StoreError::new(
-        ErrorKind::NoSuchBucket,
-        operation,
-        root.display().to_string(),
-    )
-    .because("the store's root directory does not exist")
+    StoreError::new(ErrorKind::NoSuchBucket, operation, root.display().to_string())
+        .because("the store's root directory does not exist")
 }
 
 /// The path of `key` below the root. Only names that stay where they are put.
 fn relative(operation: Operation, key: &str) -> Result<&Path, StoreError> {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || b"-_.=+@,".contains(&c);
-    let good = |part: &str| {
-        (1..=200).contains(&part.len()) && !part.starts_with('.') && part.bytes().all(allowed)
-    };
+    let good = |part: &str| (1..=200).contains(&part.len()) && !part.starts_with('.') && part.bytes().all(allowed);
     if key.split('/').all(good) {
         Ok(Path::new(key))
     } else {
-        Err(StoreError::new(ErrorKind::Other, operation, key)
-            .because("the key is no path of plain names"))
+        Err(StoreError::new(ErrorKind::Other, operation, key).because("the key is no path of plain names"))
     }
 }
 
@@ -202,14 +174,7 @@ fn tag(bytes: &[u8]) -> ETag {
 /// Makes a directory's entries durable. Some file systems cannot sync a directory and say so; nothing more can be done there.
 fn sync_directory(path: &Path) -> io::Result<()> {
     match File::open(path)?.sync_all() {
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
-            ) =>
-        {
-            Ok(())
-        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
         other => other,
     }
 }
@@ -230,20 +195,12 @@ fn make_directories(root: &Path, path: &Path) -> io::Result<()> {
 }
 
 /// Creates a new file in the directory of `path` under a name from `name`, which is asked again while its answer is taken.
-fn create(
-    root: &Path,
-    path: &Path,
-    mut name: impl FnMut() -> Option<PathBuf>,
-) -> io::Result<(PathBuf, File)> {
+fn create(root: &Path, path: &Path, mut name: impl FnMut() -> Option<PathBuf>) -> io::Result<(PathBuf, File)> {
     let mut tries = 0;
     let mut target = name();
     while let Some(at) = target.take() {
         make_directories(root, path)?;
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&at);
+        let opened = OpenOptions::new().read(true).write(true).create_new(true).open(&at);
         match opened {
             Ok(file) => return Ok((at, file)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => target = name(),
@@ -305,10 +262,7 @@ fn walk(directory: &Path, key: &str, prefix: &str, found: &mut Vec<Listed>) -> i
                 walk(&entry.path(), &inside, prefix, found)?;
             }
         } else if key.starts_with(prefix) {
-            found.push(Listed {
-                key,
-                size: metadata.len(),
-            });
+            found.push(Listed { key, size: metadata.len() });
         }
     }
     Ok(())
@@ -319,10 +273,7 @@ impl ObjectStore for DirectoryStore {
     async fn get(&self, key: &str) -> Result<Object, StoreError> {
         self.blocking(Operation::Get, key, |_, path| {
             let bytes = Bytes::from(fs::read(path)?);
-            Ok(Object {
-                etag: tag(&bytes),
-                bytes,
-            })
+            Ok(Object { etag: tag(&bytes), bytes })
         })
         .await
     }
@@ -345,12 +296,7 @@ impl ObjectStore for DirectoryStore {
         .await?
     }
 
-    async fn put(
-        &self,
-        key: &str,
-        bytes: Bytes,
-        precondition: &Precondition,
-    ) -> Result<ETag, StoreError> {
+    async fn put(&self, key: &str, bytes: Bytes, precondition: &Precondition) -> Result<ETag, StoreError> {
         let etag = tag(&bytes);
         let temporary = self
             .blocking(Operation::Put, key, move |root, path| {
@@ -379,9 +325,7 @@ impl ObjectStore for DirectoryStore {
                 }
             }
             fs::rename(&temporary.path, path)?;
-            path.parent()
-                .map_or(Ok(()), sync_directory)
-                .map_err(Failure::after_rename)
+            path.parent().map_or(Ok(()), sync_directory).map_err(Failure::after_rename)
         })
         .await?;
         Ok(etag)
@@ -402,17 +346,11 @@ impl ObjectStore for DirectoryStore {
             objects.sort_by(|a, b| a.key.cmp(&b.key));
             let more = objects.len() > LIST_PAGE;
             objects.truncate(LIST_PAGE);
-            Ok(ListPage {
-                next: objects
-                    .last()
-                    .filter(|_| more)
-                    .map(|object| object.key.clone()),
-                objects,
-            })
+            Ok(ListPage { next: objects.last().filter(|_| more).map(|object| object.key.clone()), objects })
         });
-        listed.await.unwrap_or_else(|error| {
-            Err(StoreError::new(ErrorKind::Other, Operation::List, "thread").because(error))
-        })
+        listed
+            .await
+            .unwrap_or_else(|error| Err(StoreError::new(ErrorKind::Other, Operation::List, "thread").because(error)))
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
@@ -430,8 +368,7 @@ impl ObjectStore for DirectoryStore {
             {
                 kept = directory.parent();
             }
-            kept.map_or(Ok(()), sync_directory)
-                .map_err(Failure::after_rename)
+            kept.map_or(Ok(()), sync_directory).map_err(Failure::after_rename)
         })
         .await
     }
@@ -454,9 +391,6 @@ impl ObjectStore for DirectoryStore {
     }
 
     async fn grant_get(&self, key: &str, _ttl: Duration) -> Result<RawGrant, StoreError> {
-        self.blocking(Operation::Grant, key, |_, path| {
-            Ok(RawGrant::File(File::open(path)?))
-        })
-        .await
+        self.blocking(Operation::Grant, key, |_, path| Ok(RawGrant::File(File::open(path)?))).await
     }
 }

@@ -58,13 +58,7 @@ pub struct StoreError {
 impl StoreError {
     /// An error without a cause, whose request was surely not applied.
     pub fn new(kind: ErrorKind, operation: Operation, key: impl Into<String>) -> Self {
-        Self {
-            kind,
-            operation,
-            key: key.into(),
-            maybe_applied: false,
-            source: None,
-        }
+        Self { kind, operation, key: key.into(), maybe_applied: false, source: None }
     }
 
     /// The same error with its cause.

@@ -16,9 +16,7 @@ pub(crate) fn refused(operation: Operation, key: &str, status: u16, body: &[u8])
     let kind = match (status, code.as_deref()) {
         (_, Some("NoSuchBucket")) => ErrorKind::NoSuchBucket,
         (_, Some("RequestTimeout" | "SlowDown")) => ErrorKind::Unavailable,
-        (507, _) | (_, Some("InsufficientStorage" | "XMinioStorageFull" | "QuotaExceeded")) => {
-            ErrorKind::Full
-        }
+        (507, _) | (_, Some("InsufficientStorage" | "XMinioStorageFull" | "QuotaExceeded")) => ErrorKind::Full,
         (401, _) => ErrorKind::Unauthorized,
         (403, _) => ErrorKind::Forbidden,
         (404, _) => ErrorKind::NotFound,
@@ -30,9 +28,7 @@ pub(crate) fn refused(operation: Operation, key: &str, status: u16, body: &[u8])
     };
     // A 409 says that a write is in flight, not whose; a 5xx may come from behind the point where the write was applied.
     let maybe = matches!(kind, ErrorKind::Conflict | ErrorKind::Unavailable);
-    StoreError::new(kind, operation, key)
-        .applied(maybe && writes(operation))
-        .because(Refusal { status, code })
+    StoreError::new(kind, operation, key).applied(maybe && writes(operation)).because(Refusal { status, code })
 }
 
 /// The error for a request that got no answer.
@@ -51,8 +47,7 @@ pub(crate) fn unanswered(operation: Operation, key: &str, error: reqwest::Error)
 
 /// The error for an answer that is shorter or longer than what was asked for.
 pub(crate) fn wrong_length(key: &str, got: u64, expected: u64) -> StoreError {
-    StoreError::new(ErrorKind::Corrupt, Operation::Get, key)
-        .because(format!("{got} bytes, expected {expected}"))
+    StoreError::new(ErrorKind::Corrupt, Operation::Get, key).because(format!("{got} bytes, expected {expected}"))
 }
 
 fn writes(operation: Operation) -> bool {
@@ -92,11 +87,7 @@ mod tests {
             (301, "", K::Other, false),
         ] {
             let error = refused(Operation::Put, "k", status, document(code).as_bytes());
-            assert_eq!(
-                (error.kind, error.maybe_applied),
-                (kind, applied),
-                "{status} {code}"
-            );
+            assert_eq!((error.kind, error.maybe_applied), (kind, applied), "{status} {code}");
             let read = refused(Operation::Get, "k", status, document(code).as_bytes());
             assert!(!read.maybe_applied);
         }

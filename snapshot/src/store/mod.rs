@@ -80,12 +80,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
 
     /// Writes the object whole, if `precondition` holds, and returns the tag of the new body. Durable when it returns. Sent at most
     /// once: a retry is the caller's decision.
-    async fn put(
-        &self,
-        key: &str,
-        bytes: Bytes,
-        precondition: &Precondition,
-    ) -> Result<ETag, StoreError>;
+    async fn put(&self, key: &str, bytes: Bytes, precondition: &Precondition) -> Result<ETag, StoreError>;
 
     /// Objects whose key begins with `prefix`, in key order; `next` is from the page before. At most 1000 a page.
     async fn list(&self, prefix: &str, next: Option<&str>) -> Result<ListPage, StoreError>;

@@ -24,10 +24,7 @@ pub async fn probe(store: &dyn ObjectStore, nonce: &str) -> Result<Capabilities,
     let cleaned = store.delete(&key).await;
     let reasons = found?;
     cleaned?;
-    Ok(Capabilities {
-        conditional_writes: reasons.is_empty(),
-        reasons,
-    })
+    Ok(Capabilities { conditional_writes: reasons.is_empty(), reasons })
 }
 
 async fn try_all(store: &dyn ObjectStore, key: &str) -> Result<Vec<String>, StoreError> {
@@ -52,10 +49,7 @@ async fn try_all(store: &dyn ObjectStore, key: &str) -> Result<Vec<String>, Stor
         }
         Err(error) => return Err(error),
     };
-    match store
-        .put(key, body("double"), &Precondition::IfAbsent)
-        .await
-    {
+    match store.put(key, body("double"), &Precondition::IfAbsent).await {
         Ok(_) => reasons.push("if-none-match overwrites an object that exists".to_owned()),
         Err(error) if refused(&error) => {}
         Err(error) => return Err(error),
@@ -88,8 +82,5 @@ async fn try_all(store: &dyn ObjectStore, key: &str) -> Result<Vec<String>, Stor
 
 /// Whether the store looked at the precondition and found that it does not hold.
 fn refused(error: &StoreError) -> bool {
-    matches!(
-        error.kind,
-        ErrorKind::PreconditionFailed | ErrorKind::NotFound | ErrorKind::Conflict
-    )
+    matches!(error.kind, ErrorKind::PreconditionFailed | ErrorKind::NotFound | ErrorKind::Conflict)
 }

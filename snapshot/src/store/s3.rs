@@ -73,17 +73,9 @@ impl S3Store {
         // Process-wide; nothing else here uses rust-s3.
         s3::set_retries(0);
         let open = |timeout| -> Result<Box<Bucket>, S3Error> {
-            let region = Region::Custom {
-                region: settings.region.clone(),
-                endpoint: settings.endpoint.clone(),
-            };
-            let credentials = Credentials::new(
-                Some(&settings.access_key),
-                Some(&settings.secret_key),
-                None,
-                None,
-                None,
-            )?;
+            let region = Region::Custom { region: settings.region.clone(), endpoint: settings.endpoint.clone() };
+            let credentials =
+                Credentials::new(Some(&settings.access_key), Some(&settings.secret_key), None, None, None)?;
             let mut bucket = Bucket::new(&settings.bucket, region, credentials)?;
             if settings.path_style {
                 bucket.set_path_style();
@@ -94,11 +86,7 @@ impl S3Store {
         let failed = |error| failure(Operation::Get, &settings.bucket, error);
         let bucket = open(settings.request_timeout).map_err(failed)?;
         let commits = open(settings.commit_timeout).map_err(failed)?;
-        Ok(Self {
-            settings,
-            bucket,
-            commits,
-        })
+        Ok(Self { settings, bucket, commits })
     }
 
     /// How it reaches its bucket.
@@ -110,38 +98,23 @@ impl S3Store {
 /// The error for a request that failed within rust-s3.
 fn failure(operation: Operation, key: &str, error: S3Error) -> StoreError {
     match error {
-        S3Error::HttpFailWithBody(status, body) => {
-            http::refused(operation, key, status, body.as_bytes())
-        }
+        S3Error::HttpFailWithBody(status, body) => http::refused(operation, key, status, body.as_bytes()),
         S3Error::Reqwest(error) => http::unanswered(operation, key, error),
         other => StoreError::new(ErrorKind::Other, operation, key).because(other),
     }
 }
 
 /// The answer, if it is a success.
-fn success(
-    operation: Operation,
-    key: &str,
-    answer: Result<ResponseData, S3Error>,
-) -> Result<ResponseData, StoreError> {
+fn success(operation: Operation, key: &str, answer: Result<ResponseData, S3Error>) -> Result<ResponseData, StoreError> {
     let answer = answer.map_err(|error| failure(operation, key, error))?;
     if (200..300).contains(&answer.status_code()) {
         Ok(answer)
     } else {
-        Err(http::refused(
-            operation,
-            key,
-            answer.status_code(),
-            answer.as_slice(),
-        ))
+        Err(http::refused(operation, key, answer.status_code(), answer.as_slice()))
     }
 }
 
-fn etag(
-    operation: Operation,
-    key: &str,
-    headers: &HashMap<String, String>,
-) -> Result<ETag, StoreError> {
+fn etag(operation: Operation, key: &str, headers: &HashMap<String, String>) -> Result<ETag, StoreError> {
     match headers.get("etag") {
         Some(tag) if !tag.is_empty() => Ok(ETag(tag.clone())),
         _ => Err(StoreError::new(ErrorKind::Other, operation, key)
@@ -158,20 +131,14 @@ fn ttl_seconds(ttl: Duration) -> u32 {
 impl ObjectStore for S3Store {
     async fn get(&self, key: &str) -> Result<Object, StoreError> {
         let answer = success(Operation::Get, key, self.bucket.get_object(key).await)?;
-        Ok(Object {
-            etag: etag(Operation::Get, key, &answer.headers())?,
-            bytes: answer.into_bytes(),
-        })
+        Ok(Object { etag: etag(Operation::Get, key, &answer.headers())?, bytes: answer.into_bytes() })
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        let answer = self
-            .bucket
-            .get_object_range(key, range.start, Some(range.end - 1))
-            .await;
+        let answer = self.bucket.get_object_range(key, range.start, Some(range.end - 1)).await;
         let answer = success(Operation::Get, key, answer)?;
         let expected = range.end - range.start;
         let got = answer.bytes().len() as u64;
@@ -182,12 +149,7 @@ impl ObjectStore for S3Store {
         }
     }
 
-    async fn put(
-        &self,
-        key: &str,
-        bytes: Bytes,
-        precondition: &Precondition,
-    ) -> Result<ETag, StoreError> {
+    async fn put(&self, key: &str, bytes: Bytes, precondition: &Precondition) -> Result<ETag, StoreError> {
         let (bucket, header) = match precondition {
             Precondition::None => (&self.bucket, None),
             Precondition::IfAbsent => (&self.commits, Some(("if-none-match", "*"))),
@@ -195,9 +157,7 @@ impl ObjectStore for S3Store {
         };
         let mut request = bucket.put_object_builder(key, &bytes);
         if let Some((name, value)) = header {
-            request = request
-                .with_header(name, value)
-                .map_err(|error| failure(Operation::Put, key, error))?;
+            request = request.with_header(name, value).map_err(|error| failure(Operation::Put, key, error))?;
         }
         let answer = success(Operation::Put, key, request.execute().await)?;
         etag(Operation::Put, key, &answer.headers())
@@ -206,13 +166,7 @@ impl ObjectStore for S3Store {
     async fn list(&self, prefix: &str, next: Option<&str>) -> Result<ListPage, StoreError> {
         let (listed, _) = self
             .bucket
-            .list_page(
-                prefix.to_owned(),
-                None,
-                next.map(str::to_owned),
-                None,
-                Some(LIST_PAGE),
-            )
+            .list_page(prefix.to_owned(), None, next.map(str::to_owned), None, Some(LIST_PAGE))
             .await
             .map_err(|error| failure(Operation::List, prefix, error))?;
         let next = listed.next_continuation_token;
@@ -222,14 +176,7 @@ impl ObjectStore for S3Store {
         }
         Ok(ListPage {
             next: next.filter(|_| listed.is_truncated),
-            objects: listed
-                .contents
-                .into_iter()
-                .map(|object| Listed {
-                    key: object.key,
-                    size: object.size,
-                })
-                .collect(),
+            objects: listed.contents.into_iter().map(|object| Listed { key: object.key, size: object.size }).collect(),
         })
     }
 
