@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, io, ops::Range, sync::Arc};
 
-use futures::{StreamExt, stream};
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     granted::PackSource,
-    image::{PageRef, Run},
-    manifest::Manifest,
-    pack::{FrameEntry, PackError, decode_frame},
+    image::PageRef,
+    manifest::{ImageKind, Manifest},
+    pack::{self, FrameEntry, PackError},
     page::PAGE_SIZE,
     store::StoreError,
 };
@@ -73,7 +73,137 @@ pub enum RestoreError {
     Thread(#[source] tokio::task::JoinError),
 }
 
-/// Restores every image of the manifest; `writers` are in the order of its images.
+/// Pages of one frame and where they go.
+struct Placement {
+    image: usize,
+    first_page: u64,
+    pages: u64,
+    index: u32,
+}
+
+/// A frame that is needed.
+struct Wanted {
+    number: u32,
+    entry: FrameEntry,
+    placements: Vec<Placement>,
+}
+
+/// Frames that lie next to each other in a pack, fetched with one GET.
+struct Fetch {
+    key: String,
+    range: Range<u64>,
+    frames: Vec<Wanted>,
+}
+
+/// What to fetch, in pack order; and what needs no pack.
+#[derive(Default)]
+struct Plan {
+    fetches: Vec<Fetch>,
+    /// Image, first page, first block, pages.
+    base: Vec<(usize, u64, u64, u64)>,
+    stats: Stats,
+}
+
+fn plan(manifest: &Manifest, request_bytes: u64) -> Plan {
+    let mut plan = Plan::default();
+    let mut wanted: BTreeMap<(u32, u32), Vec<Placement>> = BTreeMap::new();
+    for (image, input) in manifest.images.iter().enumerate() {
+        for run in input.map.runs() {
+            match run.at {
+                PageRef::Zero => plan.stats.zero_pages += run.pages,
+                PageRef::Base { block } => {
+                    plan.stats.base_pages += run.pages;
+                    plan.base.push((image, run.start, block, run.pages));
+                }
+                PageRef::Pack { pack, frame, index } => {
+                    plan.stats.pack_pages += run.pages;
+                    wanted.entry((pack, frame)).or_default().push(Placement {
+                        image,
+                        first_page: run.start,
+                        pages: run.pages,
+                        index,
+                    });
+                }
+            }
+        }
+    }
+    let mut last_pack = None;
+    for ((pack, number), placements) in wanted {
+        // The manifest was checked: the pack and the frame exist.
+        let Some((key, entry)) = manifest.packs.get(pack as usize).and_then(|found| {
+            let frame = found.frames.get(number as usize)?;
+            Some((&found.key, frame.clone()))
+        }) else {
+            continue;
+        };
+        let start = u64::from(entry.offset);
+        let end = start + u64::from(entry.stored_len);
+        let frame = Wanted { number, entry, placements };
+        match plan.fetches.last_mut() {
+            Some(fetch)
+                if last_pack == Some(pack) && fetch.range.end == start && end - fetch.range.start <= request_bytes =>
+            {
+                fetch.range.end = end;
+                fetch.frames.push(frame);
+            }
+            _ => plan.fetches.push(Fetch { key: key.clone(), range: start..end, frames: vec![frame] }),
+        }
+        last_pack = Some(pack);
+    }
+    plan
+}
+
+/// Where pages go, and what the images are called.
+#[derive(Clone)]
+struct Targets {
+    writers: Arc<Vec<Arc<dyn PageWriter>>>,
+    kinds: Arc<Vec<ImageKind>>,
+}
+
+impl Targets {
+    fn failed(&self, image: usize, first_page: u64, source: io::Error) -> RestoreError {
+        RestoreError::Write { image: self.kinds[image].to_string(), first_page, source }
+    }
+
+    fn write_base(&self, runs: &[(usize, u64, u64, u64)]) -> Result<(), RestoreError> {
+        for &(image, first_page, first_block, pages) in runs {
+            self.writers[image]
+                .write_base(first_page, first_block, pages)
+                .map_err(|source| self.failed(image, first_page, source))?;
+        }
+        Ok(())
+    }
+
+    /// Checks and decodes the frames of one GET and writes their pages.
+    fn write_frames(&self, fetch: &Fetch, bytes: &[u8]) -> Result<(), RestoreError> {
+        for frame in &fetch.frames {
+            let in_pack = |source| RestoreError::Pack { key: fetch.key.clone(), frame: frame.number, source };
+            let start = (u64::from(frame.entry.offset) - fetch.range.start) as usize;
+            let end = start + frame.entry.stored_len as usize;
+            let stored = bytes.get(start..end).ok_or_else(|| {
+                in_pack(PackError::Length {
+                    got: bytes.len().saturating_sub(start) as u64,
+                    expected: u64::from(frame.entry.stored_len),
+                })
+            })?;
+            let pages = pack::decode_frame(&frame.entry, stored).map_err(in_pack)?;
+            for placement in &frame.placements {
+                let start = placement.index as usize * PAGE_SIZE;
+                let end = start + placement.pages as usize * PAGE_SIZE;
+                let bytes = pages
+                    .get(start..end)
+                    .ok_or_else(|| in_pack(PackError::Length { got: pages.len() as u64, expected: end as u64 }))?;
+                self.writers[placement.image]
+                    .write(placement.first_page, bytes)
+                    .map_err(|source| self.failed(placement.image, placement.first_page, source))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Restores every image of the manifest; `writers` are in the order of its images. When it returns, whatever comes of it, no
+/// writer is called any more.
 pub async fn restore(
     manifest: &Manifest,
     writers: &[Arc<dyn PageWriter>],
@@ -84,171 +214,52 @@ pub async fn restore(
     if writers.len() != manifest.images.len() {
         return Err(RestoreError::Writers { writers: writers.len(), images: manifest.images.len() });
     }
-    let (requests, mut stats) = plan(manifest, options.request_bytes);
-    // Cancelled by the caller, or by the first failure.
+    manifest.check().map_err(RestoreError::Manifest)?;
+    let targets = Targets {
+        writers: Arc::new(writers.to_vec()),
+        kinds: Arc::new(manifest.images.iter().map(|image| image.kind).collect()),
+    };
+    let Plan { fetches, base, mut stats } = plan(manifest, options.request_bytes);
+    stats.requests = fetches.len() as u64;
+    stats.fetched_bytes = fetches.iter().map(|fetch| fetch.range.end - fetch.range.start).sum();
+
+    // Stops the others when one fails; a child, so that a caller's cancellation stops all.
     let stop = cancel.child_token();
-    write_bases(manifest, writers, cancel).await?;
-    let names: Arc<[String]> = manifest.images.iter().map(|image| image.kind.to_string()).collect();
-    let writers: Arc<[Arc<dyn PageWriter>]> = writers.into();
-    let fetches = requests.into_iter().map(|request| {
-        let (source, writers, names) = (Arc::clone(&source), Arc::clone(&writers), Arc::clone(&names));
-        let key = manifest.packs[request.pack as usize].key.clone();
-        let stop = stop.clone();
-        async move {
-            let got = tokio::select! {
-                biased;
-                () = stop.cancelled() => return Err(RestoreError::Cancelled),
-                got = source.get_range(&key, request.range.clone()) => got,
-            };
-            let stored = got.map_err(|source| RestoreError::Fetch { key: key.clone(), source })?;
-            let fetched = stored.len() as u64;
-            tokio::task::spawn_blocking(move || place(&request, &stored, &key, &writers, &names))
-                .await
-                .map_err(RestoreError::Thread)??;
-            Ok(fetched)
+    let mut tasks = JoinSet::new();
+    let to_base = targets.clone();
+    tasks.spawn_blocking(move || to_base.write_base(&base));
+    let mut fetches = fetches.into_iter();
+    let mut result = Ok(());
+    loop {
+        while tasks.len() < usize::from(options.connections.max(1))
+            && result.is_ok()
+            && let Some(fetch) = fetches.next()
+        {
+            tasks.spawn(fetch_and_write(fetch, Arc::clone(&source), targets.clone(), stop.clone()));
         }
-    });
-    let mut fetches = stream::iter(fetches).buffer_unordered(usize::from(options.connections.max(1)));
-    let mut failed = None;
-    while let Some(fetched) = fetches.next().await {
-        match fetched {
-            Ok(bytes) => {
-                stats.fetched_bytes += bytes;
-                stats.requests += 1;
-            }
-            // All are waited for: no writer is called after this function has returned.
-            Err(error) => {
-                stop.cancel();
-                failed = failed.or(Some(error));
-            }
+        let Some(done) = tasks.join_next().await else {
+            return result.map(|()| stats);
+        };
+        if let Err(error) = done.map_err(RestoreError::Thread).flatten()
+            && result.is_ok()
+        {
+            result = Err(error);
+            stop.cancel();
         }
     }
-    failed.map_or(Ok(stats), Err)
 }
 
-/// Pages of one frame that belong to one image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    image: usize,
-    start: u64,
-    index: u32,
-    pages: u64,
-}
-
-/// A frame that is needed, and where its pages go.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Wanted {
-    number: u32,
-    entry: FrameEntry,
-    places: Vec<Place>,
-}
-
-/// One ranged GET: neighbouring frames of one pack.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Request {
-    pack: u32,
-    range: Range<u64>,
-    frames: Vec<Wanted>,
-}
-
-/// Which bytes to fetch, and what of the statistics is known beforehand. The manifest has been checked: its references exist.
-fn plan(manifest: &Manifest, request_bytes: u64) -> (Vec<Request>, Stats) {
-    let mut stats = Stats::default();
-    let mut wanted: BTreeMap<(u32, u32), Vec<Place>> = BTreeMap::new();
-    for (image, description) in manifest.images.iter().enumerate() {
-        for run in description.map.runs() {
-            match run.at {
-                PageRef::Zero => stats.zero_pages += run.pages,
-                PageRef::Base { .. } => stats.base_pages += run.pages,
-                PageRef::Pack { pack, frame, index } => {
-                    stats.pack_pages += run.pages;
-                    let place = Place { image, start: run.start, index, pages: run.pages };
-                    wanted.entry((pack, frame)).or_default().push(place);
-                }
-            }
-        }
-    }
-    let mut requests: Vec<Request> = Vec::new();
-    for ((pack, number), places) in wanted {
-        let entry = manifest.packs[pack as usize].frames[number as usize].clone();
-        let range = u64::from(entry.offset)..u64::from(entry.offset) + u64::from(entry.stored_len);
-        let frame = Wanted { number, entry, places };
-        match requests.last_mut() {
-            Some(last)
-                if last.pack == pack
-                    && last.range.end == range.start
-                    && range.end - last.range.start <= request_bytes =>
-            {
-                last.range.end = range.end;
-                last.frames.push(frame);
-            }
-            _ => requests.push(Request { pack, range, frames: vec![frame] }),
-        }
-    }
-    (requests, stats)
-}
-
-/// Hands base pages to their writers, which copy them or leave them to the base.
-async fn write_bases(
-    manifest: &Manifest,
-    writers: &[Arc<dyn PageWriter>],
-    cancel: &CancellationToken,
+async fn fetch_and_write(
+    fetch: Fetch,
+    source: Arc<dyn PackSource>,
+    targets: Targets,
+    stop: CancellationToken,
 ) -> Result<(), RestoreError> {
-    for (image, writer) in manifest.images.iter().zip(writers) {
-        let runs: Vec<Run> =
-            image.map.runs().iter().filter(|run| matches!(run.at, PageRef::Base { .. })).copied().collect();
-        if runs.is_empty() {
-            continue;
-        }
-        let (writer, name, cancel) = (Arc::clone(writer), image.kind.to_string(), cancel.clone());
-        tokio::task::spawn_blocking(move || {
-            for run in runs {
-                if cancel.is_cancelled() {
-                    return Err(RestoreError::Cancelled);
-                }
-                if let PageRef::Base { block } = run.at {
-                    let written = writer.write_base(run.start, block, run.pages);
-                    written.map_err(|source| RestoreError::Write {
-                        image: name.clone(),
-                        first_page: run.start,
-                        source,
-                    })?;
-                }
-            }
-            Ok(())
-        })
-        .await
-        .map_err(RestoreError::Thread)??;
+    let bytes = tokio::select! {
+        biased;
+        () = stop.cancelled() => return Err(RestoreError::Cancelled),
+        bytes = source.get_range(&fetch.key, fetch.range.clone()) => bytes,
     }
-    Ok(())
-}
-
-/// Checks, decodes and writes the frames of one request.
-fn place(
-    request: &Request,
-    stored: &[u8],
-    key: &str,
-    writers: &[Arc<dyn PageWriter>],
-    names: &[String],
-) -> Result<(), RestoreError> {
-    let damaged = |frame, source| RestoreError::Pack { key: key.to_owned(), frame, source };
-    for frame in &request.frames {
-        let start = (u64::from(frame.entry.offset) - request.range.start) as usize;
-        let end = start + frame.entry.stored_len as usize;
-        let expected = request.range.end - request.range.start;
-        let bytes = stored
-            .get(start..end)
-            .ok_or_else(|| damaged(frame.number, PackError::Length { got: stored.len() as u64, expected }))?;
-        let pages = decode_frame(&frame.entry, bytes).map_err(|source| damaged(frame.number, source))?;
-        for place in &frame.places {
-            let from = place.index as usize * PAGE_SIZE;
-            let part = &pages[from..from + place.pages as usize * PAGE_SIZE];
-            writers[place.image].write(place.start, part).map_err(|source| RestoreError::Write {
-                image: names[place.image].clone(),
-                first_page: place.start,
-                source,
-            })?;
-        }
-    }
-    Ok(())
+    .map_err(|source| RestoreError::Fetch { key: fetch.key.clone(), source })?;
+    spawn_blocking(move || targets.write_frames(&fetch, &bytes)).await.map_err(RestoreError::Thread)?
 }

@@ -3,9 +3,8 @@
 //! | file | what |
 //! | --- | --- |
 //! | `scan` | reads pages, tells zero ones and those of the template apart, and cuts the rest into frames |
-//! | `base` | looks pages up among the template's blocks |
-//! | `pipeline` | compresses frames, puts packs together, keeps PUTs in flight |
-//! | `outcome` | what became durable, as maps |
+//! | `block_index` | looks pages up among the template's blocks |
+//! | `pipeline` | has frames compressed, puts packs together, keeps PUTs in flight, turns what became durable into maps |
 //!
 //! One blocking thread reads and classifies pages in the order given; blocking workers compress and digest frames; the calling task
 //! assembles packs and keeps PUTs in flight. Raw and stored bytes together stay under [`Options::memory`].
@@ -19,12 +18,11 @@ use std::{io, ops::Range, sync::Arc};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-mod base;
-mod outcome;
+mod block_index;
 mod pipeline;
 mod scan;
 
-pub use base::BlockIndex;
+pub use block_index::BlockIndex;
 
 use crate::{
     granted::PackSink,

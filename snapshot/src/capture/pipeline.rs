@@ -1,214 +1,357 @@
-//! The writing side of a capture: compression on blocking threads, packs put together in order, PUTs in flight.
+//! The capturing task: takes frames from the scanning thread, has them compressed, puts them into packs, keeps PUTs in flight.
 //!
-//! One task owns the pack being built and the PUTs. A frame's memory permits travel with it until its pack is durable; what compression
-//! saved is given back at once. There are always permits for one full pack and a frame, so the pack being built can fill up whatever the
-//! bound, and with it the capture goes on.
+//! Memory: each frame holds permits for its pages, then for its stored bytes until its pack is durable. The bound is at least one pack and
+//! two frames, so that a pack that is being filled can always be finished.
 
-use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
 
-use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
-use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::{JoinError, JoinSet};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::{JoinError, JoinHandle, JoinSet, spawn_blocking},
+};
 
-use super::outcome::{Content, Outcome, Packed};
-use super::scan::{RawFrame, Scanned, Scanner};
-use super::{CaptureError, CaptureFailed, CaptureRequest, Captured, Stats};
-use crate::pack::{Codec, EncodedFrame, FRAME_PAGES, MAX_BOOT_PACK, PackBuilder, encode_frame, pack_size};
-use crate::page::PAGE_SIZE;
-use crate::store::StoreError;
+use super::{
+    CaptureError, CaptureFailed, CaptureRequest, Captured, ImageInput, Partial, Stats,
+    scan::{Counters, RawFrame, Scan, ScanEnd, Stop},
+};
+use crate::{
+    granted::PackSink,
+    image::{ImageMap, MapError, PageRef, Run},
+    pack::{self, Codec, EncodedFrame, MAX_BOOT_PACK, PackBuilder, PackEntry},
+    page::{self, PAGE_SIZE},
+    store::StoreError,
+};
 
-/// Frames that may wait between two stages.
-const BACKLOG: usize = 4;
-
-/// A compressed frame.
+/// A compressed frame and which pages it holds.
 struct Frame {
-    image: usize,
-    pages: Vec<u64>,
-    boot: bool,
     encoded: EncodedFrame,
+    image: usize,
+    spans: Vec<Range<u64>>,
+    boot: bool,
     permit: OwnedSemaphorePermit,
 }
 
-/// A PUT that ended.
-struct Put {
-    packed: Packed,
+/// Pages of one image within a pack.
+struct Placed {
+    image: usize,
+    start: u64,
     pages: u64,
-    result: Result<String, StoreError>,
+    frame: u32,
+    index: u32,
 }
 
-pub(super) async fn run(request: CaptureRequest) -> Result<Captured, CaptureFailed> {
-    let CaptureRequest { images, parent_packs, sink, options, cancel, progress } = request;
-    let images: Arc<[_]> = images.into();
-    let look_at: u64 = images.iter().flat_map(|image| &image.look_at).map(|range| range.end - range.start).sum();
-    let target = pack_size(look_at.saturating_mul(PAGE_SIZE as u64), options.connections);
-    let largest = if options.boot_pages > 0 { MAX_BOOT_PACK } else { target };
-    let least = largest / PAGE_SIZE as u64 + u64::from(FRAME_PAGES);
-    let permits = (options.memory / PAGE_SIZE as u64).max(least).min(Semaphore::MAX_PERMITS as u64) as usize;
-    let permits = Arc::new(Semaphore::new(permits));
-    let (frames_in, frames) = mpsc::channel(BACKLOG);
-    let scanner = Scanner {
-        images: Arc::clone(&images),
-        boot_pages: options.boot_pages,
-        permits: Arc::clone(&permits),
-        frames: frames_in,
-        cancel: cancel.clone(),
-        runtime: Handle::current(),
-    };
-    let scan = tokio::task::spawn_blocking(move || scanner.run());
-    let mut writer = Writer {
-        sink,
-        target,
-        connections: usize::from(options.connections.max(1)),
-        builder: PackBuilder::new(),
-        contents: Vec::new(),
-        held: Vec::new(),
-        boot: false,
-        next: 0,
-        puts: JoinSet::new(),
-        durable: Vec::new(),
-        stats: Stats::default(),
-        progress,
-    };
-    let written = {
-        let mut encoded = std::pin::pin!(encode(frames, options.codec));
-        tokio::select! {
-            biased;
-            () = cancel.cancelled() => Err(CaptureError::Cancelled),
-            written = writer.write_all(&mut encoded) => written,
-        }
-        // The channel closes here: a scanner that still runs finds nobody to send to.
-    };
-    permits.close();
-    let error = match written {
-        Ok(()) => None,
-        Err(error) => {
-            // What was confirmed in the meantime counts; the rest was never referred to.
-            writer.take_finished();
-            writer.puts.abort_all();
-            Some(error)
-        }
-    };
-    let scanned = scan
-        .await
-        .unwrap_or_else(|e| Scanned { plain: vec![Vec::new(); images.len()], error: Some(CaptureError::Thread(e)), ..Scanned::default() });
-    let outcome = Outcome { scanned, durable: writer.durable, stats: writer.stats, error };
-    outcome.conclude(&images, parent_packs)
+/// A pack that is being filled, or ready to be sent.
+struct OpenPack {
+    builder: PackBuilder,
+    placed: Vec<Placed>,
+    boot: bool,
+    permits: Vec<OwnedSemaphorePermit>,
 }
 
-/// Compresses and digests frames on all cores, in order.
-fn encode(frames: mpsc::Receiver<RawFrame>, codec: Codec) -> impl Stream<Item = Result<Frame, JoinError>> {
-    let workers = std::thread::available_parallelism().map_or(2, NonZeroUsize::get);
-    stream::unfold(frames, |mut frames| async move { Some((frames.recv().await?, frames)) })
+/// A pack whose PUT was confirmed.
+struct Durable {
+    entry: PackEntry,
+    placed: Vec<Placed>,
+    boot: bool,
+}
+
+impl OpenPack {
+    fn new(boot: bool) -> Self {
+        Self { builder: PackBuilder::new(), placed: Vec::new(), boot, permits: Vec::new() }
+    }
+
+    fn push(&mut self, frame: Frame) {
+        let number = self.builder.push(&frame.encoded);
+        let mut index = 0;
+        for span in frame.spans {
+            let pages = span.end - span.start;
+            self.placed.push(Placed { image: frame.image, start: span.start, pages, frame: number, index });
+            index += pages as u32;
+        }
+        self.permits.push(frame.permit);
+    }
+
+    async fn store(self, n: u32, sink: Arc<dyn PackSink>) -> Result<(u32, Durable), CaptureError> {
+        let builder = self.builder;
+        let (bytes, mut entry) = spawn_blocking(move || builder.finish()).await.map_err(CaptureError::Thread)?;
+        let failed = |source: StoreError| CaptureError::Store { n, source };
+        entry.key = sink.put(n, bytes).await.map_err(failed)?;
+        drop(self.permits);
+        let durable = Durable { entry, placed: self.placed, boot: self.boot };
+        Ok((n, durable))
+    }
+}
+
+/// Compresses frames on blocking threads, several at a time, and yields them in order.
+fn compressed(
+    mut frames: mpsc::Receiver<RawFrame>,
+    codec: Codec,
+    workers: usize,
+) -> impl Stream<Item = Result<Frame, JoinError>> + Unpin {
+    stream::poll_fn(move |context| frames.poll_recv(context))
         .map(move |raw| {
-            tokio::task::spawn_blocking(move || {
-                let RawFrame { image, pages, bytes, boot, mut permit } = raw;
-                let encoded = encode_frame(codec, &bytes);
-                let kept = encoded.bytes.len().div_ceil(PAGE_SIZE);
-                drop(permit.split(pages.len().saturating_sub(kept)));
-                Frame { image, pages, boot, encoded, permit }
+            spawn_blocking(move || {
+                let RawFrame { bytes, image, spans, boot, mut permit } = raw;
+                let encoded = pack::encode_frame(codec, &bytes);
+                let spare = permit.num_permits().saturating_sub(encoded.bytes.len());
+                drop(permit.split(spare));
+                Frame { encoded, image, spans, boot, permit }
             })
         })
         .buffered(workers)
 }
 
-struct Writer {
-    sink: Arc<dyn crate::granted::PackSink>,
-    target: u64,
-    connections: usize,
-    builder: PackBuilder,
-    contents: Vec<Content>,
-    held: Vec<OwnedSemaphorePermit>,
-    boot: bool,
-    next: u32,
-    puts: JoinSet<Put>,
-    durable: Vec<Packed>,
-    stats: Stats,
-    progress: Option<tokio::sync::watch::Sender<Stats>>,
+/// What is known of the capture so far.
+struct Progress {
+    request: CaptureRequest,
+    counters: Arc<Counters>,
+    durable: BTreeMap<u32, Durable>,
 }
 
-impl Writer {
-    async fn write_all(
+pub(super) async fn run(mut request: CaptureRequest) -> Result<Captured, CaptureFailed> {
+    let images = Arc::new(std::mem::take(&mut request.images));
+    let mut progress = Progress { request, counters: Arc::default(), durable: BTreeMap::new() };
+    if let Err(error) = check(&images) {
+        let settled = vec![Vec::new(); images.len()];
+        return Err(progress.failed(&images, &settled, error));
+    }
+    let (settled, result) = progress.pump(&images).await;
+    match result {
+        Ok(()) => progress.captured(&images, &settled),
+        Err(error) => Err(progress.failed(&images, &settled, error)),
+    }
+}
+
+/// Whether all pages to look at are within their images.
+fn check(images: &[ImageInput]) -> Result<(), CaptureError> {
+    for image in images {
+        let pages = image.parent.pages();
+        for range in &image.look_at {
+            if range.end > pages {
+                let start = range.start;
+                return Err(CaptureError::Map {
+                    image: image.kind.to_string(),
+                    source: MapError::Beyond { start, pages },
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Progress {
+    /// Runs the pipeline to its end. Whatever that is, the scanning thread and all PUTs have ended when this returns.
+    async fn pump(&mut self, images: &Arc<Vec<ImageInput>>) -> (Vec<Vec<Run>>, Result<(), CaptureError>) {
+        let options = self.request.options;
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let looked_at =
+            images.iter().flat_map(|image| &image.look_at).map(|range| range.end.saturating_sub(range.start)).sum();
+        let target = pack::pack_size(page::bytes(looked_at), options.connections);
+        let boot_pages = options.boot_pages.min(MAX_BOOT_PACK / PAGE_SIZE as u64);
+        let least = target.max(page::bytes(boot_pages)) + 2 * page::bytes(pack::FRAME_PAGES.into());
+        let memory = Arc::new(Semaphore::new((options.memory.max(least) as usize).min(Semaphore::MAX_PERMITS)));
+        let (sender, receiver) = mpsc::channel(workers);
+        let scan = Scan {
+            images: Arc::clone(images),
+            boot_pages,
+            frames: sender,
+            memory: Arc::clone(&memory),
+            counters: Arc::clone(&self.counters),
+            runtime: Handle::current(),
+        };
+        let mut scan = Some(spawn_blocking(move || scan.run()));
+        let mut settled = vec![Vec::new(); images.len()];
+        let mut puts = JoinSet::new();
+        let frames = compressed(receiver, options.codec, workers);
+
+        let mut result = self.assemble(frames, target, &mut puts, &mut scan, &mut settled).await;
+        // On failure: no more frames (the stream is gone), no more memory, no more PUTs; then wait until all have noticed.
+        memory.close();
+        puts.abort_all();
+        while let Some(put) = puts.join_next().await {
+            if let Ok(Ok((n, durable))) = put {
+                self.durable.insert(n, durable);
+            }
+        }
+        if let Some(scan) = scan {
+            let ended = ended(scan.await, &mut settled);
+            result = result.and(ended);
+        }
+        (settled, result)
+    }
+
+    async fn assemble(
         &mut self,
-        frames: &mut (impl Stream<Item = Result<Frame, JoinError>> + Unpin),
+        mut frames: impl Stream<Item = Result<Frame, JoinError>> + Unpin,
+        target: u64,
+        puts: &mut JoinSet<Result<(u32, Durable), CaptureError>>,
+        scan: &mut Option<JoinHandle<ScanEnd>>,
+        settled: &mut Vec<Vec<Run>>,
     ) -> Result<(), CaptureError> {
+        let cancel = self.request.cancel.clone();
+        let connections = usize::from(self.request.options.connections.max(1));
+        let mut next = 0;
+        let mut open: Option<OpenPack> = None;
+        let mut ready: VecDeque<OpenPack> = VecDeque::new();
+        let mut more = true;
         loop {
+            while puts.len() < connections
+                && let Some(pack) = ready.pop_front()
+            {
+                puts.spawn(pack.store(next, Arc::clone(&self.request.sink)));
+                next += 1;
+            }
+            if !more && puts.is_empty() {
+                return Ok(());
+            }
             tokio::select! {
-                Some(put) = self.puts.join_next() => self.finished(put)?,
-                frame = frames.next() => match frame {
-                    Some(frame) => self.add(frame.map_err(CaptureError::Thread)?).await?,
-                    None => break,
-                },
+                biased;
+                () = cancel.cancelled() => return Err(CaptureError::Cancelled),
+                Some(put) = puts.join_next() => {
+                    let (n, durable) = put.map_err(CaptureError::Thread)??;
+                    self.durable.insert(n, durable);
+                    self.tell();
+                }
+                frame = frames.next(), if more && ready.is_empty() => {
+                    if let Some(frame) = frame {
+                        let frame = frame.map_err(CaptureError::Thread)?;
+                        // The boot pack ends with the first frame that is not for it.
+                        if let Some(other) = open.take_if(|open| open.boot != frame.boot) {
+                            ready.push_back(other);
+                        }
+                        let pack = open.get_or_insert_with(|| OpenPack::new(frame.boot));
+                        pack.push(frame);
+                        if !pack.boot && pack.builder.len() >= target {
+                            ready.extend(open.take());
+                        }
+                    } else {
+                        more = false;
+                        if let Some(scan) = scan.take() {
+                            ended(scan.await, settled)?;
+                        }
+                        ready.extend(open.take());
+                        self.tell();
+                    }
+                }
             }
         }
-        self.flush().await?;
-        while let Some(put) = self.puts.join_next().await {
-            self.finished(put)?;
-        }
-        Ok(())
     }
 
-    async fn add(&mut self, frame: Frame) -> Result<(), CaptureError> {
-        let limit = if self.boot { MAX_BOOT_PACK } else { self.target };
-        let grows_to = self.builder.len() + frame.encoded.bytes.len() as u64;
-        if self.boot != frame.boot || (self.boot && grows_to > limit) {
-            self.flush().await?;
+    fn stats(&self) -> Stats {
+        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let entries = || self.durable.values().map(|durable| &durable.entry);
+        Stats {
+            scanned_pages: count(&self.counters.scanned),
+            zero_pages: count(&self.counters.zero),
+            base_pages: count(&self.counters.base),
+            sent_pages: entries().flat_map(|entry| &entry.frames).map(|frame| u64::from(frame.pages)).sum(),
+            sent_bytes: entries().map(|entry| u64::from(entry.size)).sum(),
+            packs: self.durable.len() as u32,
         }
-        self.boot = frame.boot;
-        let number = self.builder.push(&frame.encoded);
-        self.contents.push(Content { image: frame.image, frame: number, pages: frame.pages });
-        self.held.push(frame.permit);
-        if !self.boot && self.builder.len() >= self.target {
-            self.flush().await?;
-        }
-        Ok(())
     }
 
-    /// Sends the pack being built, when there is a free connection.
-    async fn flush(&mut self) -> Result<(), CaptureError> {
-        if self.contents.is_empty() {
-            return Ok(());
+    fn tell(&self) {
+        if let Some(progress) = &self.request.progress {
+            progress.send_replace(self.stats());
         }
-        while self.puts.len() >= self.connections {
-            if let Some(put) = self.puts.join_next().await {
-                self.finished(put)?;
+    }
+
+    /// For each image, the runs of what needs no pack and of what is in durable packs.
+    fn runs(&self, settled: &[Vec<Run>]) -> Vec<Vec<Run>> {
+        let mut runs = settled.to_vec();
+        let first = self.request.parent_packs.len() as u32;
+        for (pack, durable) in (first..).zip(self.durable.values()) {
+            for placed in &durable.placed {
+                runs[placed.image].push(Run {
+                    start: placed.start,
+                    pages: placed.pages,
+                    at: PageRef::Pack { pack, frame: placed.frame, index: placed.index },
+                });
             }
         }
-        let (bytes, entry): (Bytes, _) = std::mem::replace(&mut self.builder, PackBuilder::new()).finish();
-        let contents = std::mem::take(&mut self.contents);
-        let held = std::mem::take(&mut self.held);
-        let pages = contents.iter().map(|content| content.pages.len() as u64).sum();
-        let packed = Packed { n: self.next, entry, boot: self.boot, contents };
-        self.next += 1;
-        let sink = Arc::clone(&self.sink);
-        self.puts.spawn(async move {
-            let result = sink.put(packed.n, bytes).await;
-            drop(held);
-            Put { packed, pages, result }
-        });
-        Ok(())
+        runs
     }
 
-    fn finished(&mut self, put: Result<Put, JoinError>) -> Result<(), CaptureError> {
-        let Put { mut packed, pages, result } = put.map_err(CaptureError::Thread)?;
-        packed.entry.key = result.map_err(|source| CaptureError::Store { n: packed.n, source })?;
-        self.stats.packs += 1;
-        self.stats.sent_pages += pages;
-        self.stats.sent_bytes += u64::from(packed.entry.size);
-        self.durable.push(packed);
-        if let Some(progress) = &self.progress {
-            progress.send_replace(self.stats);
-        }
-        Ok(())
+    fn packs(&self) -> Vec<PackEntry> {
+        let new = self.durable.values().map(|durable| &durable.entry);
+        self.request.parent_packs.iter().chain(new).cloned().collect()
     }
 
-    /// Takes over the PUTs that have ended, without waiting for any.
-    fn take_finished(&mut self) {
-        while let Some(put) = self.puts.try_join_next() {
-            // The first failure is the one that is reported.
-            let _ = self.finished(put);
+    fn captured(self, images: &[ImageInput], settled: &[Vec<Run>]) -> Result<Captured, CaptureFailed> {
+        let runs = self.runs(settled);
+        match overlaid(images, &runs) {
+            Ok(maps) => Ok(Captured {
+                packs: self.packs(),
+                maps,
+                boot_pack: self
+                    .durable
+                    .values()
+                    .position(|durable| durable.boot)
+                    .map(|at| (self.request.parent_packs.len() + at) as u32),
+                stats: self.stats(),
+            }),
+            Err(error) => Err(self.failed(images, &vec![Vec::new(); images.len()], error)),
         }
     }
+
+    fn failed(&self, images: &[ImageInput], settled: &[Vec<Run>], error: CaptureError) -> CaptureFailed {
+        let runs = self.runs(settled);
+        let partial = match overlaid(images, &runs) {
+            Ok(maps) => Partial {
+                packs: self.packs(),
+                maps,
+                done: runs.iter().map(|runs| covered(runs)).collect(),
+                stats: self.stats(),
+            },
+            // Nothing of it can be used again.
+            Err(_) => Partial {
+                packs: self.request.parent_packs.clone(),
+                maps: images.iter().map(|image| image.parent.clone()).collect(),
+                done: vec![Vec::new(); images.len()],
+                stats: self.stats(),
+            },
+        };
+        CaptureFailed { error, partial: Box::new(partial) }
+    }
+}
+
+/// Takes what the scanning thread settled, and how it ended.
+fn ended(scan: Result<ScanEnd, JoinError>, settled: &mut Vec<Vec<Run>>) -> Result<(), CaptureError> {
+    let end = scan.map_err(CaptureError::Thread)?;
+    *settled = end.settled;
+    match end.result {
+        // Unwanted only ever follows another failure, which is the one to report.
+        Ok(()) | Err(Stop::Unwanted) => Ok(()),
+        Err(Stop::Failed(error)) => Err(error),
+    }
+}
+
+fn overlaid(images: &[ImageInput], runs: &[Vec<Run>]) -> Result<Vec<ImageMap>, CaptureError> {
+    images
+        .iter()
+        .zip(runs)
+        .map(|(image, runs)| {
+            image.parent.overlay(runs).map_err(|source| CaptureError::Map { image: image.kind.to_string(), source })
+        })
+        .collect()
+}
+
+/// The pages of the runs as sorted, disjoint ranges.
+fn covered(runs: &[Run]) -> Vec<Range<u64>> {
+    let mut ranges: Vec<_> = runs.iter().map(|run| run.start..run.end()).collect();
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
 }

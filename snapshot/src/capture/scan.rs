@@ -1,185 +1,221 @@
-//! The reading side of a capture: one blocking thread goes through the pages in order.
-//!
-//! It takes memory permits before it hands a frame on, so it stops by itself when compression or upload fall behind. It ends early when the
-//! capture is cancelled, the channel is closed, or the permits are.
+//! The scanning thread: reads pages in the order given, keeps what is zero or equal to the base as runs, hands the rest on in frames.
 
-use std::sync::Arc;
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
-use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+};
 
 use super::{BaseInput, CaptureError, ImageInput};
-use crate::image::{PageRef, Run};
-use crate::pack::{BOOT_FRAME_PAGES, FRAME_PAGES};
-use crate::page::{PAGE_SIZE, is_zero};
+use crate::{
+    image::{PageRef, Run},
+    pack::{BOOT_FRAME_PAGES, FRAME_PAGES},
+    page::{PAGE_SIZE, is_zero},
+};
 
-/// Pages that have to be stored: one frame of them.
+/// Pages read in one call.
+const CHUNK: u64 = FRAME_PAGES as u64;
+
+/// Pages on their way to a pack.
 pub(super) struct RawFrame {
-    /// Position of the image in the request.
-    pub(super) image: usize,
-    /// Which pages, in the order of the bytes.
-    pub(super) pages: Vec<u64>,
     pub(super) bytes: Vec<u8>,
-    /// Part of the boot pack.
+    pub(super) image: usize,
+    /// Which pages, in the order of `bytes`.
+    pub(super) spans: Vec<Range<u64>>,
     pub(super) boot: bool,
-    /// One permit a page.
+    /// Accounts for the bytes.
     pub(super) permit: OwnedSemaphorePermit,
 }
 
-/// What the scan found besides frames.
+/// What the thread has counted so far.
 #[derive(Debug, Default)]
-pub(super) struct Scanned {
-    /// For each image, the pages that need no bytes.
-    pub(super) plain: Vec<Vec<Run>>,
-    pub(super) scanned_pages: u64,
-    pub(super) zero_pages: u64,
-    pub(super) base_pages: u64,
-    /// Why it ended early.
-    pub(super) error: Option<CaptureError>,
+pub(super) struct Counters {
+    pub(super) scanned: AtomicU64,
+    pub(super) zero: AtomicU64,
+    pub(super) base: AtomicU64,
 }
 
-pub(super) struct Scanner {
-    pub(super) images: Arc<[ImageInput]>,
+/// How the thread ended.
+pub(super) struct ScanEnd {
+    /// For each image, the pages that need no pack.
+    pub(super) settled: Vec<Vec<Run>>,
+    pub(super) result: Result<(), Stop>,
+}
+
+/// Why it ended early.
+pub(super) enum Stop {
+    Failed(CaptureError),
+    /// Nobody takes frames any more.
+    Unwanted,
+}
+
+pub(super) struct Scan {
+    pub(super) images: Arc<Vec<ImageInput>>,
+    /// Pages looked at first that go to the boot pack.
     pub(super) boot_pages: u64,
-    pub(super) permits: Arc<Semaphore>,
     pub(super) frames: mpsc::Sender<RawFrame>,
-    pub(super) cancel: CancellationToken,
+    pub(super) memory: Arc<Semaphore>,
+    pub(super) counters: Arc<Counters>,
     pub(super) runtime: Handle,
 }
 
-/// The other side is gone; it knows why.
-struct Closed;
-
-enum Stop {
-    Closed,
-    Failed(CaptureError),
-}
-
-impl From<Closed> for Stop {
-    fn from(_: Closed) -> Self {
-        Self::Closed
-    }
-}
-
-impl Scanner {
-    /// Scans everything. Blocking.
-    pub(super) fn run(self) -> Scanned {
-        let mut found = Scanned { plain: vec![Vec::new(); self.images.len()], ..Scanned::default() };
-        let images = Arc::clone(&self.images);
-        for (number, image) in images.iter().enumerate() {
-            match self.scan_image(number, image, &mut found) {
-                Ok(()) => {}
-                Err(Stop::Closed) => break,
-                Err(Stop::Failed(error)) => {
-                    found.error = Some(error);
-                    break;
-                }
-            }
-        }
-        found
+impl Scan {
+    /// Blocking; ends soon after the receiver of frames is gone and the semaphore is closed.
+    pub(super) fn run(self) -> ScanEnd {
+        let mut settled = vec![Vec::new(); self.images.len()];
+        let result = self.scan(&mut settled);
+        ScanEnd { settled, result }
     }
 
-    fn scan_image(&self, number: usize, image: &ImageInput, found: &mut Scanned) -> Result<(), Stop> {
-        let mut buffer = vec![0; FRAME_PAGES as usize * PAGE_SIZE];
-        let mut compared = Vec::new();
-        let mut frame = Pending::default();
-        for range in &image.look_at {
-            let mut first = range.start;
-            while first < range.end {
-                if self.cancel.is_cancelled() {
-                    return Err(Stop::Failed(CaptureError::Cancelled));
-                }
-                let count = u64::from(FRAME_PAGES).min(range.end - first);
-                let bytes = &mut buffer[..count as usize * PAGE_SIZE];
-                image.reader.read(first, bytes).map_err(|source| read_error(image, first, source))?;
-                let same = read_same_offset(image, first, count, &mut compared)?;
-                for (i, page) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
-                    let at = first + i as u64;
-                    let boot = found.scanned_pages < self.boot_pages;
-                    found.scanned_pages += 1;
-                    let equals = same.and_then(|blocks| blocks.get(i * PAGE_SIZE..(i + 1) * PAGE_SIZE));
-                    match classify(image, at, page, equals)? {
-                        Some(place) => {
-                            match place {
-                                PageRef::Zero => found.zero_pages += 1,
-                                _ => found.base_pages += 1,
-                            }
-                            found.plain[number].push(Run { start: at, pages: 1, at: place });
-                        }
-                        None => {
-                            if frame.boot != boot {
-                                self.send(number, &mut frame)?;
-                            }
-                            frame.boot = boot;
-                            frame.pages.push(at);
-                            frame.bytes.extend_from_slice(page);
-                            if frame.pages.len() == frame.limit() {
-                                self.send(number, &mut frame)?;
-                            }
+    fn scan(&self, settled: &mut [Vec<Run>]) -> Result<(), Stop> {
+        let mut chunk = vec![0; CHUNK as usize * PAGE_SIZE];
+        let mut base_chunk = vec![0; CHUNK as usize * PAGE_SIZE];
+        let mut boot_left = self.boot_pages;
+        for (at, image) in self.images.iter().enumerate() {
+            let mut frame = None;
+            for range in &image.look_at {
+                let mut first = range.start;
+                while first < range.end {
+                    let mut count = CHUNK.min(range.end - first);
+                    let boot = boot_left > 0;
+                    if boot {
+                        count = count.min(boot_left);
+                        boot_left -= count;
+                    }
+                    let bytes = &mut chunk[..count as usize * PAGE_SIZE];
+                    image.reader.read(first, bytes).map_err(|source| {
+                        Stop::Failed(CaptureError::Read { image: image.kind.to_string(), page: first, source })
+                    })?;
+                    let base = Comparison::new(image, first, bytes, &mut base_chunk)?;
+                    for (page, bytes) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                        if let Some(place) = base.place(page, bytes)? {
+                            let counter = match place {
+                                PageRef::Zero => &self.counters.zero,
+                                _ => &self.counters.base,
+                            };
+                            counter.fetch_add(1, Ordering::Relaxed);
+                            settle(&mut settled[at], page, place);
+                        } else {
+                            self.add(&mut frame, at, boot, page, bytes)?;
                         }
                     }
+                    self.counters.scanned.fetch_add(count, Ordering::Relaxed);
+                    first += count;
                 }
-                first += count;
+            }
+            self.hand_on(frame.take())?;
+        }
+        Ok(())
+    }
+
+    /// Adds a page to the frame, handing on the one before where the page does not belong into it.
+    fn add(&self, frame: &mut Option<RawFrame>, image: usize, boot: bool, page: u64, bytes: &[u8]) -> Result<(), Stop> {
+        if frame.as_ref().is_some_and(|frame| frame.boot != boot) {
+            self.hand_on(frame.take())?;
+        }
+        let capacity = PAGE_SIZE * if boot { BOOT_FRAME_PAGES } else { FRAME_PAGES } as usize;
+        let open = match frame {
+            Some(open) => open,
+            None => frame.insert(RawFrame {
+                permit: self.permit(capacity)?,
+                bytes: Vec::with_capacity(capacity),
+                image,
+                spans: Vec::new(),
+                boot,
+            }),
+        };
+        open.bytes.extend_from_slice(bytes);
+        match open.spans.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => open.spans.push(page..page + 1),
+        }
+        if open.bytes.len() == capacity {
+            self.hand_on(frame.take())?;
+        }
+        Ok(())
+    }
+
+    fn hand_on(&self, frame: Option<RawFrame>) -> Result<(), Stop> {
+        frame.map_or(Ok(()), |frame| self.frames.blocking_send(frame).map_err(|_| Stop::Unwanted))
+    }
+
+    /// Waits for memory. A closed semaphore ends it.
+    fn permit(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Stop> {
+        let memory = Arc::clone(&self.memory);
+        self.runtime.block_on(memory.acquire_many_owned(bytes as u32)).map_err(|_| Stop::Unwanted)
+    }
+}
+
+/// Appends one page, joined to the last run where it can be.
+fn settle(runs: &mut Vec<Run>, page: u64, at: PageRef) {
+    if let Some(last) = runs.last_mut()
+        && last.end() == page
+        && last.at.advance(last.pages) == at
+    {
+        last.pages += 1;
+    } else {
+        runs.push(Run { start: page, pages: 1, at });
+    }
+}
+
+/// A chunk of pages beside the blocks of the base at the same offset.
+struct Comparison<'a> {
+    image: &'a ImageInput,
+    first: u64,
+    /// Base blocks from `first` on; may be fewer than the pages.
+    same_offset: &'a [u8],
+}
+
+impl<'a> Comparison<'a> {
+    fn new(image: &'a ImageInput, first: u64, pages: &[u8], buffer: &'a mut [u8]) -> Result<Self, Stop> {
+        let count = (pages.len() / PAGE_SIZE) as u64;
+        let mut same_offset: &[u8] = &[];
+        if let Some(base) = &image.base
+            && base.same_offset
+            && first < base.blocks
+            && !is_zero(pages)
+        {
+            let blocks = count.min(base.blocks - first) as usize;
+            let buffer = &mut buffer[..blocks * PAGE_SIZE];
+            read_base(image, base, first, buffer)?;
+            same_offset = buffer;
+        }
+        Ok(Self { image, first, same_offset })
+    }
+
+    /// Where the page's bytes are without a pack.
+    fn place(&self, page: u64, bytes: &[u8]) -> Result<Option<PageRef>, Stop> {
+        if is_zero(bytes) {
+            return Ok(Some(PageRef::Zero));
+        }
+        let offset = (page - self.first) as usize * PAGE_SIZE;
+        if self.same_offset.get(offset..offset + PAGE_SIZE) == Some(bytes) {
+            return Ok(Some(PageRef::Base { block: page }));
+        }
+        if let Some(base) = &self.image.base
+            && let Some(index) = &base.index
+            && let Some(block) = index.candidate(bytes)
+            && block < base.blocks
+        {
+            let mut candidate = [0; PAGE_SIZE];
+            read_base(self.image, base, block, &mut candidate)?;
+            if candidate == bytes {
+                return Ok(Some(PageRef::Base { block }));
             }
         }
-        Ok(self.send(number, &mut frame)?)
-    }
-
-    fn send(&self, image: usize, frame: &mut Pending) -> Result<(), Closed> {
-        if frame.pages.is_empty() {
-            return Ok(());
-        }
-        let Pending { pages, bytes, boot } = std::mem::take(frame);
-        let wanted = pages.len() as u32;
-        let permit = self.runtime.block_on(Arc::clone(&self.permits).acquire_many_owned(wanted)).map_err(|_| Closed)?;
-        self.frames.blocking_send(RawFrame { image, pages, bytes, boot, permit }).map_err(|_| Closed)
+        Ok(None)
     }
 }
 
-/// A frame being filled.
-#[derive(Default)]
-struct Pending {
-    pages: Vec<u64>,
-    bytes: Vec<u8>,
-    boot: bool,
-}
-
-impl Pending {
-    fn limit(&self) -> usize {
-        if self.boot { BOOT_FRAME_PAGES as usize } else { FRAME_PAGES as usize }
-    }
-}
-
-fn read_error(image: &ImageInput, page: u64, source: std::io::Error) -> Stop {
-    Stop::Failed(CaptureError::Read { image: image.kind.to_string(), page, source })
-}
-
-/// The base's blocks at the pages' own places, as far as there are any; `None` where they are not to be compared.
-fn read_same_offset<'a>(
-    image: &ImageInput,
-    first: u64,
-    count: u64,
-    into: &'a mut Vec<u8>,
-) -> Result<Option<&'a [u8]>, Stop> {
-    let Some(BaseInput { reader, blocks, same_offset: true, .. }) = &image.base else { return Ok(None) };
-    let there = blocks.saturating_sub(first).min(count);
-    into.resize(there as usize * PAGE_SIZE, 0);
-    reader.read(first, into).map_err(|source| read_error(image, first, source))?;
-    Ok(Some(into))
-}
-
-/// Where the page is without storing it; `None` when it must be stored.
-fn classify(image: &ImageInput, at: u64, page: &[u8], same_offset: Option<&[u8]>) -> Result<Option<PageRef>, Stop> {
-    if is_zero(page) {
-        return Ok(Some(PageRef::Zero));
-    }
-    if same_offset == Some(page) {
-        return Ok(Some(PageRef::Base { block: at }));
-    }
-    let Some(BaseInput { reader, index: Some(index), .. }) = &image.base else { return Ok(None) };
-    let Some(block) = index.find(page) else { return Ok(None) };
-    let mut bytes = [0; PAGE_SIZE];
-    reader.read(block, &mut bytes).map_err(|source| read_error(image, at, source))?;
-    Ok((bytes == page).then_some(PageRef::Base { block }))
+fn read_base(image: &ImageInput, base: &BaseInput, first: u64, into: &mut [u8]) -> Result<(), Stop> {
+    base.reader.read(first, into).map_err(|source| {
+        Stop::Failed(CaptureError::Read { image: format!("the base of {}", image.kind), page: first, source })
+    })
 }
