@@ -22,6 +22,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::RwLock;
@@ -72,6 +73,7 @@ impl EmbeddedS3 {
     ) -> Result<Self, EmbeddedError> {
         let directory = |error: String| EmbeddedError::Directory { path: root.display().to_string(), error };
         std::fs::create_dir_all(root.join(bucket)).map_err(|e| directory(e.to_string()))?;
+        sweep(root).map_err(|e| directory(e.to_string()))?;
         let files = FileSystem::new(root).map_err(|e| directory(format!("{e:?}")))?;
         let mut builder = S3ServiceBuilder::new(Strict::new(files, root.to_owned()));
         builder.set_auth(SimpleAuth::from_single(access_key, secret_key));
@@ -136,7 +138,10 @@ where
 }
 
 /// s3s-fs behind one lock for each group of keys.
-struct Strict {
+#[derive(Clone)]
+struct Strict(Arc<Inner>);
+
+struct Inner {
     files: FileSystem,
     root: PathBuf,
     locks: Vec<RwLock<()>>,
@@ -144,7 +149,23 @@ struct Strict {
 
 impl Strict {
     fn new(files: FileSystem, root: PathBuf) -> Self {
-        Self { files, root, locks: (0..STRIPES).map(|_| RwLock::new(())).collect() }
+        Self(Arc::new(Inner { files, root, locks: (0..STRIPES).map(|_| RwLock::new(())).collect() }))
+    }
+}
+
+impl Inner {
+    /// A PUT whose body is whole.
+    async fn put(&self, req: S3Request<dto::PutObjectInput>) -> S3Result<S3Response<dto::PutObjectOutput>> {
+        let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
+        let _alone = self.lock(&bucket, &key).write().await;
+        let head = dto::HeadBucketInput { bucket: bucket.clone(), ..Default::default() };
+        self.files.head_bucket(beside(&req, head)).await?;
+        if req.input.if_match.is_some() {
+            let head = dto::HeadObjectInput { bucket, key, ..Default::default() };
+            // 404 when there is nothing to match, as S3 answers.
+            self.files.head_object(beside(&req, head)).await?;
+        }
+        self.files.put_object(req).await
     }
 
     /// s3s-fs leaves what it noted beside an object (ETag, attributes) when the object is deleted.
@@ -168,6 +189,18 @@ impl Strict {
     }
 }
 
+/// Removes the temporary files of PUTs that a kill interrupted.
+fn sweep(root: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(root)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(".tmp.") && name.ends_with(".part") {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 async fn collect(body: Option<StreamingBlob>) -> S3Result<Bytes> {
     let mut bytes = BytesMut::new();
     let Some(mut body) = body else { return Ok(Bytes::new()) };
@@ -184,32 +217,25 @@ async fn collect(body: Option<StreamingBlob>) -> S3Result<Bytes> {
 #[async_trait::async_trait]
 impl S3 for Strict {
     async fn put_object(&self, mut req: S3Request<dto::PutObjectInput>) -> S3Result<S3Response<dto::PutObjectOutput>> {
-        let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
         // Whole before the lock: a slow or broken sender must not hold up the key, nor leave half a body.
         let bytes = collect(req.input.body.take()).await?;
         if req.input.content_length.is_some_and(|len| u64::try_from(len) != Ok(bytes.len() as u64)) {
             return Err(s3_error!(IncompleteBody));
         }
         req.input.body = Some(StreamingBlob::wrap(futures::stream::iter([Ok::<_, io::Error>(bytes)])));
-        let _alone = self.lock(&bucket, &key).write().await;
-        let head = dto::HeadBucketInput { bucket: bucket.clone(), ..Default::default() };
-        self.files.head_bucket(beside(&req, head)).await?;
-        if req.input.if_match.is_some() {
-            let head = dto::HeadObjectInput { bucket, key, ..Default::default() };
-            // 404 when there is nothing to match, as S3 answers.
-            self.files.head_object(beside(&req, head)).await?;
-        }
-        self.files.put_object(req).await
+        // In a task of its own: a client that hangs up now leaves an object, not half of one.
+        let strict = self.clone();
+        tokio::spawn(async move { strict.0.put(req).await }).await.map_err(|_| s3_error!(InternalError))?
     }
 
     async fn get_object(&self, req: S3Request<dto::GetObjectInput>) -> S3Result<S3Response<dto::GetObjectOutput>> {
-        let _shared = self.lock(&req.input.bucket, &req.input.key).read().await;
-        self.files.get_object(req).await
+        let _shared = self.0.lock(&req.input.bucket, &req.input.key).read().await;
+        self.0.files.get_object(req).await
     }
 
     async fn head_object(&self, req: S3Request<dto::HeadObjectInput>) -> S3Result<S3Response<dto::HeadObjectOutput>> {
-        let _shared = self.lock(&req.input.bucket, &req.input.key).read().await;
-        self.files.head_object(req).await
+        let _shared = self.0.lock(&req.input.bucket, &req.input.key).read().await;
+        self.0.files.head_object(req).await
     }
 
     async fn delete_object(
@@ -217,9 +243,9 @@ impl S3 for Strict {
         req: S3Request<dto::DeleteObjectInput>,
     ) -> S3Result<S3Response<dto::DeleteObjectOutput>> {
         let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
-        let _alone = self.lock(&bucket, &key).write().await;
-        let deleted = self.files.delete_object(req).await?;
-        self.drop_sidecars(&bucket, &key);
+        let _alone = self.0.lock(&bucket, &key).write().await;
+        let deleted = self.0.files.delete_object(req).await?;
+        self.0.drop_sidecars(&bucket, &key);
         Ok(deleted)
     }
 
@@ -227,32 +253,32 @@ impl S3 for Strict {
         &self,
         req: S3Request<dto::CreateBucketInput>,
     ) -> S3Result<S3Response<dto::CreateBucketOutput>> {
-        self.files.create_bucket(req).await
+        self.0.files.create_bucket(req).await
     }
 
     async fn head_bucket(&self, req: S3Request<dto::HeadBucketInput>) -> S3Result<S3Response<dto::HeadBucketOutput>> {
-        self.files.head_bucket(req).await
+        self.0.files.head_bucket(req).await
     }
 
     async fn list_buckets(
         &self,
         req: S3Request<dto::ListBucketsInput>,
     ) -> S3Result<S3Response<dto::ListBucketsOutput>> {
-        self.files.list_buckets(req).await
+        self.0.files.list_buckets(req).await
     }
 
     async fn list_objects(
         &self,
         req: S3Request<dto::ListObjectsInput>,
     ) -> S3Result<S3Response<dto::ListObjectsOutput>> {
-        self.files.list_objects(req).await
+        self.0.files.list_objects(req).await
     }
 
     async fn list_objects_v2(
         &self,
         req: S3Request<dto::ListObjectsV2Input>,
     ) -> S3Result<S3Response<dto::ListObjectsV2Output>> {
-        self.files.list_objects_v2(req).await
+        self.0.files.list_objects_v2(req).await
     }
 }
 

@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `create`, `pause`, `resume`, `delete`, `execute` | one operation each |
+//! | `draft` | what a VMM hands over at a pause, checked |
 //! | `heads` | commits to the head that several operations share |
 //! | `machine` | VMMs: started, booted, watched, lost |
 //! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
@@ -18,6 +19,7 @@
 pub mod catalogue;
 mod create;
 mod delete;
+mod draft;
 mod execute;
 mod heads;
 mod machine;

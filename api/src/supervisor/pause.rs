@@ -4,11 +4,10 @@
 //! the commit or its cancellation has won: the operation goes on without its client until it knows, holding the operation lock, while the
 //! client is told that the outcome is unknown. The VM is ended only when the commit has won, or when somebody else owns the sandbox.
 //!
-//! The VMM's draft is untrusted input: it is decoded with every bound checked, may name packs of its own sandbox alone, and each of them must
-//! be in the store with the size that the draft says before the manifest is written.
+//! What the VMM hands over is untrusted: see `draft`.
 
 use super::machine::vmm_error;
-use super::{Core, detached};
+use super::{Core, detached, draft};
 use crate::error::{Error, StoreContext as _, chain};
 use crate::journal::{OperationId, OperationKind};
 use crate::record::Record;
@@ -18,13 +17,12 @@ use crate::store::place;
 use crate::timing::Timing;
 use crate::vmm_process::Vmm;
 use bytes::Bytes;
+use stasis_snapshot::capture::{Options, packs_needed};
 use stasis_snapshot::commit::{Attempt, Backoff, Cancelled, Change, Current, HeadState, PauseEnd, Sent};
 use stasis_snapshot::ids::Digest;
-use stasis_snapshot::layout::Generation;
-use stasis_snapshot::manifest::{Lineage, Manifest, ManifestRef};
+use stasis_snapshot::manifest::{Lineage, ManifestRef};
 use stasis_snapshot::store::{ErrorKind, Operation, Precondition, StoreError};
-use stasis_vmm::control::types::{CaptureReport, CaptureRequest};
-use std::collections::{BTreeSet, HashMap};
+use stasis_vmm::control::types::{CaptureReport, CaptureRequest, PauseReport};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -148,7 +146,7 @@ async fn prepare(
     let place = place(&sandbox.tenant, &sandbox.id)?;
     let commit = core.commit_id();
     let generation = place.generation(current.head.seq + 1, current.head.epoch, commit);
-    let keys = (0..report.packs_needed).map(|n| generation.pack(n)).collect();
+    let keys = (0..packs_to_grant(&report, core.config.limits.connections)).map(|n| generation.pack(n)).collect();
     let grants = core.store.grant_puts(keys, core.config.deadlines.capture() + GRANT_SLACK).await?;
     timing.since("grant", begun);
 
@@ -164,8 +162,8 @@ async fn prepare(
         commit,
         parent: current.head.manifest.clone(),
     };
-    let (manifest, bytes) = complete(sandbox, &draft, lineage)?;
-    let leftovers = check_packs(core, sandbox, &manifest, place.prefix(), &generation).await?;
+    let (manifest, bytes) = draft::complete(&sandbox.record(), &draft, lineage)?;
+    let leftovers = draft::check_packs(&core.store, &sandbox.id, &manifest, place.prefix(), &generation).await?;
     timing.since("verify", begun);
     let begun = Instant::now();
     let manifest = ManifestRef { key: generation.manifest(), digest: Digest::of(&bytes) };
@@ -182,6 +180,12 @@ async fn prepare(
     let cancel = attempt.cancel(Some(&current), core.commit_id()).map_err(Core::head_error(sandbox))?;
     core.propose(operation, &[&attempt, &cancel])?;
     Ok(ReadyToCommit { attempt, cancel, sent: Sent::Never, leftovers })
+}
+
+/// How many packs the capture may write. More connections make smaller and more packs, and the VMM's own figure knows nothing of ours.
+fn packs_to_grant(report: &PauseReport, connections: u16) -> u32 {
+    let options = Options { connections, ..Options::default() };
+    report.packs_needed.max(packs_needed(report.dirty_memory_pages + report.dirty_disk_blocks, &options))
 }
 
 async fn capture(
@@ -215,72 +219,6 @@ async fn capture(
     timing.phase("state", Duration::from_micros(report.state_us));
     timing.phase("upload", took.saturating_sub(Duration::from_micros(report.state_us)));
     Ok(captured)
-}
-
-/// Turns a draft into the manifest of this commit, with its bytes.
-fn complete(sandbox: &Sandbox, draft: &[u8], lineage: Lineage) -> Result<(Manifest, Bytes), Error> {
-    let wrong = |what: &str| Error::Draft { id: sandbox.id.clone(), what: what.to_owned(), source: None };
-    let malformed = |source| Error::Draft {
-        id: sandbox.id.clone(),
-        what: "it is no manifest".to_owned(),
-        source: Some(Box::new(source)),
-    };
-    let mut manifest = Manifest::decode(draft).map_err(malformed)?;
-    if manifest.lineage.is_some() || !manifest.record.bytes.is_empty() {
-        return Err(wrong("it claims a lineage or a record, which are not the VMM's to write"));
-    }
-    let record = sandbox.record();
-    let rootfs = record.spec.rootfs_digest.as_deref();
-    if manifest
-        .images
-        .iter()
-        .filter_map(|image| image.base)
-        .any(|base| Some(base.digest.to_string().as_str()) != rootfs)
-    {
-        return Err(wrong("it refers to a template disk that is not the sandbox's"));
-    }
-    manifest.lineage = Some(lineage);
-    manifest.record = record.portable(State::Paused).encode().map_err(|_| Error::Bug("a record that is no JSON"))?;
-    let bytes = manifest.encode().map_err(malformed)?;
-    // What was pruned by the encoding is not needed, and must not be asked for.
-    let manifest = Manifest::decode(&bytes).map_err(malformed)?;
-    Ok((manifest, bytes.into()))
-}
-
-/// Every pack that the manifest names is the sandbox's own and in the store with its size. Returns what lies in `generation` unused.
-async fn check_packs(
-    core: &Core,
-    sandbox: &Sandbox,
-    manifest: &Manifest,
-    own: &str,
-    generation: &Generation,
-) -> Result<Vec<String>, Error> {
-    let wrong = |what: String| Error::Draft { id: sandbox.id.clone(), what, source: None };
-    let mut prefixes = BTreeSet::from([generation.prefix().to_owned()]);
-    for pack in &manifest.packs {
-        let prefix = pack.key.split_inclusive('/').take(own.matches('/').count() + 1).collect::<String>();
-        if !pack.key.starts_with(own) || prefix == pack.key {
-            return Err(wrong(format!("it names the pack {:?}, which is not the sandbox's", pack.key)));
-        }
-        prefixes.insert(prefix);
-    }
-    let mut stored = HashMap::new();
-    for prefix in prefixes {
-        stored.extend(core.store.list_all(&prefix).await?);
-    }
-    for pack in &manifest.packs {
-        match stored.remove(&pack.key) {
-            Some(size) if size == u64::from(pack.size) => {}
-            Some(size) => {
-                return Err(wrong(format!(
-                    "pack {} has {size} bytes in the store, the draft says {}",
-                    pack.key, pack.size
-                )));
-            }
-            None => return Err(wrong(format!("pack {} is not in the store", pack.key))),
-        }
-    }
-    Ok(stored.into_keys().filter(|key| key.starts_with(generation.prefix())).collect())
 }
 
 async fn put_manifest(core: &Core, key: &str, bytes: Bytes) -> Result<(), Error> {
@@ -449,6 +387,22 @@ async fn drop_leftovers(core: &Core, keys: &[String]) {
     for key in keys.iter().filter(|key| !key.ends_with("/manifest")) {
         if let Err(error) = core.store.objects().delete(key).await {
             tracing::warn!(key, error = chain(&error), "an unused pack stays");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn enough_packs_are_granted_for_any_number_of_connections() {
+        let report = PauseReport { dirty_memory_pages: 8448, dirty_disk_blocks: 100, packs_needed: 10, stop_us: 0 };
+        for connections in [1, 8, 16, 256] {
+            let granted = packs_to_grant(&report, connections);
+            let bytes: u64 = (8448 + 100) * 4096;
+            let pack = (bytes / u64::from(connections)).clamp(1 << 20, 8 << 20);
+            assert!(u64::from(granted) > bytes / pack && granted >= 10, "{connections}: {granted}");
         }
     }
 }

@@ -173,6 +173,27 @@ async fn a_paused_sandbox_answers_as_the_contract_says() {
     assert_eq!(inspect.body["objects"].as_array().unwrap().len(), 1, "the tombstone stays");
 }
 
+/// However many ask for a sandbox that sleeps, it is woken once, and a failure is everybody's.
+#[tokio::test]
+async fn requests_that_come_together_share_one_wake() {
+    let place = Place::new();
+    let id = "sbx-paused00000000000000b";
+    write_head(&place.path("store"), id, "host-other", HeadState::Paused).await;
+    let served = place.start().await;
+    let path = format!("/v1/sandbox/{id}/resume");
+    let answers = futures::future::join_all((0..8).map(|_| served.call("POST", &path, ""))).await;
+    for answer in &answers {
+        assert_eq!((answer.status, &answer.body), (502, &answers[0].body));
+    }
+    let core = served.supervisor.core();
+    let sandbox = core.registry.find("dev", id).unwrap();
+    let wakes = |of: &[stasis_api::journal::Transition]| of.iter().filter(|t| t.event == "resume").count();
+    assert_eq!(wakes(&core.journal.transitions(&sandbox.id).unwrap()), 1);
+    // Asked again later, it is tried again.
+    assert_eq!(served.call("POST", &path, "").await.status, 502);
+    assert_eq!(wakes(&core.journal.transitions(&sandbox.id).unwrap()), 2);
+}
+
 #[tokio::test]
 async fn health_says_what_is_missing_and_needs_no_key() {
     let place = Place::new();
