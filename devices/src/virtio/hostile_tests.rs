@@ -108,6 +108,24 @@ fn addresses_and_lengths_outside_memory() {
 }
 
 #[test]
+fn a_request_with_one_bad_buffer_does_nothing_at_all() {
+    let disk = Arc::new(Overlay::new(None, tempfile::tempfile().unwrap(), 1 << 20).unwrap());
+    let mut driver = Driver::new(Block::new(Arc::clone(&disk), [0; 20]));
+    driver.start(SIZE, 0);
+    let header = [1u32.to_le_bytes(), [0; 4], [0; 4], [0; 4]].concat();
+    driver.put(ARENA, &header);
+    // More than the device moves at once, then a buffer outside memory.
+    driver.add(
+        0,
+        &[readable(ARENA, 16), readable(ARENA, 1 << 19), readable(MEMORY_BYTES - 256, 512), writable(ARENA + 512, 1)],
+    );
+    driver.notify(0);
+    driver.run(0);
+    assert!(driver.needs_reset());
+    assert!(disk.dirty().is_empty());
+}
+
+#[test]
 fn long_buffers_cost_no_more_than_the_device_gives() {
     let whole = (MEMORY_BYTES - ARENA) as u32;
     let mut rng = Driver::new(Rng::new());
@@ -143,19 +161,22 @@ fn readable_after_writable() {
 
 #[test]
 fn indirect_abuse() {
+    // The table itself holds a good request.
     let indirect = |len: u32, flags: u16| {
         let driver = started(F_INDIRECT);
+        driver.put(ARENA, &[0; 16]);
         driver.write_descriptor(0, 0, TABLE, len, INDIRECT | flags, 1);
-        driver.write_descriptor(0, 1, ARENA, 16, 0, 0);
-        driver.write_descriptor_at(TABLE, 0, ARENA, 16, 0, 0);
+        driver.write_descriptor(0, 1, ARENA + 512, 1, WRITE, 0);
+        driver.write_descriptor_at(TABLE, 0, ARENA, 16, NEXT, 1);
+        driver.write_descriptor_at(TABLE, 1, ARENA + 512, 513, WRITE, 0);
         driver
     };
     breaks(indirect(0, 0), "an empty table");
     breaks(indirect(15, 0), "less than a descriptor");
-    breaks(indirect(24, 0), "one and a half descriptors");
+    breaks(indirect(40, 0), "two and a half descriptors");
     breaks(indirect(16 * (u32::from(SIZE) + 1), 0), "more than the queue has");
     breaks(indirect(!15, 0), "4 GiB of table");
-    breaks(indirect(16, NEXT), "a table in the middle of a chain");
+    breaks(indirect(32, NEXT), "a table in the middle of a chain");
 
     let driver = started(0);
     driver.write_descriptor(0, 0, TABLE, 16, INDIRECT, 0);

@@ -232,8 +232,15 @@ impl Vsock {
     }
 
     fn watch(&mut self, now: Instant) -> Result<(), DeviceError> {
-        let held = self.packets_held(now);
-        self.mux.watch(held).map_err(|source| DeviceError::Host { operation: "watching vsock sockets", source })
+        let deadline = match self.transport_reset {
+            TransportReset::Owed { hold_until: Some(until) } | TransportReset::Sent { hold_until: until, .. } => {
+                Some(until).filter(|&until| now < until)
+            }
+            TransportReset::Owed { hold_until: None } | TransportReset::Done => None,
+        };
+        self.mux
+            .watch(deadline, now)
+            .map_err(|source| DeviceError::Host { operation: "watching vsock sockets", source })
     }
 }
 

@@ -104,7 +104,7 @@ impl Mux {
                     self.accept(now);
                 }
                 TIMER => {
-                    self.sockets.acknowledge_tick();
+                    self.sockets.acknowledge_timer();
                     self.expire(now);
                 }
                 _ => match self.connections.get_mut(&token) {
@@ -312,18 +312,17 @@ impl Mux {
         self.accept_again = self.accept_again.filter(|&until| now < until);
     }
 
-    /// Brings listener and timer up to date with what happened since the last call. Ticks also while the device `has_deadline`.
-    pub(super) fn watch(&mut self, has_deadline: bool) -> io::Result<()> {
+    /// Brings listener and timer up to date with what happened since the last call. The timer also keeps the device's `deadline`.
+    pub(super) fn watch(&mut self, deadline: Option<Instant>, now: Instant) -> io::Result<()> {
         let listen = self.active && !self.is_full() && self.accept_again.is_none();
         if listen != self.listening {
             self.sockets.listen(listen)?;
             self.listening = listen;
         }
-        let deadlines = has_deadline
-            || !self.greetings.is_empty()
-            || self.accept_again.is_some()
-            || self.connections.values().any(|connection| connection.deadline().is_some());
-        self.sockets.tick(self.active && deadlines)
+        let greetings = self.greetings.values().map(|greeting| greeting.deadline);
+        let connections = self.connections.values().filter_map(Connection::deadline);
+        let next = greetings.chain(connections).chain(self.accept_again).chain(deadline).min();
+        self.sockets.wake_at(next.filter(|_| self.active), now)
     }
 
     fn is_full(&self) -> bool {

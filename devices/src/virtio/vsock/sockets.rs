@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -26,15 +26,14 @@ pub(super) const FIRST_SOCKET: Token = 2;
 
 /// Events handled in one call.
 const EVENTS: usize = 64;
-/// How exactly deadlines are kept.
-const TICK: Duration = Duration::from_millis(100);
 
 /// The epoll with its two permanent members.
 pub(super) struct Sockets {
     epoll: Epoll,
     listener: UnixListener,
     timer: OwnedFd,
-    ticking: bool,
+    /// When the timer reports next.
+    deadline: Option<Instant>,
 }
 
 impl Sockets {
@@ -44,7 +43,7 @@ impl Sockets {
         let timer =
             rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         let epoll = Epoll::new()?;
-        let sockets = Self { epoll, listener, timer, ticking: false };
+        let sockets = Self { epoll, listener, timer, deadline: None };
         sockets.epoll.ctl(ControlOperation::Add, sockets.timer.as_raw_fd(), EpollEvent::new(EventSet::IN, TIMER))?;
         // Silent: a one-shot that has had its shot. Hang-ups and errors do not happen to a listener.
         sockets.epoll.ctl(
@@ -105,27 +104,26 @@ impl Sockets {
         }
     }
 
-    /// Ticks while there are deadlines to keep.
-    pub(super) fn tick(&mut self, on: bool) -> io::Result<()> {
-        if self.ticking == on {
+    /// Lets the timer report at `deadline`, or not at all.
+    pub(super) fn wake_at(&mut self, deadline: Option<Instant>, now: Instant) -> io::Result<()> {
+        if self.deadline == deadline {
             return Ok(());
         }
-        let interval = if on { TICK } else { Duration::ZERO };
-        let spec = Timespec { tv_sec: interval.as_secs().cast_signed(), tv_nsec: interval.subsec_nanos().into() };
-        rustix::time::timerfd_settime(
-            &self.timer,
-            TimerfdTimerFlags::empty(),
-            &Itimerspec { it_interval: spec, it_value: spec },
-        )?;
-        self.ticking = on;
+        // A value of zero would stop the timer.
+        let wait = deadline.map_or(Duration::ZERO, |at| at.saturating_duration_since(now).max(Duration::from_nanos(1)));
+        let it_value = Timespec { tv_sec: wait.as_secs().cast_signed(), tv_nsec: wait.subsec_nanos().into() };
+        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value })?;
+        self.deadline = deadline;
         Ok(())
     }
 
-    /// Takes note of a tick.
-    pub(super) fn acknowledge_tick(&self) {
+    /// Takes note that the timer has reported; it is silent until [`wake_at`](Self::wake_at) is called again.
+    pub(super) fn acknowledge_timer(&mut self) {
         let mut expirations = [0; 8];
-        // Fails when another call has read it.
+        // Fails when the timer was set anew meanwhile.
         let _ = rustix::io::read(&self.timer, &mut expirations);
+        self.deadline = None;
     }
 }
 

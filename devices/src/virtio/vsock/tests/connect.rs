@@ -178,9 +178,7 @@ fn clients_beyond_the_bound_wait_their_turn() {
     let mut third = guest.client();
     third.write_all(b"CONNECT 3\n").unwrap();
     assert_eq!(guest.try_receive(), None);
-    let start = Instant::now();
-    guest.driver.turn(200);
-    assert!(start.elapsed() >= Duration::from_millis(190), "the loop spins");
+    guest.assert_quiet();
     // The guest's own are refused.
     let _service = guest.service(1);
     guest.send(Ports { host: 1, guest: 1 }, op::REQUEST);

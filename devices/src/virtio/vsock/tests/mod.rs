@@ -165,6 +165,14 @@ impl Guest {
         }
     }
 
+    /// Whatever waits, waits without waking the loop.
+    fn assert_quiet(&mut self) {
+        self.driver.run(0);
+        let start = Instant::now();
+        self.driver.turn(200);
+        assert!(start.elapsed() >= Duration::from_millis(190), "the loop spins");
+    }
+
     fn try_receive(&mut self) -> Option<Packet> {
         if self.inbox.is_empty() {
             self.settle();
