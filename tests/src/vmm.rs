@@ -214,5 +214,6 @@ pub async fn until<T>(what: &str, mut check: impl FnMut() -> std::io::Result<Opt
 
 /// A store in a directory.
 pub fn directory_store(root: &Path) -> Result<Arc<dyn ObjectStore>, Error> {
+    std::fs::create_dir_all(root)?;
     Ok(Arc::new(stasis_snapshot::store::directory::DirectoryStore::open(root)?))
 }

@@ -182,8 +182,8 @@ impl Machine {
             arch: Arch::X86_64,
             platform: Platform {
                 vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
-                cpu_vendor: cpuid::vendor(&self.supported),
-                cpu_features: cpuid::feature_list(&self.supported),
+                cpu_vendor: cpuid::vendor(&self.offered),
+                cpu_features: cpuid::feature_list(&self.offered),
                 host_kernel,
             },
             spec: self.spec.encode()?,

@@ -101,8 +101,8 @@ pub struct Machine {
     /// Pages that are durable outside the parent: see [`capture`].
     base: capture::Parent,
     spec: MachineSpec,
-    /// CPUID of this host's KVM.
-    supported: Vec<CpuidLeaf>,
+    /// CPUID as this host gives it to guests.
+    offered: Vec<CpuidLeaf>,
 }
 
 /// The parts that booting and restoring make alike.
@@ -191,6 +191,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         // Which MSRs exist depends on the CPUID, which is set by now.
         let msr_indices = fds.first().map(|fd| vcpu::saved_indices(&frame.kvm, fd)).transpose()?.unwrap_or_default();
+        let offered = fds.first().map(cpuid::of_vcpu).transpose()?.unwrap_or_default();
         let shared = Arc::new(vcpu::Shared {
             bus: devices.bus(),
             xsave_size: kvm::xsave_size(&frame.vm),
@@ -205,8 +206,8 @@ impl Machine {
             .zip(0..)
             .map(|(fd, index)| Vcpu::start(index, fd, shared.clone()))
             .collect::<Result<Vec<_>, _>>()?;
-        let Frame { vm, ram, supported, .. } = frame;
-        Ok(Self { vcpus, gate: None, io, devices, shared, vm, ram, dirty, base, spec, supported })
+        let Frame { vm, ram, .. } = frame;
+        Ok(Self { vcpus, gate: None, io, devices, shared, vm, ram, dirty, base, spec, offered })
     }
 
     fn run_all(&self) -> Result<(), VcpuError> {

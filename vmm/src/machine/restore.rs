@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use kvm_ioctls::VcpuFd;
 use stasis_snapshot::capture::PageReader;
 use stasis_snapshot::granted::PackSource;
 use stasis_snapshot::ids::Digest;
@@ -114,7 +115,8 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     let spec = MachineSpec::decode(&manifest.spec)?;
     let frame = Frame::new(&spec)?;
     check_images(&manifest, &spec, &input.disks)?;
-    check_cpu(&manifest, &frame)?;
+    let fds = frame.vcpu_fds(&spec)?;
+    check_cpu(&manifest, &fds)?;
     let mut report = RestoreReport::default();
 
     let started = Instant::now();
@@ -136,7 +138,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
 
     let started = Instant::now();
     let machine =
-        tokio::task::block_in_place(|| place(&manifest, spec, frame, input.disks, input.generation_id, input.host))?;
+        tokio::task::block_in_place(|| place(&manifest, spec, frame, fds, input.disks, input.generation_id, input.host))?;
     report.state_us = started.elapsed().as_micros() as u64;
     Ok((machine, report))
 }
@@ -146,13 +148,13 @@ fn place(
     manifest: &Manifest,
     spec: MachineSpec,
     frame: Frame,
+    fds: Vec<VcpuFd>,
     disks: Vec<Disk>,
     generation_id: [u8; 16],
     host: Host,
 ) -> Result<Machine, MachineError> {
     // Before the devices, whose new generation id is a write that the snapshot does not have.
     let dirty = DirtyTracker::for_restored(&frame.vm, &frame.ram)?;
-    let fds = frame.vcpu_fds(&spec)?;
     let vm_saved: VmState = spec::unblob(&manifest.state, VM, vm_state::VERSION)?;
     let context = vcpu_state::Context {
         xsave_size: kvm::xsave_size(&frame.vm),
@@ -174,14 +176,15 @@ fn place(
     Ok(machine)
 }
 
-/// Refuses a guest that relies on CPU features which this host lacks.
-fn check_cpu(manifest: &Manifest, frame: &Frame) -> Result<(), RestoreFailed> {
-    let host = cpuid::vendor(&frame.supported);
+/// Refuses a guest that relies on CPU features which a guest made on this host would not have.
+fn check_cpu(manifest: &Manifest, fresh: &[VcpuFd]) -> Result<(), RestoreFailed> {
+    let offered = fresh.first().map(cpuid::of_vcpu).transpose().map_err(MachineError::from)?.unwrap_or_default();
+    let host = cpuid::vendor(&offered);
     if manifest.platform.cpu_vendor != host {
         return Err(RestoreFailed::Vendor { snapshot: manifest.platform.cpu_vendor.clone(), host });
     }
     let first: VcpuState = spec::unblob(&manifest.state, &vcpu_kind(0), vcpu_state::VERSION)?;
-    let missing = cpuid::missing_features(&first.cpuid, &frame.supported);
+    let missing = cpuid::missing_features(&first.cpuid, &offered);
     if missing.is_empty() { Ok(()) } else { Err(RestoreFailed::Features(missing)) }
 }
 

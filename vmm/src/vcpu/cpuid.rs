@@ -1,7 +1,7 @@
 //! The CPUID that a guest sees: what KVM supports, with the topology of this machine, and the check before a restore.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::registers::CpuidLeaf;
 use crate::kvm::{During, KvmError};
@@ -20,6 +20,13 @@ const SVM_BIT: u32 = 1 << 2;
 pub(crate) fn supported(kvm: &Kvm) -> Result<Vec<CpuidLeaf>, KvmError> {
     let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).during("ask for the supported CPUID")?;
     Ok(cpuid.as_slice().iter().map(CpuidLeaf::from).collect())
+}
+
+/// What a configured vCPU has. Read back, since a KVM may give a guest other leaves than it says it supports.
+pub(crate) fn of_vcpu(vcpu: &VcpuFd) -> Result<Vec<CpuidLeaf>, KvmError> {
+    let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).during("read cpuid")?;
+    // A KVM that does not count what it wrote leaves empty entries behind.
+    Ok(cpuid.as_slice().iter().map(CpuidLeaf::from).filter(|leaf| *leaf != CpuidLeaf::default()).collect())
 }
 
 /// The CPUID of vCPU `index` of `count`: one socket, one thread a core.
@@ -93,11 +100,17 @@ impl Register {
     }
 }
 
+/// The index of a leaf means something only where the kernel says so; elsewhere it may hold anything.
+fn is(leaf: &CpuidLeaf, function: u32, index: u32) -> bool {
+    let significant = leaf.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
+    leaf.function == function && (leaf.index == index || !significant)
+}
+
 /// The feature registers as text, for a snapshot's platform section.
 pub(crate) fn feature_list(leaves: &[CpuidLeaf]) -> Vec<String> {
     let mut list = Vec::new();
     for &(function, index, registers) in FEATURE_REGISTERS {
-        for leaf in leaves.iter().filter(|l| l.function == function && l.index == index) {
+        for leaf in leaves.iter().filter(|l| is(l, function, index)) {
             list.extend(
                 registers.iter().map(|r| format!("{function:#x}.{index}.{r:?}={:#x}", r.of(leaf)).to_lowercase()),
             );
@@ -112,7 +125,7 @@ pub(crate) fn missing_features(guest: &[CpuidLeaf], host: &[CpuidLeaf]) -> Vec<S
     const NOT_HARDWARE: u32 = HYPERVISOR_BIT | TSC_DEADLINE_BIT | OSXSAVE_BIT;
     const OSXSAVE_BIT: u32 = 1 << 27;
     let find = |leaves: &[CpuidLeaf], function, index| {
-        leaves.iter().find(|l| l.function == function && l.index == index).cloned().unwrap_or_default()
+        leaves.iter().find(|l| is(l, function, index)).cloned().unwrap_or_default()
     };
     let mut missing = Vec::new();
     for &(function, index, registers) in FEATURE_REGISTERS {

@@ -7,6 +7,7 @@ use kvm_bindings::{CpuId, kvm_lapic_state, kvm_mp_state, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use super::cpuid;
 use super::msr::{self, IA32_TSC, IA32_TSC_DEADLINE};
 use super::registers::{CpuidLeaf, DebugRegs, Events, Msr, Regs, Sregs, Xcr};
 use crate::kvm::{self, During, KvmError};
@@ -162,8 +163,7 @@ fn save_tsc(vcpu: &VcpuFd, _: &Context<'_>, s: &mut VcpuState) -> Result<(), Kvm
 }
 
 fn save_cpuid(vcpu: &VcpuFd, _: &Context<'_>, s: &mut VcpuState) -> Result<(), KvmError> {
-    let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).during("read cpuid")?;
-    s.cpuid = cpuid.as_slice().iter().map(CpuidLeaf::from).collect();
+    s.cpuid = cpuid::of_vcpu(vcpu)?;
     Ok(())
 }
 
