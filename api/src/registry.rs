@@ -21,6 +21,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How long a deleted sandbox is still answered with its reason after a restart.
+const REMEMBER_DELETED_MS: i64 = 24 * 3600 * 1000;
+
 /// The finished wakes of a sandbox: lets those who waited for one share its failure instead of trying again.
 #[derive(Clone, Debug, Default)]
 pub struct Wakes {
@@ -141,9 +144,12 @@ impl std::fmt::Debug for Sources {
 }
 
 impl Registry {
-    /// With what the journal knows.
+    /// With what the journal knows, but for sandboxes that have been gone for longer than [`REMEMBER_DELETED_MS`].
     pub fn load(journal: Arc<Journal>, sources: Sources) -> Result<Self, Error> {
-        let sandboxes = journal.records()?.into_iter().map(|r| (r.id.clone(), Arc::new(Sandbox::new(r)))).collect();
+        let forgotten = sources.now_ms() - REMEMBER_DELETED_MS;
+        let mut records = journal.records()?;
+        records.retain(|r| r.state != State::Deleted || r.state_changed_at > forgotten);
+        let sandboxes = records.into_iter().map(|r| (r.id.clone(), Arc::new(Sandbox::new(r)))).collect();
         Ok(Self { journal, sources, sandboxes: RwLock::new(sandboxes), deadlines_changed: Notify::new() })
     }
 
@@ -301,5 +307,18 @@ mod tests {
         first.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
         let second = Registry::load(journal, Sources::system()).unwrap();
         assert_eq!(second.get(&sandbox.id).unwrap().record(), sandbox.record());
+    }
+
+    #[test]
+    fn what_was_deleted_long_ago_is_not_loaded() {
+        let journal = Arc::new(Journal::in_memory().unwrap());
+        let now = Sources::system().now_ms();
+        for (id, at) in [("sbx-old", now - REMEMBER_DELETED_MS - 1), ("sbx-new", now - 1000)] {
+            let mut record = sample(id);
+            (record.state, record.state_changed_at) = (State::Deleted, at);
+            journal.store_move(&record, &Move { before: None, event: Event::Gone, at, note: None }).unwrap();
+        }
+        let ids = Registry::load(journal, Sources::system()).unwrap().all();
+        assert_eq!(ids.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(), ["sbx-new"]);
     }
 }

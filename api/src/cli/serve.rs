@@ -104,7 +104,7 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
         ("store.endpoint", s3.endpoint()),
         ("store.bucket", DEV_BUCKET.to_owned()),
         ("store.access_key", access_key.clone()),
-        ("store.secret_key", secret_key),
+        ("store.secret_key", secret_key.clone()),
     ];
     let vmm = dev.vmm.map(|path| ("vmm", path.display().to_string()));
     settings.extend(ours.into_iter().chain(vmm).map(|(field, text)| Setting {
@@ -131,7 +131,7 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
 
   API        {url}
   API key    {api_key}
-  S3         {s3}  bucket {DEV_BUCKET}, access key {access_key}
+  S3         {s3}  bucket {DEV_BUCKET}, access key {access_key}, secret key {secret_key}
   data       {data}
   templates  {images}
 

@@ -49,7 +49,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// How long requests in flight may take when the supervisor stops.
+/// How long requests in flight may take when the supervisor stops, and then operations.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Name of the journal in the data directory.
 pub const JOURNAL: &str = "journal.db";
@@ -161,14 +161,22 @@ impl Supervisor {
         &self.core
     }
 
-    /// Stops serving. Sandboxes keep running; the next supervisor on this data directory adopts them. Operations under way end by themselves
-    /// if the process lives on, and are finished or rolled back by the next supervisor if it does not.
+    /// Stops serving. Sandboxes keep running; the next supervisor on this data directory adopts them. Operations under way get a moment to
+    /// end; those that need longer are finished or rolled back by the next supervisor.
     pub async fn shutdown(self) {
         self.stop.cancel();
+        self.timers.abort();
         if tokio::time::timeout(DRAIN, self.server).await.is_err() {
             tracing::warn!("requests in flight were cut off");
         }
-        self.timers.abort();
+        let idle = async {
+            for sandbox in self.core.registry.all() {
+                drop(sandbox.lock().await);
+            }
+        };
+        if tokio::time::timeout(DRAIN, idle).await.is_err() {
+            tracing::warn!("operations under way are left to the next start");
+        }
     }
 }
 
