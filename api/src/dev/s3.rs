@@ -194,7 +194,7 @@ fn sweep(root: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(root)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(".tmp.") && name.ends_with(".part") {
+        if name.starts_with(".tmp.") {
             std::fs::remove_file(entry.path())?;
         }
     }
