@@ -54,7 +54,7 @@ const BATCH: usize = 256;
 /// Largest payload sent to the guest in one packet, bytes.
 const PACKET_BYTES: usize = 64 * 1024;
 /// How long packets are held back for a driver that does not take its transport-reset event.
-const RESET_HOLD: Duration = Duration::from_secs(2);
+const RESET_HOLD: Duration = Duration::from_secs(5);
 
 /// Saved state of a [`Vsock`]. Connections are not part of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
