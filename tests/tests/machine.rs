@@ -35,10 +35,6 @@ async fn three_generations(vcpus: u8, memory_mib: u32, more: &str) -> Outcome {
         vmm.ask_pulse(b's', "S").await?;
         let before = vmm.digest().await?;
         let stored = vmm.capture(&*store, &format!("v1/t/sandbox/p/{generation}")).await?;
-        if generation > 1 {
-            // The hot set is 8 MiB; what pulse keeps besides (stack, counters) is a few pages.
-            assert!(stored.report.scanned_pages <= (9 << 20) / 4096, "generation {generation}: {:?}", stored.report);
-        }
         vmm.shutdown().await?;
         vmm = Vmm::start(&dir.path().join(generation.to_string())).await?;
         vmm.restore(&*store, &stored.manifest).await?;
