@@ -2,9 +2,14 @@
 
 use crate::support::{Place, start_error, write_head};
 use stasis_api::config::StoreConfig;
+use stasis_api::sources::Sources;
 use stasis_api::states::State;
+use stasis_api::store::{EXCLUSIVE, Store};
 use stasis_api::supervisor::catalogue;
 use stasis_snapshot::commit::HeadState;
+use stasis_snapshot::store::directory::DirectoryStore;
+use stasis_snapshot::store::{ETag, ListPage, Object, ObjectStore, Precondition, RawGrant, StoreError};
+use std::sync::Arc;
 
 #[tokio::test]
 async fn an_empty_journal_is_filled_from_the_bucket() {
@@ -77,4 +82,47 @@ async fn what_keeps_it_from_starting_is_named() {
     };
     let error = start_error(config).await;
     assert_eq!(error.status().as_u16(), 503, "{}", error.chain());
+}
+
+/// A store that ignores preconditions, as some S3 servers do.
+#[derive(Debug)]
+struct Careless(DirectoryStore);
+
+#[async_trait::async_trait]
+impl ObjectStore for Careless {
+    async fn get(&self, key: &str) -> Result<Object, StoreError> {
+        self.0.get(key).await
+    }
+    async fn get_range(&self, key: &str, range: std::ops::Range<u64>) -> Result<bytes::Bytes, StoreError> {
+        self.0.get_range(key, range).await
+    }
+    async fn put(&self, key: &str, bytes: bytes::Bytes, _: &Precondition) -> Result<ETag, StoreError> {
+        self.0.put(key, bytes, &Precondition::None).await
+    }
+    async fn list(&self, prefix: &str, next: Option<&str>) -> Result<ListPage, StoreError> {
+        self.0.list(prefix, next).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.0.delete(key).await
+    }
+    async fn grant_put(&self, key: &str, ttl: std::time::Duration) -> Result<RawGrant, StoreError> {
+        self.0.grant_put(key, ttl).await
+    }
+    async fn grant_get(&self, key: &str, ttl: std::time::Duration) -> Result<RawGrant, StoreError> {
+        self.0.grant_get(key, ttl).await
+    }
+}
+
+#[tokio::test]
+async fn a_store_without_conditional_writes_serves_one_supervisor_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = async |owner: &str| {
+        let objects = Arc::new(Careless(DirectoryStore::open(dir.path()).unwrap()));
+        Store::over(objects, owner, &Sources::system()).await
+    };
+    let first = open("host-1").await.unwrap();
+    assert!(!first.is_shared() && !first.caveats().is_empty());
+    assert!(open("host-1").await.is_ok(), "the same one comes back after a restart");
+    let error = open("host-2").await.unwrap_err().to_string();
+    assert!(error.contains("host-1") && error.contains(EXCLUSIVE), "{error}");
 }
