@@ -111,6 +111,9 @@ impl std::fmt::Debug for Journal {
 impl Journal {
     /// Opens or creates the journal. Several processes may have it open: the command line manages keys beside a running supervisor.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        // Made private before SQLite sees it (which gives its side files the same mode). When that fails, so does the open, with its reason.
+        let _ = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path);
         let open = || -> rusqlite::Result<Connection> {
             let connection = Connection::open(path)?;
             connection.busy_timeout(std::time::Duration::from_secs(5))?;
@@ -191,6 +194,16 @@ mod tests {
         journal.lock().execute("UPDATE meta SET value = '99' WHERE name = 'schema'", []).unwrap();
         drop(journal);
         assert!(matches!(Journal::open(&path), Err(JournalError::Schema { .. })));
+    }
+
+    #[test]
+    fn the_file_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let _journal = Journal::open(&dir.path().join("journal.db")).unwrap();
+        for entry in std::fs::read_dir(dir.path()).unwrap() {
+            assert_eq!(entry.unwrap().metadata().unwrap().permissions().mode() & 0o077, 0);
+        }
     }
 
     #[test]
