@@ -175,6 +175,7 @@ fn requests_that_the_disk_cannot_serve_get_an_error_status_and_the_device_lives(
         (b::VIRTIO_BLK_T_IN, 0, writable(DATA, 100)),
         (b::VIRTIO_BLK_T_OUT, SECTORS, readable(DATA, 512)),
         (b::VIRTIO_BLK_T_OUT, SECTORS - 1, readable(DATA, 1024)),
+        (b::VIRTIO_BLK_T_OUT, SECTORS - 600, readable(DATA, 512 * 1024)),
         (b::VIRTIO_BLK_T_OUT, 1 << 55, readable(DATA, 512)),
         (b::VIRTIO_BLK_T_OUT, 0, readable(DATA, 511)),
     ] {

@@ -53,8 +53,8 @@ const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 const BATCH: usize = 256;
 /// Largest payload sent to the guest in one packet, bytes.
 const PACKET_BYTES: usize = 64 * 1024;
-/// How long packets are held back for a driver that does not take its transport-reset event.
-const RESET_HOLD: Duration = Duration::from_secs(5);
+/// How long packets are held back for a driver that does not take its transport-reset event. Less than the time a client waits.
+const RESET_HOLD: Duration = Duration::from_secs(3);
 
 /// Saved state of a [`Vsock`]. Connections are not part of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
