@@ -185,6 +185,3 @@ pub struct CaptureFailed {
 pub async fn capture(request: CaptureRequest) -> Result<Captured, CaptureFailed> {
     pipeline::run(request).await
 }
-
-#[cfg(test)]
-mod tests;

@@ -90,7 +90,7 @@ enum Guest {
     /// Runs, with this much work done.
     Runs(u64),
     /// Stopped for a pause, neither freed nor resumed.
-    Stopped(u64),
+    Stopped,
 }
 
 struct World {
@@ -173,7 +173,7 @@ impl World {
         CommitId(id)
     }
 
-    fn violation(&mut self, what: String) {
+    fn violation(&mut self, what: &str) {
         let now = self.now;
         self.violations.push(format!("step {now}: {what}"));
     }
@@ -205,10 +205,10 @@ impl World {
         let new = Head::decode(body).unwrap();
         let old = self.head.as_ref().map(|head| Head::decode(&head.bytes).unwrap());
         if let Err(rule) = validate(&new, old.as_ref()) {
-            self.violation(format!("{} wrote a head against a rule: {rule}", NAMES[owner]));
+            self.violation(&format!("{} wrote a head against a rule: {rule}", NAMES[owner]));
         }
         if new.state != HeadState::Live && matches!(self.guests[owner], Guest::Runs(_)) {
-            self.violation(format!("a pause of {} landed while its guest runs", NAMES[owner]));
+            self.violation(&format!("a pause of {} landed while its guest runs", NAMES[owner]));
         }
         let tag = ETag(format!("tag-{}", self.tags));
         self.tags += 1;
@@ -259,16 +259,17 @@ impl World {
     }
 
     /// What must hold between any two steps.
+    #[expect(clippy::needless_range_loop, reason = "the owner's number is its name")]
     fn check(&mut self) {
         let live = |guest: &Guest| matches!(guest, Guest::Runs(_));
         if self.guests.iter().filter(|guest| live(guest)).count() > 1 {
-            self.violation("two live copies".into());
+            self.violation("two live copies");
         }
         for owner in 0..OWNERS {
-            if !matches!(self.guests[owner], Guest::Stopped(_)) || self.faults {
+            if !matches!(self.guests[owner], Guest::Stopped) || self.faults {
                 self.stopped[owner] = self.now;
             } else if self.now - self.stopped[owner] > PAUSE_BOUND {
-                self.violation(format!("a pause of {} does not end", NAMES[owner]));
+                self.violation(&format!("a pause of {} does not end", NAMES[owner]));
             }
             if !live(&self.guests[owner]) {
                 continue;
@@ -289,7 +290,7 @@ impl World {
                     Request::Read => false,
                 });
             if landable {
-                self.violation(format!("the guest of {} runs with a commit that can still land", NAMES[owner]));
+                self.violation(&format!("the guest of {} runs with a commit that can still land", NAMES[owner]));
             }
         }
     }
@@ -300,11 +301,11 @@ impl World {
         self.counts.pauses += 1;
         ("ack", self.now, owner, head.seq).hash(&mut self.trace);
         if !self.history.contains(&head.commit) {
-            self.violation("an acknowledged pause was never committed".into());
+            self.violation("an acknowledged pause was never committed");
         }
         let readable = head.manifest.as_ref().and_then(|m| self.saved.get(&m.key));
         if readable != Some(&work) {
-            self.violation("an acknowledged pause cannot be read".into());
+            self.violation("an acknowledged pause cannot be read");
         }
         self.acknowledged = self.acknowledged.max(work);
     }
@@ -315,7 +316,7 @@ impl World {
         let work = head.manifest.as_ref().map_or(0, |manifest| self.saved[&manifest.key]);
         if work < self.acknowledged {
             let acknowledged = self.acknowledged;
-            self.violation(format!("woken with {work}, but {acknowledged} was acknowledged"));
+            self.violation(&format!("woken with {work}, but {acknowledged} was acknowledged"));
         }
         self.guests[owner] = Guest::Runs(work);
     }
@@ -493,7 +494,7 @@ impl Owner {
                 let Guest::Runs(work) = world.guests[self.me] else { unreachable!() };
                 // The guest did something since.
                 let work = work + 1;
-                world.guests[self.me] = Guest::Stopped(work);
+                world.guests[self.me] = Guest::Stopped;
                 let commit = world.id();
                 let key = format!("manifest-{commit}");
                 world.saved.insert(key.clone(), work);
@@ -567,6 +568,7 @@ struct Report {
     paused_in_calm: u64,
 }
 
+#[expect(clippy::needless_range_loop, reason = "the owner's number is its name")]
 fn simulate(seed: u64, cancels: bool) -> Report {
     let world: Shared = Arc::new(Mutex::new(World::new(seed)));
     let start = |me: usize| -> Pin<Box<dyn Future<Output = ()> + Send>> {

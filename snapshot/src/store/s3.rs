@@ -16,7 +16,7 @@ use super::{
 };
 
 /// A presigned URL is valid for a week at most.
-const MAX_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+const MAX_TTL: Duration = Duration::from_hours(7 * 24);
 const LIST_PAGE: usize = 1000;
 
 /// How to reach a bucket. `Debug` hides the keys.
