@@ -38,6 +38,7 @@ pub mod states;
 pub mod store;
 pub mod supervisor;
 pub mod template;
+mod template_digest;
 pub mod timing;
 pub mod validate;
 pub mod vmm_process;

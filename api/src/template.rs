@@ -1,14 +1,13 @@
 //! Templates: what a sandbox boots from. Read from `<images>/templates/*/template.json`; paths in it are relative to that file.
 //!
-//! A template's digest is BLAKE3 over the digests of its files and its command line. Digests of files are cached by size and
-//! modification time in the journal, since a root file system is too large to read at every start.
+//! A template's digest is BLAKE3 over the digests of its files ([`crate::template_digest`]) and its command line.
 
 use crate::journal::{Journal, JournalError};
+use crate::template_digest::{self, Stamp, content_digest};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 /// Least memory of a sandbox unless its template says less, MiB.
@@ -213,13 +212,18 @@ fn load(description: &Path, file: TemplateFile, journal: &Journal) -> Result<Tem
     let digest_of = |part: &'static str, path: &Path| {
         let path = base.join(path);
         let wrong = |source| TemplateError::File { name: file.name.clone(), part, path: path.clone(), source };
-        let found = fs::metadata(&path).map_err(wrong)?;
-        let stamp = (found.len(), found.mtime() * 1_000_000_000 + found.mtime_nsec());
-        if let Some(digest) = journal.cached_digest(&path, stamp).map_err(TemplateError::Journal)? {
+        let stamp = Stamp::of(&path).map_err(wrong)?;
+        let beside = template_digest::beside(&path, stamp);
+        let cached = match beside {
+            Some(digest) => Some(digest),
+            None => journal.cached_digest(&path, (stamp.len, stamp.mtime_ns)).map_err(TemplateError::Journal)?,
+        };
+        if let Some(digest) = cached {
             return Ok((path, digest));
         }
-        let digest = content_digest(&fs::File::open(&path).map_err(wrong)?, found.len()).map_err(wrong)?;
-        journal.cache_digest(&path, stamp, &digest).map_err(TemplateError::Journal)?;
+        let digest = fs::File::open(&path).and_then(|f| content_digest(&f, stamp.len)).map_err(wrong)?;
+        journal.cache_digest(&path, (stamp.len, stamp.mtime_ns), &digest).map_err(TemplateError::Journal)?;
+        template_digest::leave_beside(&path, stamp, &digest);
         Ok((path, digest))
     };
     let (kernel, kernel_digest) = digest_of("kernel", &file.kernel)?;
@@ -245,34 +249,6 @@ fn load(description: &Path, file: TemplateFile, journal: &Journal) -> Result<Tem
         exit_counter: file.exit_counter,
         rootfs_digest,
     })
-}
-
-/// BLAKE3 over the number and content of every 64 KiB block that is not all zero, then the length; hex. Says the same of a sparse and of a
-/// full copy, and skips holes without reading them: a root file system of 10 GiB has a few hundred MiB of content.
-fn content_digest(file: &fs::File, len: u64) -> io::Result<String> {
-    use std::os::unix::fs::FileExt as _;
-    const BLOCK: u64 = 64 << 10;
-    let mut hasher = blake3::Hasher::new();
-    let mut block = vec![0; BLOCK as usize];
-    let mut at = 0;
-    while at < len {
-        at = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
-            // A hole may end inside a block, whose beginning is then zero.
-            Ok(data) => data - data % BLOCK,
-            // Nothing but a hole up to the end.
-            Err(rustix::io::Errno::NXIO) => break,
-            // A file system without holes.
-            Err(rustix::io::Errno::INVAL) => at,
-            Err(e) => return Err(e.into()),
-        };
-        let n = usize::try_from(BLOCK.min(len - at)).unwrap_or(block.len());
-        file.read_exact_at(&mut block[..n], at)?;
-        if block[..n].iter().any(|byte| *byte != 0) {
-            hasher.update(&(at / BLOCK).to_le_bytes()).update(&block[..n]);
-        }
-        at += BLOCK;
-    }
-    Ok(hasher.update(&len.to_le_bytes()).finalize().to_hex().to_string())
 }
 
 #[cfg(test)]
@@ -329,25 +305,5 @@ mod tests {
         let digest = templates.find("a", &journal).unwrap().rootfs_digest.unwrap();
         assert!(templates.rootfs_by_digest(&digest, "gone", &journal).unwrap().is_some());
         assert!(templates.rootfs_by_digest(&"0".repeat(64), "a", &journal).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_digest_is_of_content_whatever_the_holes() {
-        use std::os::unix::fs::FileExt as _;
-        let digest = |file: &fs::File| content_digest(file, file.metadata().unwrap().len()).unwrap();
-        let (sparse, full) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        sparse.set_len(1 << 20).unwrap();
-        full.write_all_at(&vec![0; 1 << 20], 0).unwrap();
-        assert_eq!(digest(&sparse), digest(&full));
-        for file in [&sparse, &full] {
-            file.write_all_at(b"x", 700_001).unwrap();
-        }
-        assert_eq!(digest(&sparse), digest(&full));
-        full.write_all_at(b"x", 700_000).unwrap();
-        assert_ne!(digest(&sparse), digest(&full));
-        let longer = tempfile::tempfile().unwrap();
-        longer.set_len(2 << 20).unwrap();
-        longer.write_all_at(b"x", 700_001).unwrap();
-        assert_ne!(digest(&sparse), digest(&longer));
     }
 }

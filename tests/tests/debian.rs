@@ -1,6 +1,6 @@
 //! A Debian guest sleeps and wakes with its program running: needs VT-x or AMD-V, or the rig.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use stasis_tests::host;
@@ -23,6 +23,7 @@ fn main() {
 struct Guest {
     service: Service,
     id: String,
+    started: Instant,
 }
 
 impl Guest {
@@ -33,10 +34,18 @@ impl Guest {
                 .map(|(k, v)| (k.to_owned(), v.to_owned()))
                 .to_vec(),
         };
+        let started = Instant::now();
         let service = Service::start(options).await?;
         let body = json!({"template_name": "system/debian:bookworm", "memory": 512, "vcpu": 2});
         let id = service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id");
-        Ok(Self { service, id })
+        let guest = Self { service, id, started };
+        guest.say("created");
+        Ok(guest)
+    }
+
+    /// Where the time goes: the rig is slow, and a test that says nothing for minutes looks like one that hangs.
+    fn say(&self, what: &str) {
+        eprintln!("{:7.1} s  {what}", self.started.elapsed().as_secs_f64());
     }
 
     /// Standard output of a command that must succeed.
@@ -44,6 +53,7 @@ impl Guest {
         let body = json!({"command": command, "timeout": 120});
         let path = format!("/v1/sandbox/{}/process/execute", self.id);
         let done = self.service.call("POST", &path, Some(body)).await?.expect(200)?;
+        self.say(command.lines().next().unwrap_or_default());
         if done.json["exit_code"] != json!(0) {
             return Err(format!("{command}: {:?}", done.json).into());
         }
@@ -51,9 +61,12 @@ impl Guest {
     }
 
     async fn sleep_and_wake(&self) -> Result<(), Error> {
-        self.service.pause(&self.id).await?.expect(201)?;
+        self.say("pause");
+        let paused = self.service.pause(&self.id).await?.expect(201)?;
+        self.say(&format!("paused: {}", paused.timing));
         assert!(self.service.vmm_pids().is_empty());
-        self.service.resume(&self.id).await?.expect(200)?;
+        let resumed = self.service.resume(&self.id).await?.expect(200)?;
+        self.say(&format!("resumed: {}", resumed.timing));
         Ok(())
     }
 }
@@ -111,10 +124,7 @@ async fn five_cycles() -> Outcome {
         assert!(count_now > count, "cycle {cycle}: the process goes on");
         let read = guest.run("sha256sum /root/data | cut -d' ' -f1").await?;
         assert_eq!(read, written, "cycle {cycle}: the file, never synced");
-        assert_eq!(
-            guest.run("cat /run/holder.pid && kill -0 $(cat /run/holder.pid) && echo alive").await?,
-            format!("{pid}\nalive")
-        );
+        assert_eq!(guest.run("kill -0 $(cat /run/holder.pid) && cat /run/holder.pid").await?, pid);
         assert_eq!(guest.run("cat /proc/sys/kernel/random/boot_id").await?, boot, "cycle {cycle}: not a reboot");
         assert_eq!(
             guest.run("cat /root/data | sha256sum | cut -d' ' -f1; sync; echo ok").await?,
@@ -133,6 +143,7 @@ async fn two_resumes() -> Outcome {
     let mut drawn = std::collections::BTreeSet::new();
     for _ in 0..2 {
         guest.service.resume(&guest.id).await?.expect(200)?;
+        guest.say("resumed");
         let uuids = guest.run("for i in 1 2 3 4 5 6 7 8; do cat /proc/sys/kernel/random/uuid; done; python3 -c 'import uuid; print(uuid.uuid4())'").await?;
         for uuid in uuids.lines() {
             assert!(drawn.insert(uuid.to_owned()), "{uuid} was drawn twice");

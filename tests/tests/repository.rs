@@ -28,7 +28,12 @@ fn dependencies(folder: &str) -> BTreeSet<String> {
     let manifest = std::fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
     let (_, after) = manifest.split_once("\n[dependencies]\n").unwrap();
     let section = after.split("\n[").next().unwrap_or_default();
-    section.lines().filter_map(|l| l.split(['.', ' ', '=']).next()).filter(|n| !n.is_empty()).map(str::to_owned).collect()
+    section
+        .lines()
+        .filter_map(|l| l.split(['.', ' ', '=']).next())
+        .filter(|n| !n.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 #[test]
@@ -49,7 +54,9 @@ fn paths_that_the_documents_name_exist() {
     for document in ["ARCHITECTURE.md", "README.md"] {
         let text = std::fs::read_to_string(root().join(document)).unwrap();
         for word in text.split('`').skip(1).step_by(2) {
-            let is_path = word.contains('/') && !word.contains([' ', '{', '<', '*', '$', '…', ':']) && !word.starts_with(['/', '.', '-']);
+            let is_path = word.contains('/')
+                && !word.contains([' ', '{', '<', '*', '$', '…', ':'])
+                && !word.starts_with(['/', '.', '-']);
             let first = word.split('/').next().unwrap_or_default();
             let ours = ["api", "devices", "guest-images", "snapshot", "tests", "vmm"].contains(&first);
             assert!(!(is_path && ours) || root().join(word).exists(), "{document} names {word}");
@@ -73,7 +80,9 @@ fn every_library_and_module_says_what_lives_there() {
         }
     }
     let mut silent = Vec::new();
-    for folder in ["api/src", "devices/src", "guest-images/agent/src", "snapshot/src", "tests/src", "tests/tests", "vmm/src"] {
+    for folder in
+        ["api/src", "devices/src", "guest-images/agent/src", "snapshot/src", "tests/src", "tests/tests", "vmm/src"]
+    {
         check(&root().join(folder), &mut silent);
     }
     assert!(silent.is_empty(), "no module documentation: {silent:?}");

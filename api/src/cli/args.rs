@@ -37,6 +37,8 @@ pub(super) enum Command {
     Dev(Dev),
     /// Manage API keys, on the host of the supervisor.
     Key(Key),
+    /// List the templates of an image directory, on the host of the supervisor. Notes their digests beside them.
+    Templates(Templates),
     #[command(flatten)]
     Client(Client),
 }
@@ -103,6 +105,13 @@ pub(super) struct Dev {
     /// Write address and key here instead of to the user's client configuration.
     #[arg(long)]
     pub(super) profile: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Templates {
+    /// Directory with templates/ [default: target/images of a build tree, else /usr/share/stasis/images].
+    #[arg(long, env = "STASIS_IMAGES_DIR")]
+    pub(super) images_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -12,6 +12,7 @@ mod output;
 mod profile;
 mod progress;
 mod serve;
+mod templates;
 
 pub use exit::ExitStatus;
 
@@ -74,6 +75,7 @@ async fn run(args: Args) -> Result<ExitStatus, Failure> {
         Command::Serve(serve) => serve::serve(serve).await,
         Command::Dev(dev) => serve::dev(dev).await,
         Command::Key(key) => keys::run(&key, output),
+        Command::Templates(arguments) => templates::run(&arguments, output),
         Command::Client(client) => commands::run(client, &args.connection, output).await,
     }
 }

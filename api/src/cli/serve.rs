@@ -161,7 +161,7 @@ Ctrl-C stops the servers; running sandboxes go on and are adopted by the next `s
 }
 
 /// `target/images` of the build tree that this program lies in, else the installed place.
-fn images_dir() -> PathBuf {
+pub(super) fn images_dir() -> PathBuf {
     let of_tree = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.parent()?.join("images")));
     of_tree.filter(|dir| dir.join("templates").is_dir()).unwrap_or_else(|| PathBuf::from("/usr/share/stasis/images"))
 }
