@@ -104,7 +104,7 @@ impl Service {
         let data = dir.path().join("d");
         let key = make_key(&data, "test")?;
         let supervisor = spawn(&dir, &options, &proxy.endpoint(), port)?;
-        let http = reqwest::Client::builder().timeout(Duration::from_secs(600)).build()?;
+        let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
         let service = Self { proxy, url, key, dir, options, s3, supervisor, http };
         service.ready().await?;
         Ok(service)

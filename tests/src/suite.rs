@@ -11,7 +11,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 pub type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 /// Longest that one test may take.
-const DEADLINE: Duration = Duration::from_secs(900);
+const DEADLINE: Duration = Duration::from_mins(15);
 
 /// Collects tests, then runs them.
 #[derive(Default)]
@@ -22,11 +22,13 @@ pub struct Suite {
 
 impl Suite {
     /// Adds a test; with `lacking` it is not run, and the reason is said.
-    pub fn test<F, T>(mut self, name: &str, lacking: Option<String>, run: F) -> Self
+    #[must_use]
+    pub fn test<F, T>(mut self, name: &str, lacking: impl Into<Option<String>>, run: F) -> Self
     where
         F: FnOnce() -> T + Send + 'static,
         T: Future<Output = Outcome> + Send + 'static,
     {
+        let lacking = lacking.into();
         let runner = move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             let outcome = runtime.block_on(async { tokio::time::timeout(DEADLINE, tokio::spawn(run())).await });

@@ -22,7 +22,7 @@ use crate::host;
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// How long a guest or a VMM may take for what takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The pulse guest, built by `guest-images/pulse/build`.
 pub fn pulse() -> PathBuf {
@@ -182,7 +182,7 @@ impl Vmm {
     /// Ends the process and waits until it is gone.
     pub async fn shutdown(mut self) -> Result<(), Error> {
         self.client.shutdown().await?;
-        let status = until("the VMM's end", || Ok(self.child.try_wait()?)).await?;
+        let status = until("the VMM's end", || self.child.try_wait()).await?;
         if !status.success() {
             let note = std::fs::read_to_string(self.run_dir.join(EXIT_NOTE)).unwrap_or_default();
             return Err(format!("the VMM ended with {status}: {note}").into());

@@ -137,8 +137,9 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     report.pages_us = started.elapsed().as_micros() as u64;
 
     let started = Instant::now();
-    let machine =
-        tokio::task::block_in_place(|| place(&manifest, spec, frame, fds, input.disks, input.generation_id, input.host))?;
+    let machine = tokio::task::block_in_place(|| {
+        place(&manifest, spec, frame, fds, input.disks, input.generation_id, input.host)
+    })?;
     report.state_us = started.elapsed().as_micros() as u64;
     Ok((machine, report))
 }

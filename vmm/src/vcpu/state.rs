@@ -326,8 +326,8 @@ mod tests {
         let vm = kvm.create_vm().unwrap();
         vm.create_irq_chip().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        let supported = crate::vcpu::cpuid::supported(&kvm).unwrap();
-        vcpu.set_cpuid2(&crate::vcpu::cpuid::for_vcpu(&supported, 0, 1).unwrap()).unwrap();
+        let supported = cpuid::supported(&kvm).unwrap();
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, 0, 1).unwrap()).unwrap();
         Some((kvm, vm, vcpu))
     }
 
