@@ -10,8 +10,7 @@ STEP = tests/step
 all: build images
 
 setup:
-	$(STEP) setup guest-images/linux/need gcc=gcc make=make debootstrap=debootstrap mke2fs=e2fsprogs cpio=cpio modprobe=kmod \
-		xz=xz-utils lz4=lz4 curl=curl python3=python3 qemu-system-x86_64=qemu-system-x86 /bin/busybox=busybox-static
+	$(STEP) setup guest-images/linux/need gcc=gcc curl=curl python3=python3
 
 build: setup
 	$(STEP) build cargo build --workspace --all-targets
