@@ -57,9 +57,16 @@ pub struct Stored {
 impl Vmm {
     /// Starts a process that has no machine yet.
     pub async fn start(run_dir: &Path) -> Result<Self, Error> {
+        Self::start_under(run_dir, &["env"]).await
+    }
+
+    /// The same under a command that runs the one that follows it, such as `env` or `setpriv`.
+    pub async fn start_under(run_dir: &Path, wrapper: &[&str]) -> Result<Self, Error> {
         std::fs::create_dir_all(run_dir)?;
         #[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts a VMM")]
-        let child = std::process::Command::new(host::program("stasis-vmm"))
+        let child = std::process::Command::new(wrapper[0])
+            .args(&wrapper[1..])
+            .arg(host::program("stasis-vmm"))
             .args(["--id", "test", "--run-dir"])
             .arg(run_dir)
             .env("RUST_LOG", "info")
@@ -78,7 +85,13 @@ impl Vmm {
 
     /// Boots pulse.
     pub async fn boot_pulse(&mut self, vcpus: u8, memory_mib: u32, cmdline: &str) -> Result<(), Error> {
-        let kernel = self.send(vec![File::open(pulse())?]).await?[0];
+        let kernel = File::open(pulse())?;
+        self.boot(kernel, vcpus, memory_mib, cmdline).await
+    }
+
+    /// Boots a kernel without disks.
+    pub async fn boot(&mut self, kernel: File, vcpus: u8, memory_mib: u32, cmdline: &str) -> Result<(), Error> {
+        let kernel = self.send(vec![kernel]).await?[0];
         let machine = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: true };
         let request = BootRequest { machine, kernel, initramfs: None, cmdline: cmdline.to_owned(), disks: vec![] };
         self.client.boot(&request).await?;

@@ -6,6 +6,12 @@ use rand::Rng;
 use stasis_tests::host;
 use stasis_tests::suite::{Outcome, Suite};
 use stasis_tests::vmm::{Vmm, directory_store, no_pulse};
+use stasis_vmm::control::types::VmState;
+
+/// Runs what follows where `/dev` is empty.
+const HIDE_DEV: &[&str] = &["unshare", "-m", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh"];
+/// Runs what follows as a user who owns nothing.
+const NOBODY: &[&str] = &["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
 
 fn main() {
     let small = [(1, 512, ""), (2, 512, "")];
@@ -17,7 +23,9 @@ fn main() {
     }
     suite
         .test("no_port_exit_is_lost_or_doubled_across_1000_pauses", no_pulse(), || thousand_pauses(1000))
-        .test("a_guest_that_ends_ends_its_process_with_the_reason", no_pulse(), guest_end)
+        .test("a_file_that_is_no_kernel_is_refused", no_pulse(), no_kernel)
+        .test("a_host_without_kvm_is_named", no_pulse().or_else(not_root), || no_kvm_inside(HIDE_DEV, "load kvm"))
+        .test("a_kvm_without_permission_is_named", no_pulse().or_else(not_root), || no_kvm_inside(NOBODY, "permission"))
         .main();
 }
 
@@ -85,26 +93,33 @@ async fn thousand_pauses(pauses: u32) -> Outcome {
     Ok(())
 }
 
-/// A kernel that is no kernel: the boot says so. A guest that faults for good: the process ends and says why.
-async fn guest_end() -> Outcome {
+/// A kernel that is no kernel: the boot says so, and the VMM is as empty as before.
+async fn no_kernel() -> Outcome {
     let dir = host::scratch()?;
     let mut vmm = Vmm::start(&dir.path().join("0")).await?;
-    let kernel = vmm.send(vec![tempfile::tempfile()?]).await?[0];
-    let request = stasis_vmm::control::types::BootRequest {
-        machine: stasis_vmm::control::types::MachineConfig {
-            vcpus: 1,
-            memory_mib: 16,
-            vsock_cid: None,
-            exit_counter: false,
-        },
-        kernel,
-        initramfs: None,
-        cmdline: String::new(),
-        disks: vec![],
-    };
-    let refused = vmm.client.boot(&request).await.expect_err("an empty file is no kernel").to_string();
-    assert!(refused.contains("kernel"), "{refused}");
-    assert_eq!(vmm.client.status().await?.state, stasis_vmm::control::types::VmState::Empty);
+    let refused = vmm.boot(tempfile::tempfile()?, 1, 16, "").await.expect_err("an empty file is no kernel");
+    assert!(refused.to_string().contains("kernel"), "{refused}");
+    assert_eq!(vmm.client.status().await?.state, VmState::Empty);
+    vmm.boot_pulse(1, 16, "fill=1 hot=1").await?;
+    vmm.console_until("R\n").await?;
     vmm.shutdown().await?;
     Ok(())
+}
+
+/// A VMM that finds no `/dev/kvm`, or may not open it, says which and what to do.
+async fn no_kvm_inside(wrapper: &'static [&'static str], says: &'static str) -> Outcome {
+    let dir = host::scratch()?;
+    let run_dir = dir.path().join("0");
+    std::fs::create_dir_all(&run_dir)?;
+    for path in [dir.path(), &run_dir] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    }
+    let mut vmm = Vmm::start_under(&run_dir, wrapper).await?;
+    let refused = vmm.boot_pulse(1, 16, "fill=1").await.expect_err("there is no usable /dev/kvm").to_string();
+    assert!(refused.contains("/dev/kvm") && refused.contains(says), "{refused}");
+    Ok(())
+}
+
+fn not_root() -> Option<String> {
+    (!rustix::process::geteuid().is_root()).then(|| "needs root, to take /dev/kvm away".to_owned())
 }

@@ -20,7 +20,6 @@ const DENIED: &[(u32, &str)] = &[
     (0x1b, "IA32_APIC_BASE: part of sregs"),
     (0xc000_0080, "EFER: part of sregs"),
     (0x3a, "IA32_FEATURE_CONTROL: gates nested VMX, which is never offered"),
-    (0x122, "TSX_CTRL: follows CPUID"),
 ];
 
 /// KVM takes at most this many in one call.
