@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stasis_api::dev::{Fault, Rule};
+use stasis_tests::host;
 use stasis_tests::service::{Options, Service};
 use stasis_tests::suite::{Outcome, Suite};
 use stasis_tests::vmm::no_pulse;
@@ -17,12 +18,20 @@ fn main() {
         .test("another_tenant_sees_nothing", no_pulse(), other_tenant)
         .test("damaged_objects_are_named_and_the_sandbox_stays_paused", no_pulse(), damaged_objects)
         .test("an_empty_supervisor_finds_what_sleeps_in_the_bucket", no_pulse(), bucket_is_the_catalogue)
-        .test("linux_is_refused_on_software_kvm_with_the_way_out", no_pulse().or_else(hardware), software_kvm)
+        .test(
+            "linux_is_refused_on_software_kvm_with_the_way_out",
+            no_pulse().or_else(hardware).or_else(no_images),
+            software_kvm,
+        )
         .main();
 }
 
+fn no_images() -> Option<String> {
+    host::missing(&host::built("images/templates/debian-bookworm"), "guest-images/linux/build makes it")
+}
+
 fn hardware() -> Option<String> {
-    stasis_tests::host::no_linux_guest().is_none().then(|| "this machine has hardware virtualization".to_owned())
+    host::no_linux_guest().is_none().then(|| "this machine has hardware virtualization".to_owned())
 }
 
 async fn sleeps_and_wakes() -> Outcome {
@@ -201,14 +210,7 @@ async fn bucket_is_the_catalogue() -> Outcome {
 }
 
 async fn software_kvm() -> Outcome {
-    let mut options = Options::default();
-    let images = stasis_tests::host::built("images");
-    if let Some(why) =
-        stasis_tests::host::missing(&images.join("templates/debian-bookworm"), "guest-images/linux/build")
-    {
-        return Err(why.into());
-    }
-    options.images = Some(images);
+    let options = Options { images: Some(host::built("images")), ..Options::default() };
     let service = Service::start(options).await?;
     let body: Value = json!({"template_name": "system/debian:bookworm"});
     let refused = service.call("POST", "/v1/sandbox", Some(body)).await?;

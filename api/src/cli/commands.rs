@@ -130,7 +130,7 @@ fn show(answer: &Answer, output: Output) {
         output::tell(&format!("reason: {reason}"));
     }
     if let Some(timing) = &answer.timing {
-        output::tell(&format!("timing: {}", timing.replace(";dur=", " ").replace(";desc=", " ").replace('"', "")));
+        output::tell(&format!("timing (ms): {}", timing.replace(";dur=", " ").replace(";desc=", " ").replace('"', "")));
     }
 }
 
