@@ -57,16 +57,16 @@ pub struct Stored {
 impl Vmm {
     /// Starts a process that has no machine yet.
     pub async fn start(run_dir: &Path) -> Result<Self, Error> {
-        Self::start_under(run_dir, &["env"]).await
+        Self::start_under(run_dir, &["env"], &host::program("stasis-vmm")).await
     }
 
-    /// The same under a command that runs the one that follows it, such as `env` or `setpriv`.
-    pub async fn start_under(run_dir: &Path, wrapper: &[&str]) -> Result<Self, Error> {
+    /// The same, from a program of the caller's choice, under a command that runs the one that follows it, such as `env` or `setpriv`.
+    pub async fn start_under(run_dir: &Path, wrapper: &[&str], program: &Path) -> Result<Self, Error> {
         std::fs::create_dir_all(run_dir)?;
         #[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts a VMM")]
         let child = std::process::Command::new(wrapper[0])
             .args(&wrapper[1..])
-            .arg(host::program("stasis-vmm"))
+            .arg(program)
             .args(["--id", "test", "--run-dir"])
             .arg(run_dir)
             .env("RUST_LOG", "info")
