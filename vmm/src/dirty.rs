@@ -62,8 +62,13 @@ impl DirtyTracker {
         Ok(Self { logging: true, carry_over: PageSet::new(ram.pages()) })
     }
 
-    /// Adds what was written since the last call to the carry-over and answers all of it. vCPUs and devices stand still.
-    pub(crate) fn collect(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<&PageSet, DirtyError> {
+    /// Pages that differ from the last durable ones, as of the last [`collect`](Self::collect).
+    pub(crate) fn pages(&self) -> &PageSet {
+        &self.carry_over
+    }
+
+    /// Adds what was written since the last call. vCPUs and devices stand still.
+    pub(crate) fn collect(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<(), DirtyError> {
         if self.logging {
             self.harvest_log(vm, ram)?;
         } else {
@@ -72,7 +77,7 @@ impl DirtyTracker {
             self.carry_over.union(&ram.existing_pages()?);
         }
         self.carry_over.union(&ram.take_device_writes());
-        Ok(&self.carry_over)
+        Ok(())
     }
 
     /// These pages are in confirmed packs now.

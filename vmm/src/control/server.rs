@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -123,6 +124,7 @@ struct Server {
     /// The running capture, if any. Locked after `machine`.
     capture: Mutex<Option<CancellationToken>>,
     ended: mpsc::Sender<Ended>,
+    shutdown_asked: AtomicBool,
     shutdown: watch::Sender<bool>,
 }
 
@@ -144,13 +146,14 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
         machine: Mutex::new(None),
         capture: Mutex::new(None),
         ended: ended_tx,
+        shutdown_asked: AtomicBool::new(false),
         shutdown,
     });
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    let server = server.clone();
+                    let (server, closing) = (server.clone(), server.clone());
                     tokio::spawn(async move {
                         let service = service_fn(move |request| answer(server.clone(), request));
                         if let Err(error) = hyper::server::conn::http1::Builder::new()
@@ -159,16 +162,16 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
                         {
                             tracing::debug!(%error, "control connection");
                         }
+                        // The answer to a shutdown is written by now: its connection closes behind it.
+                        if closing.shutdown_asked.load(Ordering::Acquire) {
+                            closing.shutdown.send_replace(true);
+                        }
                     });
                 }
                 Err(error) => tracing::warn!(%error, "control socket"),
             },
             Some(ended) = ended.recv() => return Finished::Machine(ended),
-            _ = asked.changed() => {
-                // The answer is on its way; the connection's task needs a moment to write it.
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                return Finished::Shutdown;
-            }
+            _ = asked.changed() => return Finished::Shutdown,
         }
     }
 }
@@ -220,8 +223,8 @@ async fn route(server: &Arc<Server>, request: Request<Incoming>) -> Result<Resul
             empty()
         }
         (&Method::PUT, "/v1/vm/shutdown") => {
-            server.shutdown.send_replace(true);
-            empty()
+            server.shutdown_asked.store(true, Ordering::Release);
+            Response::builder().status(StatusCode::NO_CONTENT).header("connection", "close").body(Full::default())
         }
         (method, path) => return Err(Refusal::NotFound(format!("{method} {path}"))),
     })

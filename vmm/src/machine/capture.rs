@@ -80,7 +80,8 @@ pub(crate) fn wall_ns() -> u64 {
 impl Machine {
     /// Brings the dirty sets up to date. The machine is paused.
     pub(crate) fn dirty_counts(&mut self, options: &Options) -> Result<DirtyCounts, MachineError> {
-        let memory_pages = self.dirty.collect(&self.vm, &self.ram)?.len();
+        self.dirty.collect(&self.vm, &self.ram)?;
+        let memory_pages = self.dirty.pages().len();
         for (dirty, disk) in self.base.disk_dirty.iter_mut().zip(&self.devices.disks) {
             for range in disk.overlay.take_dirty() {
                 dirty.insert(range);
@@ -103,7 +104,7 @@ impl Machine {
         let mut images = vec![ImageInput {
             kind: ImageKind::Memory,
             parent: self.base.maps[0].clone(),
-            look_at: self.dirty.collect(&self.vm, &self.ram)?.runs(),
+            look_at: self.dirty.pages().runs(),
             reader: self.ram.clone(),
             base: None,
         }];

@@ -84,9 +84,6 @@ pub struct BootFiles {
     pub cmdline: String,
 }
 
-/// How long stopping took.
-pub(crate) type StopTime = Duration;
-
 /// A machine. The fields are dropped in this order: vCPU and device threads end before what they use.
 pub struct Machine {
     vcpus: Vec<Vcpu>,
@@ -106,14 +103,14 @@ pub struct Machine {
 }
 
 /// The parts that booting and restoring make alike.
-struct Frame {
+struct BareMachine {
     kvm: Kvm,
     vm: VmFd,
     ram: Arc<GuestRam>,
     supported: Vec<CpuidLeaf>,
 }
 
-impl Frame {
+impl BareMachine {
     fn new(spec: &MachineSpec) -> Result<Self, MachineError> {
         let kvm = kvm::open()?;
         let supported = cpuid::supported(&kvm)?;
@@ -161,27 +158,27 @@ impl Machine {
     /// Boots a machine; its vCPUs run when this returns.
     pub fn boot(config: &MachineConfig, files: BootFiles, disks: Vec<Disk>, host: Host) -> Result<Self, MachineError> {
         let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
-        let frame = Frame::new(&spec)?;
-        let fds = frame.vcpu_fds(&spec)?;
-        let devices = DeviceSet::new(&spec, disks, &frame.ram, &frame.vm, &host.run_dir)?;
-        let memory = frame.ram.guest_memory();
+        let bare = BareMachine::new(&spec)?;
+        let fds = bare.vcpu_fds(&spec)?;
+        let devices = DeviceSet::new(&spec, disks, &bare.ram, &bare.vm, &host.run_dir)?;
+        let memory = bare.ram.guest_memory();
         crate::acpi::write(memory, spec.vcpus, devices.windows())
             .map_err(|e| BootError::Write { what: "ACPI tables", source: Box::new(e) })?;
         let entry = boot::load(memory, spec.memory_bytes(), files.kernel, files.initramfs, &files.cmdline)?;
         if let Some(first) = fds.first() {
             boot::set_entry(first, memory, entry)?;
         }
-        let dirty = DirtyTracker::for_boot(frame.ram.pages());
-        dirty::set_memslots(&frame.vm, &frame.ram, false)?;
-        let base = capture::Parent::none(&frame.ram, &devices);
-        let machine = Self::assemble(frame, spec, fds, devices, dirty, base, host)?;
+        let dirty = DirtyTracker::for_boot(bare.ram.pages());
+        dirty::set_memslots(&bare.vm, &bare.ram, false)?;
+        let base = capture::Parent::none(&bare.ram, &devices);
+        let machine = Self::assemble(bare, spec, fds, devices, dirty, base, host)?;
         machine.run_all()?;
         Ok(machine)
     }
 
     /// Starts the threads, parked; the gate is open.
     fn assemble(
-        frame: Frame,
+        bare: BareMachine,
         spec: MachineSpec,
         fds: Vec<VcpuFd>,
         devices: DeviceSet,
@@ -190,11 +187,11 @@ impl Machine {
         host: Host,
     ) -> Result<Self, MachineError> {
         // Which MSRs exist depends on the CPUID, which is set by now.
-        let msr_indices = fds.first().map(|fd| vcpu::saved_indices(&frame.kvm, fd)).transpose()?.unwrap_or_default();
+        let msr_indices = fds.first().map(|fd| vcpu::saved_indices(&bare.kvm, fd)).transpose()?.unwrap_or_default();
         let offered = fds.first().map(cpuid::of_vcpu).transpose()?.unwrap_or_default();
         let shared = Arc::new(vcpu::Shared {
             bus: devices.bus(),
-            xsave_size: kvm::xsave_size(&frame.vm),
+            xsave_size: kvm::xsave_size(&bare.vm),
             msr_indices,
             allowed_msrs: host.allowed_msrs,
             ended: host.ended,
@@ -206,7 +203,7 @@ impl Machine {
             .zip(0..)
             .map(|(fd, index)| Vcpu::start(index, fd, shared.clone()))
             .collect::<Result<Vec<_>, _>>()?;
-        let Frame { vm, ram, .. } = frame;
+        let BareMachine { vm, ram, .. } = bare;
         Ok(Self { vcpus, gate: None, io, devices, shared, vm, ram, dirty, base, spec, offered })
     }
 
@@ -224,8 +221,8 @@ impl Machine {
         self.gate.is_some()
     }
 
-    /// Stops vCPUs, then devices. Idempotent. On an error some may stand: [`resume`](Self::resume) starts those again.
-    pub fn pause(&mut self) -> Result<StopTime, MachineError> {
+    /// Stops vCPUs, then devices, and answers how long that took. Idempotent. On an error some may stand: [`resume`](Self::resume) starts those again.
+    pub fn pause(&mut self) -> Result<Duration, MachineError> {
         if self.is_paused() {
             return Ok(Duration::ZERO);
         }

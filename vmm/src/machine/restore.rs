@@ -19,7 +19,7 @@ use super::capture::{Parent, VM, vcpu_kind, wall_ns};
 use super::devices::DeviceSet;
 use super::disk::{BaseFile, Disk};
 use super::spec::{self, MachineSpec, SpecError};
-use super::{Frame, Host, Machine, MachineError};
+use super::{BareMachine, Host, Machine, MachineError};
 use crate::control::types::RestoreReport;
 use crate::dirty::DirtyTracker;
 use crate::kvm;
@@ -113,9 +113,9 @@ pub(crate) struct Input {
 /// Makes the machine, paused.
 pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine, RestoreReport), RestoreFailed> {
     let spec = MachineSpec::decode(&manifest.spec)?;
-    let frame = Frame::new(&spec)?;
+    let bare = BareMachine::new(&spec)?;
     check_images(&manifest, &spec, &input.disks)?;
-    let fds = frame.vcpu_fds(&spec)?;
+    let fds = bare.vcpu_fds(&spec)?;
     check_cpu(&manifest, &fds)?;
     let mut report = RestoreReport::default();
 
@@ -128,7 +128,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
             source,
         })?;
     }
-    let memory = MemoryWriter { ram: frame.ram.clone(), base: input.disks.first().and_then(|d| d.base.clone()) };
+    let memory = MemoryWriter { ram: bare.ram.clone(), base: input.disks.first().and_then(|d| d.base.clone()) };
     let mut writers: Vec<Arc<dyn PageWriter>> = vec![Arc::new(memory)];
     writers.extend(input.disks.iter().map(|d| Arc::new(DiskWriter(d.clone())) as Arc<dyn PageWriter>));
     let cancel = CancellationToken::new();
@@ -138,7 +138,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
 
     let started = Instant::now();
     let machine = tokio::task::block_in_place(|| {
-        place(&manifest, spec, frame, fds, input.disks, input.generation_id, input.host)
+        place(&manifest, spec, bare, fds, input.disks, input.generation_id, input.host)
     })?;
     report.state_us = started.elapsed().as_micros() as u64;
     Ok((machine, report))
@@ -148,17 +148,17 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
 fn place(
     manifest: &Manifest,
     spec: MachineSpec,
-    frame: Frame,
+    bare: BareMachine,
     fds: Vec<VcpuFd>,
     disks: Vec<Disk>,
     generation_id: [u8; 16],
     host: Host,
 ) -> Result<Machine, MachineError> {
     // Before the devices, whose new generation id is a write that the snapshot does not have.
-    let dirty = DirtyTracker::for_restored(&frame.vm, &frame.ram)?;
+    let dirty = DirtyTracker::for_restored(&bare.vm, &bare.ram)?;
     let vm_saved: VmState = spec::unblob(&manifest.state, VM, vm_state::VERSION)?;
     let context = vcpu_state::Context {
-        xsave_size: kvm::xsave_size(&frame.vm),
+        xsave_size: kvm::xsave_size(&bare.vm),
         msr_indices: &[],
         allowed_msrs: &host.allowed_msrs,
         tsc_shift: vm_saved.host_tsc.wrapping_sub(vm_state::host_tsc()),
@@ -167,12 +167,11 @@ fn place(
         let saved: VcpuState = spec::unblob(&manifest.state, &vcpu_kind(index), vcpu_state::VERSION)?;
         vcpu_state::restore(fd, &context, &saved).map_err(|source| VcpuError::Kvm { index: index as u8, source })?;
     }
-    vm_state::restore(&frame.vm, &vm_saved, wall_ns())?;
+    vm_state::restore(&bare.vm, &vm_saved, wall_ns())?;
     // After the VM: a device that raises its line now must find the controllers restored.
-    let devices =
-        DeviceSet::restore(&spec, &manifest.state, disks, &frame.ram, &frame.vm, &host.run_dir, generation_id)?;
+    let devices = DeviceSet::restore(&spec, &manifest.state, disks, &bare.ram, &bare.vm, &host.run_dir, generation_id)?;
     let base = Parent::of(manifest, &devices);
-    let mut machine = Machine::assemble(frame, spec, fds, devices, dirty, base, host)?;
+    let mut machine = Machine::assemble(bare, spec, fds, devices, dirty, base, host)?;
     machine.hold()?;
     Ok(machine)
 }
