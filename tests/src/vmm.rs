@@ -12,7 +12,7 @@ use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::store::{ObjectStore, RawGrant};
 use stasis_vmm::control::client::Client;
 use stasis_vmm::control::types::{
-    BootRequest, CaptureReport, CaptureRequest, FdToken, MachineConfig, RestoreReport, RestoreRequest,
+    BootRequest, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, RestoreReport, RestoreRequest,
 };
 use stasis_vmm::control::{CONSOLE_LOG, CONTROL_SOCKET, EXIT_NOTE};
 
@@ -190,6 +190,12 @@ impl Vmm {
         self.console_until("g ").await?;
         let pass = self.console_until("\n").await?;
         Ok((digest, pass.trim().to_owned()))
+    }
+
+    /// Waits until the process ends by itself, and reads the note it leaves.
+    pub async fn ended(&mut self) -> Result<ExitNote, Error> {
+        until("the VMM's end", || self.child.try_wait()).await?;
+        Ok(serde_json::from_slice(&std::fs::read(self.run_dir.join(EXIT_NOTE))?)?)
     }
 
     /// Ends the process and waits until it is gone.
