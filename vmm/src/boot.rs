@@ -256,11 +256,10 @@ pub(crate) fn set_entry(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Re
     const PAE: u64 = 1 << 5;
     const EFER_LME_LMA: u64 = (1 << 8) | (1 << 10);
     let long = matches!(entry, Entry::Linux64(_));
-    // The 64-bit protocol wants code at selector 0x10 and data at 0x18; PVH leaves the selectors open.
-    let code = FlatSegment { index: 2, access: CODE, long, big: !long };
-    let data = FlatSegment { index: 3, access: DATA, long: false, big: true };
-    let tss = FlatSegment { index: 4, access: BUSY_TSS, long: false, big: false };
-    let gdt = [0, 0, code.descriptor(), data.descriptor(), tss.descriptor()];
+    let code = FlatSegment { index: 1, access: CODE, long, big: !long };
+    let data = FlatSegment { index: 2, access: DATA, long: false, big: true };
+    let tss = FlatSegment { index: 3, access: BUSY_TSS, long: false, big: false };
+    let gdt = [0, code.descriptor(), data.descriptor(), tss.descriptor()];
     for (i, descriptor) in gdt.iter().enumerate() {
         memory.write_obj(*descriptor, GuestAddress(layout::BOOT_GDT + i as u64 * 8)).map_err(write("boot GDT"))?;
     }
