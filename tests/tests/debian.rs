@@ -1,9 +1,8 @@
 //! A Debian guest sleeps and wakes with its program running: needs VT-x or AMD-V, or the rig.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use stasis_tests::host;
 use stasis_tests::service::{Options, Service};
 use stasis_tests::suite::{Outcome, Suite};
@@ -18,17 +17,7 @@ fn main() {
     Suite::default()
         .test("five_cycles_keep_memory_disk_processes_and_time", lacking(), five_cycles)
         .test("two_resumes_of_one_snapshot_draw_different_randomness", lacking(), two_resumes)
-        .test("the_same_kernel_boots_as_a_bzimage", lacking().or_else(no_bzimage), bzimage)
         .main();
-}
-
-/// Debian's kernel as its package ships it; the template's is unpacked from it.
-fn vmlinuz() -> PathBuf {
-    host::built("cache/kernel-cloud-amd64/vmlinuz")
-}
-
-fn no_bzimage() -> Option<String> {
-    host::missing(&vmlinuz(), "guest-images/linux/build keeps it in a fresh cache")
 }
 
 struct Guest {
@@ -39,12 +28,8 @@ struct Guest {
 
 impl Guest {
     async fn start() -> Result<Self, Error> {
-        Self::start_from(host::built("images")).await
-    }
-
-    async fn start_from(images: PathBuf) -> Result<Self, Error> {
         let options = Options {
-            images: Some(images),
+            images: Some(host::built("images")),
             environment: [("STASIS_DEADLINES_BOOT_MS", "300000"), ("STASIS_DEADLINES_WAKE_MS", "60000")]
                 .map(|(k, v)| (k.to_owned(), v.to_owned()))
                 .to_vec(),
@@ -176,25 +161,5 @@ async fn two_resumes() -> Outcome {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(drawn.len(), 18);
-    Ok(())
-}
-
-/// The 64-bit Linux boot protocol, where the other tests enter by PVH; and it sleeps and wakes as well.
-async fn bzimage() -> Outcome {
-    let dir = host::scratch()?;
-    let from = host::built("images/templates/debian-bookworm");
-    let mut template: Value = serde_json::from_slice(&std::fs::read(from.join("template.json"))?)?;
-    template["kernel"] = json!(vmlinuz());
-    for part in ["initramfs", "rootfs"] {
-        template[part] = json!(from.join(template[part].as_str().unwrap_or_default()));
-    }
-    let to = dir.path().join("images/templates/bzimage");
-    std::fs::create_dir_all(&to)?;
-    std::fs::write(to.join("template.json"), template.to_string())?;
-    let guest = Guest::start_from(dir.path().join("images")).await?;
-    let boot = guest.run("uname -s; cat /proc/sys/kernel/random/boot_id").await?;
-    assert!(boot.starts_with("Linux"), "{boot}");
-    guest.sleep_and_wake().await?;
-    assert_eq!(guest.run("uname -s; cat /proc/sys/kernel/random/boot_id").await?, boot);
     Ok(())
 }
