@@ -148,6 +148,7 @@ async fn dead_guest() -> Outcome {
     let mut vmm = Vmm::start(&dir.path().join("0")).await?;
     let mut kernel = tempfile::tempfile()?;
     std::io::Write::write_all(&mut kernel, &suicidal_kernel())?;
+    std::io::Seek::rewind(&mut kernel)?;
     vmm.boot(kernel, 1, 16, "").await?;
     let note = vmm.ended().await?;
     // Hardware reports a triple fault; a KVM that emulates ring 0 may report that it cannot go on.
