@@ -74,7 +74,9 @@ impl Vmm {
             .stdin(Stdio::null())
             .spawn()?;
         let vmm = Self { client: Client::new(run_dir), run_dir: run_dir.to_owned(), child, next_token: 1, seen: 0 };
-        until("the VMM's control socket", || Ok(run_dir.join(CONTROL_SOCKET).exists().then_some(()))).await?;
+        // Between bind and listen the socket is there and refuses.
+        let socket = run_dir.join(CONTROL_SOCKET);
+        until("the VMM's control socket", || Ok(std::os::unix::net::UnixStream::connect(&socket).ok())).await?;
         Ok(vmm)
     }
 

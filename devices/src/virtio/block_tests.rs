@@ -1,3 +1,5 @@
+//! The block device against a driver of its own: every request, every way to ask for too much, saved and restored.
+
 use std::fs::File;
 use std::io::Write as _;
 

@@ -1,3 +1,5 @@
+//! The transport against a driver of its own: registers, the status machine, hostile queues, saved and restored.
+
 use super::super::driver::{ARENA, Driver, F_INDIRECT, F_VERSION_1, MEMORY_BYTES, memory, readable, writable};
 use super::super::rng::{Rng, RngState};
 use super::super::vsock::VsockState;
