@@ -124,7 +124,6 @@ struct Server {
     /// The running capture, if any. Locked after `machine`.
     capture: Mutex<Option<CancellationToken>>,
     ended: mpsc::Sender<Ended>,
-    shutdown_asked: AtomicBool,
     shutdown: watch::Sender<bool>,
 }
 
@@ -146,16 +145,16 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
         machine: Mutex::new(None),
         capture: Mutex::new(None),
         ended: ended_tx,
-        shutdown_asked: AtomicBool::new(false),
         shutdown,
     });
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    let (server, closing) = (server.clone(), server.clone());
+                    let server = server.clone();
                     tokio::spawn(async move {
-                        let service = service_fn(move |request| answer(server.clone(), request));
+                        let last = Arc::new(AtomicBool::new(false));
+                        let service = service_fn(|request| answer(server.clone(), last.clone(), request));
                         if let Err(error) = hyper::server::conn::http1::Builder::new()
                             .serve_connection(TokioIo::new(stream), service)
                             .await
@@ -163,8 +162,8 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
                             tracing::debug!(%error, "control connection");
                         }
                         // The answer to a shutdown is written by now: its connection closes behind it.
-                        if closing.shutdown_asked.load(Ordering::Acquire) {
-                            closing.shutdown.send_replace(true);
+                        if last.load(Ordering::Acquire) {
+                            server.shutdown.send_replace(true);
                         }
                     });
                 }
@@ -178,9 +177,9 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
 
 type Answer = Response<Full<Bytes>>;
 
-async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Answer, http::Error> {
+async fn answer(server: Arc<Server>, last: Arc<AtomicBool>, request: Request<Incoming>) -> Result<Answer, http::Error> {
     let what = format!("{} {}", request.method(), request.uri().path());
-    match route(&server, request).await {
+    match route(&server, &last, request).await {
         Ok(answer) => answer,
         Err(refusal) => {
             tracing::info!(what, %refusal, "refused");
@@ -190,7 +189,12 @@ async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Answe
     }
 }
 
-async fn route(server: &Arc<Server>, request: Request<Incoming>) -> Result<Result<Answer, http::Error>, Refusal> {
+/// `last` is set by the request after which the process ends.
+async fn route(
+    server: &Arc<Server>,
+    last: &AtomicBool,
+    request: Request<Incoming>,
+) -> Result<Result<Answer, http::Error>, Refusal> {
     let (head, body) = request.into_parts();
     let body = Limited::new(body, MAX_BODY)
         .collect()
@@ -223,7 +227,7 @@ async fn route(server: &Arc<Server>, request: Request<Incoming>) -> Result<Resul
             empty()
         }
         (&Method::PUT, "/v1/vm/shutdown") => {
-            server.shutdown_asked.store(true, Ordering::Release);
+            last.store(true, Ordering::Release);
             Response::builder().status(StatusCode::NO_CONTENT).header("connection", "close").body(Full::default())
         }
         (method, path) => return Err(Refusal::NotFound(format!("{method} {path}"))),
