@@ -8,7 +8,7 @@
 //!
 //! A pack does not describe its frames: the manifest does, and its digests are checked before anything is decoded.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use serde::{Deserialize, Serialize};
 
@@ -196,14 +196,13 @@ pub fn check_header(bytes: &[u8]) -> Result<(), PackError> {
 /// A pack being put together in memory.
 #[derive(Debug)]
 pub(crate) struct PackBuilder {
-    bytes: BytesMut,
+    bytes: Vec<u8>,
     frames: Vec<FrameEntry>,
 }
 
 impl PackBuilder {
-    /// In `buffer`, whose content is lost.
-    pub(crate) fn new(mut bytes: BytesMut) -> Self {
-        bytes.clear();
+    /// In `bytes`, which is empty.
+    pub(crate) fn new(mut bytes: Vec<u8>) -> Self {
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.resize(HEADER_LEN as usize, 0);
@@ -229,21 +228,25 @@ impl PackBuilder {
     }
 
     /// The object, and its entry without key and digest: both can wait until the object is on its way.
-    pub(crate) fn finish(self) -> (Bytes, PackEntry) {
+    pub(crate) fn finish(mut self) -> (Bytes, PackEntry) {
+        // A small pack must not hold the memory of a full one; nearly full ones keep theirs for the next.
+        if self.bytes.len() < self.bytes.capacity() / 2 {
+            self.bytes.shrink_to_fit();
+        }
         let entry = PackEntry {
             key: String::new(),
             size: self.bytes.len() as u32,
             digest: Digest([0; 32]),
             frames: self.frames,
         };
-        (self.bytes.freeze(), entry)
+        (self.bytes.into(), entry)
     }
 }
 
 /// An entry that passes the manifest's checks, with frames of these many pages.
 #[cfg(test)]
 pub(crate) fn test_entry(key: &str, frames: &[u32]) -> PackEntry {
-    let mut pack = PackBuilder::new(BytesMut::new());
+    let mut pack = PackBuilder::new(Vec::new());
     for &pages in frames {
         let bytes: Vec<u8> = (0..pages as usize * PAGE_SIZE).map(|i| (i / 7 % 251) as u8).collect();
         pack.push(&encode_frame(Codec::Lz4, &bytes));
@@ -334,7 +337,7 @@ mod tests {
 
     #[test]
     fn headers_are_checked() {
-        let (bytes, entry) = PackBuilder::new(BytesMut::new()).finish();
+        let (bytes, entry) = PackBuilder::new(Vec::new()).finish();
         assert_eq!(u64::from(entry.size), HEADER_LEN);
         assert_eq!(check_header(&bytes), Ok(()));
         assert!(matches!(check_header(&bytes[1..]), Err(PackError::Length { .. })));

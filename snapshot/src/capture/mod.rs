@@ -7,6 +7,7 @@
 //! | `block_index` | looks pages up among the template's blocks |
 //! | `encode` | joins blocks to frames and compresses them |
 //! | `rates`, `sizing` | which codec, which size of packs: pure decisions |
+//! | `buffer` | the memory of packs |
 //! | `pipeline` | runs it all: chunks and frames on blocking threads, packs assembled in order, PUTs in flight |
 //! | `outcome` | turns what became durable into maps |
 //!
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 mod block_index;
+mod buffer;
 mod digests;
 mod encode;
 mod outcome;

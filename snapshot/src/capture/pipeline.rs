@@ -4,7 +4,8 @@
 //! Memory: a chunk holds permits for all its pages while it is scanned, a frame for its pages until it is compressed, then for its stored
 //! bytes until its pack is durable and copied. Only this task takes permits, chunk by chunk in order, so what waits for memory waits for
 //! something that is on its way out. The bound is at least one pack, a frame and a chunk, so that a pack that is being filled can always be
-//! finished. What workers need beside pages is put aside beforehand.
+//! finished. What workers need beside pages, and the room that the open pack and a spare
+//! buffer do not use yet, is put aside beforehand.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -16,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{StreamExt, future::OptionFuture, stream::FuturesOrdered};
 use tokio::{
     sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch},
@@ -26,6 +27,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     CaptureError, CaptureFailed, CaptureRequest, Captured, CodecChoice, ImageInput, Stats,
+    buffer::Buffers,
     encode::{Frame, Framer, Workshop, frame_overhead},
     outcome::{Durable, Outcome, Placed},
     ranges::joined,
@@ -37,7 +39,7 @@ use crate::{
     granted::PackSink,
     ids::Digest,
     image::MapError,
-    pack::{FRAME_PAGES, MAX_BOOT_PACK, PackBuilder},
+    pack::{FRAME_PAGES, HEADER_LEN, MAX_BOOT_PACK, PackBuilder},
     page::{self, PAGE_SIZE},
 };
 
@@ -68,7 +70,7 @@ struct Stored {
 }
 
 impl OpenPack {
-    fn new(buffer: BytesMut, boot: bool) -> Self {
+    fn new(buffer: Vec<u8>, boot: bool) -> Self {
         Self { builder: PackBuilder::new(buffer), placed: Vec::new(), boot, permit: None }
     }
 
@@ -178,8 +180,7 @@ struct Pipeline {
     ready: VecDeque<OpenPack>,
     puts: JoinSet<Result<Stored, CaptureError>>,
     copies: JoinSet<()>,
-    /// The buffer of a pack that was sent.
-    spare: Option<BytesMut>,
+    buffers: Buffers,
     closed: u64,
     started: u32,
     /// Bytes of pages in packs, and what they became.
@@ -200,7 +201,7 @@ impl Pipeline {
         let sizing = Sizing::new(looked_at, &options);
         let boot_pages = options.boot_pages.min(MAX_BOOT_PACK / PAGE_SIZE as u64);
         let frame = page::bytes(FRAME_PAGES.into());
-        let aside = (workers + 2) as u64 * frame_overhead() + sizing.full;
+        let aside = (workers + 2) as u64 * frame_overhead() + 2 * room(&sizing);
         let least = sizing.full.max(page::bytes(boot_pages)) + 3 * frame;
         let pages = options.memory.saturating_sub(aside).max(least);
         let chunk =
@@ -225,7 +226,7 @@ impl Pipeline {
             ready: VecDeque::new(),
             puts: JoinSet::new(),
             copies: JoinSet::new(),
-            spare: None,
+            buffers: Buffers::new(room(&sizing)),
             closed: 0,
             started: 0,
             placed: 0,
@@ -384,7 +385,7 @@ impl Pipeline {
         let boot = frame.boot;
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => OpenPack::new(self.buffer(), boot),
+            None => OpenPack::new(self.buffers.take(), boot),
         };
         self.workshop.give_back(open.push(frame));
         let settled = self.stats.zero_pages + self.stats.base_pages + self.stats.unchanged_pages;
@@ -420,14 +421,6 @@ impl Pipeline {
         self.ready.push_back(pack);
     }
 
-    fn buffer(&mut self) -> BytesMut {
-        self.spare.take().unwrap_or_else(|| {
-            BytesMut::with_capacity(
-                (self.sizing.full + page::bytes(FRAME_PAGES.into()) + crate::pack::HEADER_LEN) as usize,
-            )
-        })
-    }
-
     fn stored(&mut self, stored: Stored) {
         let Stored { n, durable, bytes, permit, took } = stored;
         self.meter.stored(bytes.len(), took, self.puts.len() + 1, self.connections);
@@ -440,10 +433,7 @@ impl Pipeline {
             });
         } else {
             drop(permit);
-            // One: more would be memory that nothing accounts for.
-            if self.spare.is_none() {
-                self.spare = bytes.try_into_mut().ok();
-            }
+            self.buffers.give_back(bytes);
         }
         self.tell();
     }
@@ -460,6 +450,11 @@ impl Pipeline {
             progress.send_replace(self.stats);
         }
     }
+}
+
+/// What a pack's buffer has room for.
+fn room(sizing: &Sizing) -> u64 {
+    HEADER_LEN + sizing.full + page::bytes(FRAME_PAGES.into())
 }
 
 /// What a job answered. Unwanted only ever follows the end of the capture.

@@ -10,7 +10,7 @@ use crate::pack::Codec;
 /// A codec other than lz4 must be faster by this much: its estimate is the less certain one.
 const ZSTD_MARGIN: f64 = 0.95;
 /// And raw frames take room in the store for as long as the snapshot lives.
-const RAW_MARGIN: f64 = 0.6;
+const RAW_MARGIN: f64 = 0.4;
 /// Weight of the newest sample.
 const NEWEST: f64 = 0.2;
 
@@ -72,7 +72,7 @@ pub(super) struct Meter {
 /// What lz4 does before it was measured, and what the others do in relation to it.
 const LZ4: CodecRate = CodecRate { speed: 700e6, ratio: 0.5 };
 const ZSTD_TO_LZ4: CodecRate = CodecRate { speed: 0.5, ratio: 0.8 };
-const RAW_SPEED: f64 = 2.5e9;
+const RAW_TO_LZ4: f64 = 3.0;
 
 impl Meter {
     pub(super) fn new(workers: usize) -> Self {
@@ -114,7 +114,7 @@ impl Meter {
             uplink: self.uplink,
             lz4,
             zstd: self.zstd.unwrap_or(relative),
-            raw: CodecRate { speed: self.raw.map_or(RAW_SPEED, |raw| raw.speed), ratio: 1.0 },
+            raw: CodecRate { speed: self.raw.map_or(lz4.speed * RAW_TO_LZ4, |raw| raw.speed), ratio: 1.0 },
         }
     }
 }

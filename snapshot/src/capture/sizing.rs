@@ -1,8 +1,8 @@
 //! How large packs become, and how many there may be.
 //!
 //! What will be sent is known only at the end, and how many packs may be written is fixed before (they are granted). So the number
-//! granted is what full packs need if everything is sent, and some more: by those, packs leave early while connections stand idle, and are
-//! made for what will really be sent as that becomes clear.
+//! granted is what full packs need if everything is sent, and some more: by those, the first packs leave early, one for each connection, and
+//! all are made for what will really be sent as that becomes clear.
 
 use super::Options;
 use crate::{
@@ -64,7 +64,8 @@ impl Sizing {
         let settled = now.scanned - now.sendable;
         let unplaced = self.total.saturating_sub(settled).saturating_sub(now.placed);
         let enough = self.packs > now.closed + unplaced / self.full + UNEVEN;
-        enough && now.open >= MIN_PACK && (now.idle || now.open >= self.target(now))
+        let first = now.closed < u64::from(self.connections);
+        enough && now.open >= MIN_PACK && (now.idle && first || now.open >= self.target(now))
     }
 
     /// What the size would be if all that will be sent were known: as much of the rest as of what was scanned, stored in as many bytes.
