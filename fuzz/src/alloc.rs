@@ -19,8 +19,8 @@ fn count(change: isize) {
 }
 
 fn signed(size: usize) -> isize {
-    // A layout is never larger than isize::MAX.
-    size as isize
+    // A layout is never larger than that.
+    isize::try_from(size).unwrap_or(isize::MAX)
 }
 
 // SAFETY: every call is passed on to the system's allocator as it came; counting touches nothing else.

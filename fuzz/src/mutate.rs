@@ -2,6 +2,7 @@
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 const WORTH_TRYING: [u8; 12] = [0, 1, 2, 3, 4, 0x1f, 0x20, 0x7f, 0x80, 0x81, 0xfe, 0xff];
 
@@ -14,12 +15,15 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
     paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
 }
 
-/// Runs the target on the corpus, then on `mutations` of it.
+/// Runs the target on the corpus, then on `mutations` of it, or on as many as `STASIS_FUZZ_SECONDS` allows where that is set.
 pub fn run(name: &str, mutations: u64, target: fn(&[u8])) {
+    let seconds = std::env::var("STASIS_FUZZ_SECONDS").ok().map(|text| text.parse().expect("STASIS_FUZZ_SECONDS"));
+    let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let corpus = corpus(name);
     assert!(!corpus.is_empty(), "no corpus for {name}");
     corpus.iter().for_each(|input| target(input));
-    for seed in 0..mutations {
+    let mut seeds = 0..until.map_or(mutations, |_| u64::MAX);
+    while let Some(seed) = seeds.next().filter(|_| until.is_none_or(|until| Instant::now() < until)) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut input = corpus[rng.random_range(0..corpus.len())].clone();
         for _ in 0..rng.random_range(1..6) {
@@ -28,6 +32,7 @@ pub fn run(name: &str, mutations: u64, target: fn(&[u8])) {
         let ran = std::panic::catch_unwind(|| target(&input));
         assert!(ran.is_ok(), "{name}: mutation {seed} of {} bytes", input.len());
     }
+    println!("{name}: {} mutations", seeds.start);
 }
 
 fn mutate(input: &mut Vec<u8>, corpus: &[Vec<u8>], rng: &mut SmallRng) {

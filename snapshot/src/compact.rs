@@ -187,14 +187,22 @@ mod tests {
                 let runs: Vec<Run> = pages
                     .iter()
                     .zip(0..)
-                    .map(|(&start, i)| Run { start, pages: 1, at: PageRef::Pack { pack, frame: i / FRAME, index: i % FRAME } })
+                    .map(|(&start, i)| Run {
+                        start,
+                        pages: 1,
+                        at: PageRef::Pack { pack, frame: i / FRAME, index: i % FRAME },
+                    })
                     .collect();
                 *map = map.overlay(&runs).unwrap();
             }
         }
         // What no page needs is not in a manifest.
         let needed: Vec<bool> = (0..packs.len())
-            .map(|n| maps.iter().any(|map| map.runs().iter().any(|run| matches!(run.at, PageRef::Pack { pack, .. } if pack as usize == n))))
+            .map(|n| {
+                maps.iter().any(|map| {
+                    map.runs().iter().any(|run| matches!(run.at, PageRef::Pack { pack, .. } if pack as usize == n))
+                })
+            })
             .collect();
         let renumber = |old: u32| needed[..old as usize].iter().filter(|needed| **needed).count() as u32;
         maps.iter_mut().for_each(|map| *map = map.renumbered(renumber));
@@ -244,7 +252,8 @@ mod tests {
     /// What is dirty, and what the plan adds to it.
     fn together(dirty: &[Vec<Range<u64>>], plan: &[Vec<Range<u64>>]) -> Vec<Vec<Range<u64>>> {
         let pages = |ranges: &[Range<u64>]| ranges.iter().flat_map(Clone::clone).collect::<BTreeSet<u64>>();
-        let both = dirty.iter().zip(plan).map(|(dirty, plan)| pages(dirty).union(&pages(plan)).copied().collect::<Vec<_>>());
+        let both =
+            dirty.iter().zip(plan).map(|(dirty, plan)| pages(dirty).union(&pages(plan)).copied().collect::<Vec<_>>());
         both.map(|pages| pages.into_iter().map(|page| page..page + 1).collect()).collect()
     }
 

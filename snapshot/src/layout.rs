@@ -147,7 +147,8 @@ impl<'a> Place<'a> {
         let mut parts = key.splitn(5, '/');
         let (version, tenant, kind) = (parts.next()?, parts.next()?, parts.next()?);
         let (id, rest) = (parts.next()?, parts.next()?);
-        let known = version == "v1" && matches!(kind, "sandbox" | "snapshot") && name(tenant).is_ok() && name(id).is_ok();
+        let known =
+            version == "v1" && matches!(kind, "sandbox" | "snapshot") && name(tenant).is_ok() && name(id).is_ok();
         known.then(|| Self {
             tenant,
             of_sandbox: kind == "sandbox",
@@ -195,7 +196,9 @@ mod tests {
 
     #[test]
     fn keys_are_read_back() {
-        for (owner, of_sandbox) in [(Owner::sandbox("acme", "x").unwrap(), true), (Owner::snapshot("acme", "x").unwrap(), false)] {
+        for (owner, of_sandbox) in
+            [(Owner::sandbox("acme", "x").unwrap(), true), (Owner::snapshot("acme", "x").unwrap(), false)]
+        {
             let generation = owner.generation(3, 2, CommitId([0xab; 16]));
             let head = owner.head();
             let place = Place::of(&head).unwrap();
@@ -204,14 +207,22 @@ mod tests {
                 ("acme", "x", of_sandbox, owner.prefix(), Part::Head)
             );
             for (key, is_manifest) in [(generation.manifest(), true), (generation.pack(12), false)] {
-                let expected = Part::Generation { seq: 3, epoch: 2, generation: generation.prefix(), manifest: is_manifest };
+                let expected =
+                    Part::Generation { seq: 3, epoch: 2, generation: generation.prefix(), manifest: is_manifest };
                 assert_eq!(Place::of(&key).unwrap().part, expected);
             }
             for other in ["3-2-ab/manifest", "manifest", "x/y", "3-2-/pack/1", "head/x"] {
                 assert_eq!(Place::of(&format!("{}{other}", owner.prefix())).unwrap().part, Part::Other, "{other}");
             }
         }
-        for outside in ["v1/template/ab/rootfs", "v1/acme/lease/x", "v1/gc/candidates/acme", "v1/acme/sandbox/x", "v2/a/sandbox/b/head", ""] {
+        for outside in [
+            "v1/template/ab/rootfs",
+            "v1/acme/lease/x",
+            "v1/gc/candidates/acme",
+            "v1/acme/sandbox/x",
+            "v2/a/sandbox/b/head",
+            "",
+        ] {
             assert_eq!(Place::of(outside), None, "{outside}");
         }
     }

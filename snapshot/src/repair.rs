@@ -194,7 +194,9 @@ impl Survey<'_> {
         let wrong = |what: String| Ok(Err(vec![Problem { key: key.to_owned(), what }]));
         let object = match self.store.get(key).await {
             Ok(object) => object,
-            Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Corrupt) => return wrong(error.kind.to_string()),
+            Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Corrupt) => {
+                return wrong(error.kind.to_string());
+            }
             Err(error) => return Err(error),
         };
         let digest = Digest::of(&object.bytes);
@@ -248,7 +250,9 @@ fn finding(
 pub enum NoProposal {
     #[error("there is nothing to repair, or nothing to repair it with")]
     Nothing,
-    #[error("the head is there and cannot be read: move it out of the way first, if it is damaged and not of a newer version")]
+    #[error(
+        "the head is there and cannot be read: move it out of the way first, if it is damaged and not of a newer version"
+    )]
     Unreadable,
     #[error("the record in the manifest cannot be used")]
     Record(#[source] serde_json::Error),

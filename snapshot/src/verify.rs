@@ -100,7 +100,9 @@ pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Res
         report.manifests += 1;
         report.checked.bytes += object.bytes.len() as u64;
         match Manifest::decode_checked(&object.bytes, digest) {
-            Ok(manifest) => packs.extend(manifest.packs.into_iter().map(|pack| ((pack.key.clone(), pack.digest), pack))),
+            Ok(manifest) => {
+                packs.extend(manifest.packs.into_iter().map(|pack| ((pack.key.clone(), pack.digest), pack)))
+            }
             Err(error) => report.checked.problem(&key, error.to_string()),
         }
     }

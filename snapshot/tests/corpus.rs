@@ -132,7 +132,8 @@ async fn version_1_restores_to_what_it_was() {
     assert_eq!((bucket.heads, bucket.checked.problems.len()), (1, 0), "{bucket:?}");
 
     // What the corpus is there for is in it.
-    let codecs: Vec<Codec> = manifest.packs.iter().flat_map(|pack| pack.frames.iter().map(|frame| frame.codec)).collect();
+    let codecs: Vec<Codec> =
+        manifest.packs.iter().flat_map(|pack| pack.frames.iter().map(|frame| frame.codec)).collect();
     for codec in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
         assert!(codecs.contains(&codec), "{codec:?}");
     }
@@ -160,7 +161,8 @@ async fn make() {
     let store = DirectoryStore::open(&folder).unwrap();
     let base = template();
     let index = Arc::new(BlockIndex::build(&*base, BLOCKS).unwrap());
-    let input = |same_offset| BaseInput { reader: base.clone(), blocks: BLOCKS, same_offset, index: Some(index.clone()) };
+    let input =
+        |same_offset| BaseInput { reader: base.clone(), blocks: BLOCKS, same_offset, index: Some(index.clone()) };
     let images = [Arc::new(Pages::zero(96)), Arc::new(Pages::zero(40))];
     for block in 0..BLOCKS {
         images[1].set(block, &base.page(block));

@@ -1,12 +1,15 @@
 //! The fuzz targets of this crate on the checked-in corpus and a bounded number of mutations of it. `fuzz/run` runs them for as long as one likes.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test ends at the first surprise")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at the first surprise")]
 
 #[path = "../../fuzz/src/alloc.rs"]
+#[expect(unreachable_pub, reason = "the fuzz crate exports it")]
 mod alloc;
 #[path = "../../fuzz/src/mutate.rs"]
+#[expect(unreachable_pub, reason = "the fuzz crate exports it")]
 mod mutate;
 #[path = "../../fuzz/src/snapshot.rs"]
+#[expect(unreachable_pub, reason = "the fuzz crate exports it")]
 mod targets;
 
 #[global_allocator]

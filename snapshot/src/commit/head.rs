@@ -326,13 +326,22 @@ pub(super) mod tests {
         };
         assert_eq!(follows(Paused, 4, true), Ok(()));
         assert_eq!(follows(Deleted, 3, false), Ok(()));
-        for (state, epoch, manifest) in
-            [(Live, 4, true), (Live, 3, true), (Paused, 3, true), (Stopped, 4, true), (Deleted, 3, true), (Deleted, 4, false)]
-        {
+        for (state, epoch, manifest) in [
+            (Live, 4, true),
+            (Live, 3, true),
+            (Paused, 3, true),
+            (Stopped, 4, true),
+            (Deleted, 3, true),
+            (Deleted, 4, false),
+        ] {
             assert_eq!(follows(state, epoch, manifest), Err(Rule::Deleted), "{state:?} {epoch} {manifest}");
         }
         let purged = Head { manifest: None, ..tombstone };
-        let back = Head { epoch: 4, manifest: Some(ManifestRef { key: "m".into(), digest: Digest([7; 32]) }), ..after(&purged, Paused) };
+        let back = Head {
+            epoch: 4,
+            manifest: Some(ManifestRef { key: "m".into(), digest: Digest([7; 32]) }),
+            ..after(&purged, Paused)
+        };
         assert_eq!(validate(&back, Some(&purged)), Err(Rule::Deleted));
         let mut first = head(Live);
         assert!(validate(&first, None).is_err());

@@ -111,7 +111,12 @@ impl Attempt {
     }
 
     /// `owner` puts a deleted sandbox back as it was at its last pause.
-    pub fn undelete(current: &Current, owner: &str, record: serde_json::Value, commit: CommitId) -> Result<Self, HeadError> {
+    pub fn undelete(
+        current: &Current,
+        owner: &str,
+        record: serde_json::Value,
+        commit: CommitId,
+    ) -> Result<Self, HeadError> {
         if current.head.state != HeadState::Deleted {
             return Err(HeadError::Rule(Rule::NotDeleted));
         }

@@ -114,8 +114,7 @@ impl Lease {
         now: i64,
     ) -> Result<Self, LeaseError> {
         let lifetime_ms = u64::try_from(lifetime.max(SHORTEST).as_millis()).unwrap_or(u64::MAX);
-        let body =
-            Body { format: FORMAT, holder: holder.to_owned(), lifetime_ms, renewals: 0, broken: false, claims };
+        let body = Body { format: FORMAT, holder: holder.to_owned(), lifetime_ms, renewals: 0, broken: false, claims };
         let key = layout::lease(tenant, name)?;
         let precondition = if conditional { Precondition::IfAbsent } else { Precondition::None };
         let etag = store.put(&key, body.encode()?, &precondition).await?;
@@ -129,8 +128,7 @@ impl Lease {
             next.claims = claims;
         }
         let bytes = next.encode()?;
-        let precondition =
-            if self.conditional { Precondition::IfMatch(self.etag.clone()) } else { Precondition::None };
+        let precondition = if self.conditional { Precondition::IfMatch(self.etag.clone()) } else { Precondition::None };
         let error = match self.store.put(&self.key, bytes.clone(), &precondition).await {
             Ok(etag) => {
                 (self.body, self.etag, self.confirmed) = (next, etag, now);

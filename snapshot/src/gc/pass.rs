@@ -221,8 +221,7 @@ impl Pass<'_> {
                 (true, None) => Precondition::IfAbsent,
                 (true, Some(tag)) => Precondition::IfMatch(tag),
             };
-            let bytes =
-                sweep.memory.encode().map_err(|source| GcError::Memory { key: memory_key.clone(), source })?;
+            let bytes = sweep.memory.encode().map_err(|source| GcError::Memory { key: memory_key.clone(), source })?;
             self.store.put(&memory_key, bytes.into(), &precondition).await.doing("write the collector's memory")?;
         }
         // In order, manifests first: all of one kind before the next.
@@ -284,7 +283,8 @@ impl Pass<'_> {
     /// Reads every manifest that is named and was not read yet.
     async fn read_packs(&self, seen: &mut Seen) -> Result<(), GcError> {
         let of_heads = seen.heads.iter().filter_map(|seen| seen.head.as_ref().ok()?.head.manifest.clone());
-        let of_leases = seen.leases.iter().filter_map(|seen| seen.body.as_ref().ok()).flat_map(|b| b.claims.manifests.clone());
+        let of_leases =
+            seen.leases.iter().filter_map(|seen| seen.body.as_ref().ok()).flat_map(|b| b.claims.manifests.clone());
         let mut named: Vec<ManifestRef> =
             of_heads.chain(of_leases).filter(|named| !seen.packs.contains_key(&named.key)).collect();
         named.sort_by(|a, b| a.key.cmp(&b.key));
@@ -292,7 +292,9 @@ impl Pass<'_> {
         let mut read = stream::iter(named)
             .map(|named| async move {
                 let packs = match self.store.get(&named.key).await {
-                    Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Corrupt) => Err(error.kind.to_string()),
+                    Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Corrupt) => {
+                        Err(error.kind.to_string())
+                    }
                     Err(error) => return Err(error).doing("read a manifest"),
                     Ok(object) => Manifest::decode_checked(&object.bytes, named.digest)
                         .map(|manifest| manifest.packs.into_iter().map(|pack| pack.key).collect())
@@ -317,8 +319,8 @@ impl Pass<'_> {
         for at in 0..seen.heads.len() {
             let HeadSeen { key, head } = &seen.heads[at];
             let (true, Ok(current)) = (settlement.purge.contains(key), head) else { continue };
-            let attempt = Attempt::purge(current, (self.ids)())
-                .map_err(|source| GcError::Head { key: key.clone(), source })?;
+            let attempt =
+                Attempt::purge(current, (self.ids)()).map_err(|source| GcError::Head { key: key.clone(), source })?;
             let objects = Arc::clone(self.store);
             let register = Register::new(if self.options.conditional {
                 ObjectHead::new(objects, key)

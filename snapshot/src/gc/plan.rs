@@ -209,7 +209,9 @@ pub fn sweep(
         })
         .map(|place| place.owner)
         .collect();
-    result.odd.extend(headless.iter().map(|owner| format!("{owner}: it has manifests and no head; see `stasis repair`")));
+    result
+        .odd
+        .extend(headless.iter().map(|owner| format!("{owner}: it has manifests and no head; see `stasis repair`")));
     for object in &seen.objects {
         let key = object.key.as_str();
         let Some(place) = Place::of(key) else { continue };
