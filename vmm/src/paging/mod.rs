@@ -44,7 +44,6 @@ const NOT_YET: u64 = u64::MAX;
 
 /// Paging cannot begin.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum PagingError {
     #[error(transparent)]
     Pager(#[from] PagerError),
