@@ -4,7 +4,10 @@
 use std::{
     io,
     ops::Range,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,6 +24,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     pack::{self, PackError},
     page::{self, PAGE_SIZE},
+    store::StoreError,
 };
 
 use super::{
@@ -377,17 +381,23 @@ impl Shared {
         }
     }
 
-    async fn hedged(&self, key: &str, range: &Range<u64>) -> Result<Bytes, crate::store::StoreError> {
+    /// The first good answer of one GET, or of two when the first is late. The second waits for a connection as any demand does.
+    async fn hedged(&self, key: &str, range: &Range<u64>) -> Result<Bytes, StoreError> {
         let first = self.sources.store.get_range(key, range.clone());
         let Some(after) = self.hedge_after() else { return first.await };
-        let first = match future::select(first, Box::pin(time::sleep(after))).await {
-            Either::Left((answer, _)) => return answer,
-            Either::Right(((), first)) => first,
-        };
-        let Some(_permit) = self.gate.try_enter(Urgency::Demand) else { return first.await };
-        self.counters.count(|stats| stats.hedges += 1);
-        let second = self.sources.store.get_range(key, range.clone());
-        future::select_ok([first, second]).await.map(|(bytes, _)| bytes)
+        let sent = AtomicBool::new(false);
+        let second = Box::pin(async {
+            time::sleep(after).await;
+            let _permit = self.gate.enter(Urgency::Demand).await;
+            sent.store(true, Ordering::Relaxed);
+            self.counters.count(|stats| stats.hedges += 1);
+            self.sources.store.get_range(key, range.clone()).await
+        });
+        match future::select(first, second).await {
+            Either::Left((Err(_), second)) if sent.load(Ordering::Relaxed) => second.await,
+            Either::Right((Err(_), first)) => first.await,
+            Either::Left((answer, _)) | Either::Right((answer, _)) => answer,
+        }
     }
 
     fn hedge_after(&self) -> Option<Duration> {

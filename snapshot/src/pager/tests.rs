@@ -563,7 +563,8 @@ fn concurrent_wants_of_a_frame_share_one_fetch() {
     assert_eq!(source.requests(), 1);
     assert_eq!(source.log.lock().unwrap()[0].0, key);
     let stats = pager.stats();
-    assert_eq!((stats.from_store().requests, stats.from_store().units, stats.demands), (1, 1, 8));
+    assert_eq!((stats.from_store().requests, stats.from_store().units), (1, 1));
+    assert!((1..=8).contains(&stats.demands), "{}", stats.demands);
     assert!(stats.longest_demand_wait >= Duration::from_millis(10) && stats.demand_wait >= stats.longest_demand_wait);
     world.check(&pager, &targets);
 }
@@ -574,7 +575,7 @@ fn a_demand_overtakes_the_sweep_and_the_recorded_order() {
     let world = World::new(3, 6000, 100, 2);
     for urgency in [Urgency::Sweep, Urgency::WorkingSet] {
         let mut source = Arc::into_inner(world.source()).unwrap();
-        source.latency = 10_000;
+        source.latency = 20_000;
         let source = Arc::new(source);
         // Two connections, so that everything waits; every frame a request of its own.
         let options = Options {
@@ -592,7 +593,9 @@ fn a_demand_overtakes_the_sweep_and_the_recorded_order() {
         runtime.block_on(async {
             let fill = pager.fill(order, true, &cancel);
             let demand = async {
-                time::sleep(Duration::from_millis(60)).await;
+                while source.requests() < 4 {
+                    time::sleep(Duration::from_millis(1)).await;
+                }
                 // The last one that the background would come to.
                 let runs = world.manifest.images[0].map.runs().iter();
                 let last = runs.filter_map(|run| match run.at {
@@ -601,13 +604,19 @@ fn a_demand_overtakes_the_sweep_and_the_recorded_order() {
                     _ => None,
                 });
                 let page = last.max().unwrap().2;
+                let Some(PageRef::Pack { pack, frame, .. }) = world.manifest.images[0].map.lookup(page) else {
+                    panic!()
+                };
+                let entry = &world.manifest.packs[pack as usize];
+                let its = (entry.key.clone(), u64::from(entry.frames[frame as usize].offset));
                 let before = source.requests();
-                assert!(before > 2 && !pager.is_placed(0, page..page + 1));
+                assert!(!pager.is_placed(0, page..page + 1));
                 pager.fetch(0, page..page + 1, Urgency::Demand).await.unwrap();
-                let meanwhile = source.requests() - before;
-                // Its own, and one that was let in before it. The recorded order goes on beside it, on a connection of its own.
-                let most = if urgency == Urgency::Sweep { 2 } else { 5 };
-                assert!(meanwhile <= most, "{urgency:?}: {meanwhile} requests were sent while a demand waited");
+                let log = source.log.lock().unwrap()[before..].to_vec();
+                let sent = log.iter().position(|(key, range)| (key, range.start) == (&its.0, its.1)).unwrap();
+                // One may have been let in before it.
+                assert!(sent <= 1, "{urgency:?}: {sent} requests were sent before the demand's");
+                assert!(urgency != Urgency::Sweep || log.len() <= 2, "the sweep went on beside the demand");
                 assert!(!pager.absent(0).is_empty());
                 cancel.cancel();
             };
