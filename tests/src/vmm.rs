@@ -12,7 +12,8 @@ use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::store::{ObjectStore, RawGrant};
 use stasis_vmm::control::client::Client;
 use stasis_vmm::control::types::{
-    BootRequest, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, RestoreReport, RestoreRequest,
+    BootRequest, CaptureMode, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, Paging, RestoreReport,
+    RestoreRequest,
 };
 use stasis_vmm::control::{CONSOLE_LOG, CONTROL_SOCKET, EXIT_NOTE};
 
@@ -95,7 +96,15 @@ impl Vmm {
     pub async fn boot(&mut self, kernel: File, vcpus: u8, memory_mib: u32, cmdline: &str) -> Result<(), Error> {
         let kernel = self.send(vec![kernel]).await?[0];
         let machine = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: true };
-        let request = BootRequest { machine, kernel, initramfs: None, cmdline: cmdline.to_owned(), disks: vec![] };
+        let request = BootRequest {
+            machine,
+            kernel,
+            initramfs: None,
+            cmdline: cmdline.to_owned(),
+            disks: vec![],
+            memory: None,
+            id: None,
+        };
         self.client.boot(&request).await?;
         Ok(())
     }
@@ -120,7 +129,13 @@ impl Vmm {
             grants.push(store.grant_put(key, PATIENCE).await?);
         }
         let packs = self.grant(keys, grants).await?;
-        let request = CaptureRequest { packs, connections: 4, deadline_ms: 600_000 };
+        let request = CaptureRequest {
+            packs,
+            connections: 4,
+            deadline_ms: 600_000,
+            mode: CaptureMode::Stopped,
+            memory_bytes: None,
+        };
         let (draft, report) = self.client.capture(&request).await?;
         Ok(Stored { manifest: draft.to_vec(), report })
     }
@@ -143,6 +158,10 @@ impl Vmm {
             packs,
             disks: vec![],
             generation_id: format!("{:032x}", rand::random::<u128>()),
+            memory: None,
+            kept: None,
+            paging: Paging::default(),
+            id: None,
         };
         Ok(self.client.restore(&request).await?)
     }
@@ -158,7 +177,7 @@ impl Vmm {
                     Access::Fd(self.next_token + files.len() as u64 - 1)
                 }
             };
-            objects.push(GrantedObject { key, access });
+            objects.push(GrantedObject { key, access, cache: None });
         }
         self.send(files).await?;
         Ok(objects)

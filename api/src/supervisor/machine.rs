@@ -219,6 +219,8 @@ impl Core {
             initramfs,
             cmdline: template.cmdline.clone(),
             disks,
+            memory: None,
+            id: None,
         };
         let limit = self.config.deadlines.boot();
         let booted = async {

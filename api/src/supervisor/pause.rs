@@ -22,7 +22,7 @@ use stasis_snapshot::commit::{Attempt, Backoff, Cancelled, Change, Current, Head
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::manifest::{Lineage, ManifestRef};
 use stasis_snapshot::store::{ErrorKind, Operation, Precondition, StoreError};
-use stasis_vmm::control::types::{CaptureReport, CaptureRequest, PauseReport};
+use stasis_vmm::control::types::{CaptureMode, CaptureReport, CaptureRequest, PauseReport};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -204,6 +204,8 @@ async fn capture(
         packs: grants.objects,
         connections: core.config.limits.connections,
         deadline_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+        mode: CaptureMode::Stopped,
+        memory_bytes: None,
     };
     // The VMM keeps the deadline; ours is for a VMM that does not.
     let capture = tokio::time::timeout(limit + core.config.deadlines.control(), vm.client.capture(&request));

@@ -14,7 +14,7 @@ use crate::vmm_process::Vmm;
 use rustix::fs::{MemfdFlags, memfd_create};
 use stasis_snapshot::commit::{Attempt, Current, HeadState};
 use stasis_snapshot::manifest::{Manifest, ManifestRef};
-use stasis_vmm::control::types::{RestoreReport, RestoreRequest};
+use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
 use std::fs::File;
 use std::io::{Seek as _, Write as _};
 use std::path::PathBuf;
@@ -209,6 +209,10 @@ async fn materialise(core: &Arc<Core>, sandbox: &Arc<Sandbox>, named: &ManifestR
         packs: grants.objects,
         disks,
         generation_id: stasis_snapshot::ids::CommitId(generation).to_string(),
+        memory: None,
+        kept: None,
+        paging: Paging::default(),
+        id: None,
     };
     let begun = Instant::now();
     let limit = core.config.deadlines.restore();

@@ -183,7 +183,7 @@ async fn answer(server: Arc<Server>, last: Arc<AtomicBool>, request: Request<Inc
         Ok(answer) => answer,
         Err(refusal) => {
             tracing::info!(what, %refusal, "refused");
-            let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string() };
+            let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string(), store: None };
             Response::builder().status(refusal.status()).body(Full::from(serde_json::to_vec(&body).unwrap_or_default()))
         }
     }
@@ -451,6 +451,7 @@ impl Server {
             sent_pages: stats.sent_pages,
             sent_bytes: stats.sent_bytes,
             packs: stats.packs,
+            ..CaptureReport::default()
         };
         Ok((draft, report))
     }

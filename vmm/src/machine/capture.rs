@@ -107,6 +107,8 @@ impl Machine {
             look_at: self.dirty.pages().runs(),
             reader: self.ram.clone(),
             base: None,
+            digests: None,
+            rewrite: Vec::new(),
         }];
         for (n, disk) in self.devices.disks.iter().enumerate() {
             images.push(ImageInput {
@@ -120,10 +122,12 @@ impl Machine {
                     same_offset: true,
                     index: None,
                 }),
+                digests: None,
+                rewrite: Vec::new(),
             });
         }
         let parent_packs = self.base.packs.clone();
-        let request = CaptureRequest { images, parent_packs, sink, options, cancel, progress: None };
+        let request = CaptureRequest { images, parent_packs, sink, options, cancel, progress: None, connections: None };
         Ok(Prepared { request, state })
     }
 

@@ -265,6 +265,7 @@ impl Machine {
             block_requests: self.devices.block_requests(),
             overhead_kib: overhead_kib(Path::new("/proc/self/smaps")),
             exit_counter,
+            ..Metrics::default()
         }
     }
 }
