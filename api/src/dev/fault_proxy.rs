@@ -8,11 +8,11 @@
 //!
 //! Every connection is one task.
 
-use super::link::{Bodies, BoxError, Link, LinkShape, Way};
+use super::link::{Bodies, BoxError, Link, LinkShape, Way, whole};
 use super::s3::serve;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::service::service_fn;
 use hyper_util::client::legacy::Client;
@@ -189,10 +189,6 @@ impl FaultProxy {
 }
 
 type Upstream = Client<HttpConnector, Bodies>;
-
-fn whole(bytes: Bytes) -> Bodies {
-    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
-}
 
 fn dropped() -> BoxError {
     "the fault proxy closes this connection".into()

@@ -6,8 +6,8 @@
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt as _, StreamBody};
-use hyper::body::{Frame, Incoming};
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Body as _, Frame, Incoming};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -27,6 +27,11 @@ pub struct LinkShape {
 
 pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(super) type Bodies = UnsyncBoxBody<Bytes, BoxError>;
+
+/// A body that is here.
+pub(super) fn whole(bytes: Bytes) -> Bodies {
+    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+}
 
 /// One direction: when what has been let in so far will have passed.
 #[derive(Debug)]
@@ -101,6 +106,10 @@ impl Link {
 
     /// The same body at the link's rate.
     pub(super) fn shaped(self: &Arc<Self>, body: Incoming, way: Way) -> Bodies {
+        // A stream has no length: an empty one would be sent in chunks.
+        if body.is_end_stream() {
+            return whole(Bytes::new());
+        }
         let link = self.clone();
         let pieces = body.into_data_stream().then(move |piece| {
             let link = link.clone();

@@ -197,7 +197,7 @@ async fn bodies_of_many_pieces_and_ranges_of_them_are_whole() {
     let seen = s3.take_exchanges();
     assert_eq!((seen[0].method.clone(), seen[0].path.as_str(), seen[0].sent), (Method::PUT, "/bucket/big", 9 << 20));
     assert_eq!(seen.iter().map(|x| x.answered).collect::<Vec<_>>()[1..4], [9 << 20, 1, 4095]);
-    assert_eq!((seen.len(), seen[5].status), (7, 416), "{seen:?}");
+    assert_eq!((seen.len(), seen[6].status), (7, 416), "{seen:?}");
     assert!(s3.take_exchanges().is_empty());
 }
 
@@ -241,10 +241,16 @@ async fn a_link_adds_round_trips_and_shares_its_rate() {
     let begun = Instant::now();
     assert_eq!(store.get("link/0").await.unwrap().bytes, body(250_000));
     assert!(begun.elapsed() >= Duration::from_millis(20) + round_trip, "{:?}", begun.elapsed());
+    store.delete("link/0").await.unwrap();
+    assert_eq!(store.list("link/", None).await.unwrap().objects.len(), 3);
 
     proxy.add(Rule::once(Method::PUT, "refused", Fault::Refuse(503)));
     store.put("refused", Bytes::from("x"), &Precondition::None).await.unwrap_err();
     proxy.shape(None);
-    let plain = timed(10, 1).await;
+    // The fastest of some: the machine may be busy.
+    let mut plain = round_trip;
+    for _ in 0..10 {
+        plain = plain.min(timed(10, 1).await);
+    }
     assert!(plain < round_trip, "{plain:?}");
 }

@@ -16,7 +16,7 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
     for _ in 0..case.runs {
         let mut ids = Vec::new();
         for _ in 0..case.sandboxes {
-            ids.push(home.create().await?);
+            ids.push(home.create().await?.0);
         }
         let begun = Instant::now();
         let cpu = home.cpu();

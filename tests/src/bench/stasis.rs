@@ -19,8 +19,8 @@ use crate::host;
 use crate::service::{Options, Reply, Service, Sleep};
 use crate::vmm::{Error, pulse, until};
 
-/// The product's default number of connections; the bare transfers use as many.
-pub const CONNECTIONS: usize = 16;
+/// Connections of the product and of the bare transfers.
+pub const CONNECTIONS: usize = 32;
 /// How long a guest may take to show itself.
 const PATIENCE: Duration = Duration::from_mins(1);
 /// How long memory may take to become resident before the row is left out.
@@ -49,11 +49,15 @@ impl Setting {
             Self::Wakes(Wake::Cold) => ("0", "0", "off"),
             Self::Ahead => ("0", "0", "on"),
         };
+        let connections = CONNECTIONS.to_string();
         [
             ("STASIS_KEEP_MEMORY_MIB", keep),
             ("STASIS_PACK_CACHE_MIB", packs),
             ("STASIS_RUN_AHEAD", ahead),
+            // A sandbox that begins as a clone has no first pause worth the name.
+            ("STASIS_GOLDEN", if self == Self::Ahead { "on" } else { "off" }),
             ("STASIS_LIMITS_SANDBOXES", "256"),
+            ("STASIS_LIMITS_CONNECTIONS", &connections),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec()
@@ -144,12 +148,14 @@ impl Home {
         Ok(Self { service, store, memory_mib: case.memory_mib, _objects: objects })
     }
 
-    /// Creates a pulse sandbox and lets it settle.
-    pub async fn create(&self) -> Result<String, Error> {
+    /// Creates a pulse sandbox and lets it settle. Also answers how long its creation took.
+    pub async fn create(&self) -> Result<(String, Duration), Error> {
         let body = json!({"template_name": "bench/pulse", "memory": self.memory_mib});
+        let begun = Instant::now();
         let id = self.service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id");
+        let took = begun.elapsed();
         until("passes of a new guest", || Ok(self.settled(&id, 0))).await?;
-        Ok(id)
+        Ok((id, took))
     }
 
     fn settled(&self, id: &str, before: usize) -> Option<()> {
@@ -228,7 +234,7 @@ pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<Samples, Er
         }
         if let Some(home) = &ahead {
             let mut cycle = Cycle { case, home, bare: &bare, samples: &mut samples, notes };
-            cycle.residue().await.map_err(|e| context(home, Wake::Cold, &e))?;
+            cycle.residue(run).await.map_err(|e| context(home, Wake::Cold, &e))?;
         }
     }
     Ok(samples)
@@ -251,7 +257,8 @@ struct Cycle<'a> {
 
 impl Cycle<'_> {
     async fn run(&mut self, wake: Wake, run: u32) -> Result<(), Error> {
-        let id = self.home.create().await?;
+        let (id, created) = self.home.create().await?;
+        self.samples.time("create", created);
         let changed = u64::from(self.case.used_mib) << 20;
         let first = self.pause("first_pause", &id, changed).await?;
         self.bare_transfer("bare_upload.first", None, &first.packs).await?;
@@ -402,8 +409,12 @@ impl Cycle<'_> {
     }
 
     /// A pause of a guest that dirties nothing any more and has been sent ahead.
-    async fn residue(&mut self) -> Result<(), Error> {
-        let id = self.home.create().await?;
+    async fn residue(&mut self, run: u32) -> Result<(), Error> {
+        let (id, created) = self.home.create().await?;
+        // The first one is booted, and the template captured from it.
+        if run > 0 {
+            self.samples.time("create.clone", created);
+        }
         self.home.pause(&id).await?;
         self.home.service.resume(&id).await?.expect_success()?;
         self.home.settle(&id).await?;

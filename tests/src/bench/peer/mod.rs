@@ -59,9 +59,16 @@ pub async fn measure(peer: &Peer, case: &Case) -> Result<Samples, Error> {
             Peer::Firecracker(program) => firecracker::cycle(program, &ground, &mut samples).await,
             Peer::Qemu(program) => qemu::cycle(program, &ground, &mut samples).await,
         };
-        done.map_err(|e| format!("{}, run {run}: {e}", peer.word()))?;
+        done.map_err(|e| format!("run {run}: {e}; {}", logs(&ground.dir)))?;
     }
     Ok(samples)
+}
+
+/// What the processes said.
+fn logs(dir: &Path) -> String {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let logs = entries.filter(|path| path.extension().is_some_and(|e| e == "log"));
+    logs.filter_map(|path| std::fs::read_to_string(path).ok()).map(|log| log.trim().replace('\n', " | ")).collect()
 }
 
 /// A process that is killed when it is dropped.

@@ -32,7 +32,8 @@ impl Qemu {
         let mut command = Command::new(program);
         command
             .args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off", "-accel", "kvm"])
-            .args(["-cpu", "host", "-m"])
+            // A software KVM offers the MSR of that feature and then refuses to set it.
+            .args(["-cpu", "host,-arch-capabilities", "-m"])
             .arg(format!("{}M", ground.case.memory_mib))
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial"])
             .arg(format!("file:{}", console.display()))
