@@ -18,6 +18,18 @@ impl PageHasher {
         Ok(Self { key })
     }
 
+    /// The key as bytes.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        self.key.to_vec()
+    }
+
+    /// Takes a key off the front of `bytes`.
+    pub(super) fn from_bytes(bytes: &mut &[u8]) -> Option<Self> {
+        let (key, rest) = bytes.split_first_chunk()?;
+        *bytes = rest;
+        Some(Self { key: *key })
+    }
+
     /// The hash of `page`.
     pub(super) fn hash(&self, page: &[u8]) -> u128 {
         let mut short = [0; 16];
