@@ -61,6 +61,8 @@ pub struct GrantedPacks {
     /// In the order given.
     objects: Vec<(String, Way)>,
     by_key: HashMap<String, usize>,
+    /// Local files for the same bytes.
+    caches: HashMap<String, Arc<File>>,
 }
 
 #[derive(Clone)]
@@ -92,7 +94,12 @@ impl GrantedPacks {
             .map_err(|error| unanswered(Operation::Grant, "", error))?;
         let mut ways = Vec::with_capacity(objects.len());
         let mut by_key = HashMap::with_capacity(objects.len());
-        for GrantedObject { key, access } in objects {
+        let mut caches = HashMap::new();
+        for GrantedObject { key, access, cache } in objects {
+            // Only a hint, and so is its absence.
+            if let Some(file) = cache.and_then(|token| files.remove(&token)) {
+                caches.insert(key.clone(), Arc::new(file));
+            }
             let way = match access {
                 Access::Url(url) => Way::Url(url),
                 Access::Fd(token) => Way::File(Arc::new(files.remove(&token).ok_or_else(|| {
@@ -103,12 +110,18 @@ impl GrantedPacks {
             by_key.insert(key.clone(), ways.len());
             ways.push((key, way));
         }
-        Ok(Self { client, patience, objects: ways, by_key })
+        Ok(Self { client, patience, objects: ways, by_key, caches })
     }
 
     /// How many grants there are.
     pub fn len(&self) -> usize {
         self.objects.len()
+    }
+
+    /// The local files that came with the grants, by key. What a file holds, if anything, is only known by the frames' digests.
+    pub fn cache_files(&self) -> HashMap<String, File> {
+        let file = |(key, file): (&String, &Arc<File>)| Some((key.clone(), file.try_clone().ok()?));
+        self.caches.iter().filter_map(file).collect()
     }
 
     /// Whether there are none.

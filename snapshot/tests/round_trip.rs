@@ -13,8 +13,8 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stasis_snapshot::{
     capture::{
-        BaseInput, BlockIndex, CaptureError, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, Partial,
-        Stats, capture, packs_needed,
+        BaseInput, BlockIndex, CaptureError, CaptureFailed, CaptureRequest, Captured, CodecChoice, ImageInput, Options,
+        Partial, Stats, capture, packs_needed,
     },
     image::PageRef,
     manifest::{ImageKind, Manifest},
@@ -37,6 +37,7 @@ fn request(images: Vec<ImageInput>, parent_packs: Vec<PackEntry>, packs: &Arc<Pa
         options: Options { connections: 3, ..Options::default() },
         cancel: CancellationToken::new(),
         progress: None,
+        connections: None,
     }
 }
 
@@ -114,7 +115,7 @@ proptest! {
                 packs.begin(&format!("{generation}/"));
                 let before = parent.map_or(Vec::new(), |parent| parent.packs);
                 let mut request = request(inputs, before.clone(), &packs);
-                request.options.codec = [Codec::Lz4, Codec::Zstd, Codec::Raw][usize::from(codec)];
+                request.options.codec = CodecChoice::Fixed([Codec::Lz4, Codec::Zstd, Codec::Raw][usize::from(codec)]);
                 request.options.boot_pages = boot_pages;
                 let options = request.options;
                 let captured = capture(request).await.unwrap();

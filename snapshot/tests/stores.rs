@@ -205,7 +205,7 @@ async fn granted(store: &dyn ObjectStore, keys: &[&str], what: Grant) -> Granted
                 Access::Fd(token)
             }
         };
-        objects.push(GrantedObject { key: (*key).to_owned(), access });
+        objects.push(GrantedObject { key: (*key).to_owned(), access, cache: None });
     }
     let packs = GrantedPacks::new(objects, &mut files, Patience::default()).unwrap();
     assert!(files.is_empty());
@@ -351,7 +351,7 @@ async fn s3_answers_become_kinds() {
 
 fn url_grant(address: SocketAddr, patience: Patience) -> GrantedPacks {
     let url = format!("http://{address}/bucket/pack?X-Amz-Signature=geheim");
-    let object = GrantedObject { key: "pack".into(), access: Access::Url(url) };
+    let object = GrantedObject { key: "pack".into(), access: Access::Url(url), cache: None };
     GrantedPacks::new(vec![object], &mut HashMap::new(), patience).unwrap()
 }
 
@@ -400,7 +400,7 @@ async fn a_server_that_sends_another_length_is_not_believed() {
 
 #[tokio::test]
 async fn a_grant_without_its_descriptor_is_an_error() {
-    let object = GrantedObject { key: "pack".into(), access: Access::Fd(7) };
+    let object = GrantedObject { key: "pack".into(), access: Access::Fd(7), cache: None };
     let error = GrantedPacks::new(vec![object], &mut HashMap::new(), HASTY).unwrap_err();
     assert_eq!(error.key, "pack");
 }
@@ -527,6 +527,7 @@ async fn verify_names_every_damaged_and_missing_object() {
         options: Options::default(),
         cancel: CancellationToken::new(),
         progress: None,
+        connections: None,
     })
     .await
     .unwrap();

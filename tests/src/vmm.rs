@@ -177,7 +177,7 @@ impl Vmm {
                     Access::Fd(self.next_token + files.len() as u64 - 1)
                 }
             };
-            objects.push(GrantedObject { key, access });
+            objects.push(GrantedObject { key, access, cache: None });
         }
         self.send(files).await?;
         Ok(objects)

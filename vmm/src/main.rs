@@ -53,6 +53,9 @@ fn main() -> ExitCode {
             ExitNote { status: 2, reason: format!("the guest ended: {reason}") }
         }
         Ok(Finished::Machine(Ended::Failed(reason))) => ExitNote { status: 3, reason },
+        Ok(Finished::Machine(Ended::PageLost(reason))) => {
+            ExitNote { status: 4, reason: format!("a page of the snapshot cannot be had: {reason}") }
+        }
         Err(error) => ExitNote { status: 1, reason: format!("cannot start: {}", chain(&*error)) },
     };
     tracing::info!(status = note.status, reason = note.reason, "ends");

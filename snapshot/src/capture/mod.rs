@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `scan` | reads pages, tells zero ones and those of the template apart, and cuts the rest into frames |
+//! | `digests`, `page_hash` | what the durable map has at each page, by a keyed hash: pages that did not change are not sent |
 //! | `block_index` | looks pages up among the template's blocks |
 //! | `pipeline` | has frames compressed, puts packs together, keeps PUTs in flight, turns what became durable into maps |
 //!
@@ -19,10 +20,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 mod block_index;
+mod digests;
+mod page_hash;
 mod pipeline;
 mod scan;
 
 pub use block_index::BlockIndex;
+pub use digests::PageDigests;
 
 use crate::{
     granted::PackSink,
@@ -37,6 +41,13 @@ use crate::{
 pub trait PageReader: Send + Sync {
     /// Fills `into`, a whole number of pages, from `first_page` on.
     fn read(&self, first_page: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Exactly these pages where they lie, if they are contiguous in this process's memory and cannot change while the capture runs (the
+    /// guest stands still). `None` where either does not hold: they are then [`read`](Self::read).
+    fn view(&self, first_page: u64, pages: u64) -> Option<&[u8]> {
+        let _ = (first_page, pages);
+        None
+    }
 }
 
 /// The template disk that pages are compared with.
@@ -65,6 +76,21 @@ pub struct ImageInput {
     pub reader: Arc<dyn PageReader>,
     /// The template disk, where there is one.
     pub base: Option<BaseInput>,
+    /// What `parent` has at each page, as far as it is known: pages that equal it are left to it. The capture notes what it made durable,
+    /// and on failure no more than [`Partial::done`] covers.
+    pub digests: Option<Arc<PageDigests>>,
+    /// Pages among `look_at` that are sent even if they did not change (compaction). Zero pages and those of the base stay references.
+    pub rewrite: Vec<Range<u64>>,
+}
+
+/// How frames are compressed. Frames that gain too little are stored raw in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CodecChoice {
+    /// Always this one.
+    Fixed(Codec),
+    /// What the measured rates of store and codecs call for.
+    #[default]
+    Adaptive,
 }
 
 /// How to capture.
@@ -73,7 +99,7 @@ pub struct Options {
     /// PUTs in flight at most.
     pub connections: u16,
     /// Compression.
-    pub codec: Codec,
+    pub codec: CodecChoice,
     /// Bytes of pages and packs in memory at most; raised to what one pack needs.
     pub memory: u64,
     /// Pages looked at first that go to a boot pack of small frames (at most 16 MiB); 0 for none.
@@ -82,7 +108,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { connections: 8, codec: Codec::Lz4, memory: 64 << 20, boot_pages: 0 }
+        Self { connections: 8, codec: CodecChoice::Adaptive, memory: 64 << 20, boot_pages: 0 }
     }
 }
 
@@ -108,6 +134,8 @@ pub struct CaptureRequest {
     pub cancel: CancellationToken,
     /// Told of progress.
     pub progress: Option<watch::Sender<Stats>>,
+    /// How many PUTs may be in flight from now on, where that changes while the capture runs; [`Options::connections`] otherwise.
+    pub connections: Option<watch::Receiver<u16>>,
 }
 
 /// What a capture did so far.
@@ -119,6 +147,8 @@ pub struct Stats {
     pub zero_pages: u64,
     /// Of them equal to a template block.
     pub base_pages: u64,
+    /// Of them neither, and equal to what the parent's map has there.
+    pub unchanged_pages: u64,
     /// Pages in packs that are durable.
     pub sent_pages: u64,
     /// Bytes of packs that are durable.

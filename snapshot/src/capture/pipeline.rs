@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    CaptureError, CaptureFailed, CaptureRequest, Captured, ImageInput, Partial, Stats,
+    CaptureError, CaptureFailed, CaptureRequest, Captured, CodecChoice, ImageInput, Partial, Stats,
     scan::{Counters, RawFrame, Scan, ScanEnd, Stop},
 };
 use crate::{
@@ -156,6 +156,10 @@ impl Progress {
         let boot_pages = options.boot_pages.min(MAX_BOOT_PACK / PAGE_SIZE as u64);
         let least = target.max(page::bytes(boot_pages)) + 2 * page::bytes(pack::FRAME_PAGES.into());
         let memory = Arc::new(Semaphore::new((options.memory.max(least) as usize).min(Semaphore::MAX_PERMITS)));
+        let codec = match options.codec {
+            CodecChoice::Fixed(codec) => codec,
+            CodecChoice::Adaptive => Codec::Lz4,
+        };
         let (sender, receiver) = mpsc::channel(workers);
         let scan = Scan {
             images: Arc::clone(images),
@@ -168,7 +172,7 @@ impl Progress {
         let mut scan = Some(spawn_blocking(move || scan.run()));
         let mut settled = vec![Vec::new(); images.len()];
         let mut puts = JoinSet::new();
-        let frames = compressed(receiver, options.codec, workers);
+        let frames = compressed(receiver, codec, workers);
 
         let mut result = self.assemble(frames, target, &mut puts, &mut scan, &mut settled).await;
         // On failure: no more frames (the stream is gone), no more memory, no more PUTs; then wait until all have noticed.
@@ -250,6 +254,7 @@ impl Progress {
             scanned_pages: count(&self.counters.scanned),
             zero_pages: count(&self.counters.zero),
             base_pages: count(&self.counters.base),
+            unchanged_pages: 0,
             sent_pages: entries().flat_map(|entry| &entry.frames).map(|frame| u64::from(frame.pages)).sum(),
             sent_bytes: entries().map(|entry| u64::from(entry.size)).sum(),
             packs: self.durable.len() as u32,

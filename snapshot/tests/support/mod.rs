@@ -226,6 +226,8 @@ pub(crate) fn first_capture(kind: ImageKind, pages: &Arc<Pages>, base: Option<Ba
         look_at: std::iter::once(0..pages.len()).collect(),
         reader: pages.clone(),
         base,
+        digests: None,
+        rewrite: Vec::new(),
     }
 }
 

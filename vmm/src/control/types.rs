@@ -334,7 +334,8 @@ pub struct ErrorBody {
 /// Written to `exit.json` in the run directory before the process ends for any reason it knows of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitNote {
-    /// Exit status: 0 shutdown asked for, 1 start-up failed, 2 the guest ended its machine, 3 the VM failed.
+    /// Exit status: 0 shutdown asked for, 1 start-up failed, 2 the guest ended its machine, 3 the VM failed, 4 a page of the snapshot
+    /// could not be had.
     pub status: i32,
     /// Why, in one sentence.
     pub reason: String,
