@@ -108,7 +108,7 @@ impl VmmPool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
 
     #[tokio::test]
     async fn a_program_that_cannot_start_leaves_an_empty_pool_that_stops() {

@@ -142,6 +142,11 @@ impl Vmm {
         *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
     }
 
+    /// Whether we hold the guest's memory file.
+    pub fn has_memory(&self) -> bool {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// The guest's memory file, given away.
     pub fn take_memory(&self) -> Option<Arc<fs::File>> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -197,6 +202,17 @@ impl Vmm {
                 self.kill();
             }
         }
+        self.clear_away().await;
+    }
+
+    /// Kills the process, waits until it is gone and removes its run directory: for one that has nothing left to say.
+    pub async fn end_at_once(&self) {
+        self.dismissed.store(true, Ordering::Release);
+        self.kill();
+        self.clear_away().await;
+    }
+
+    async fn clear_away(&self) {
         if tokio::time::timeout(KILL, self.wait_ended()).await.is_err() {
             tracing::error!(
                 pid = self.identity.pid,
