@@ -72,7 +72,7 @@ impl Packing<'_> {
             return;
         }
         self.frames = 0;
-        let (bytes, mut entry) = std::mem::replace(&mut self.builder, PackBuilder::new()).finish();
+        let (bytes, mut entry) = std::mem::replace(&mut self.builder, PackBuilder::new(Vec::new())).finish();
         entry.key = format!("pack/{}", self.packs.len());
         self.stored.insert(entry.key.clone(), bytes);
         self.packs.push(entry);
@@ -93,7 +93,7 @@ impl World {
         let (mut packs, mut stored) = (Vec::new(), HashMap::new());
         for _ in 0..generations {
             let mut packing =
-                Packing { rng, packs: &mut packs, stored: &mut stored, builder: PackBuilder::new(), frames: 0 };
+                Packing { rng, packs: &mut packs, stored: &mut stored, builder: PackBuilder::new(Vec::new()), frames: 0 };
             for image in 0..2 {
                 // Disjoint pieces of a part of the image, shuffled into frames.
                 let mut pieces = Vec::new();
