@@ -71,7 +71,7 @@ struct Stored {
 
 impl OpenPack {
     fn new(buffer: Vec<u8>, boot: bool) -> Self {
-        Self { builder: PackBuilder::new(buffer), placed: Vec::new(), boot, permit: None }
+        Self { builder: PackBuilder::within(buffer), placed: Vec::new(), boot, permit: None }
     }
 
     /// Adds a frame and returns its buffer.
