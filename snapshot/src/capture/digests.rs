@@ -4,6 +4,8 @@
 //! Shared by the threads of a restore (which note pages as they place them) and of a capture. One lock for each 2 MiB of the image, held
 //! for a few stores; pages are hashed outside it.
 
+mod export;
+
 use std::{
     io,
     ops::Range,

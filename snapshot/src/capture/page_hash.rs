@@ -11,6 +11,8 @@ use crate::page::PAGE_SIZE;
 
 /// Words of a page, in pairs.
 const PAIRS: usize = PAGE_SIZE / 16;
+/// Bytes of a key.
+const KEY_BYTES: usize = (PAIRS + 2) * 16;
 
 /// One page.
 pub(super) type Page = [u8; PAGE_SIZE];
@@ -27,16 +29,32 @@ pub(super) struct PageHasher {
 impl PageHasher {
     /// With a key from the kernel.
     pub(super) fn random() -> io::Result<Self> {
-        let mut key = vec![0; (PAIRS + 2) * 16];
+        let mut key = vec![0; KEY_BYTES];
         let mut filled = 0;
         while filled < key.len() {
             filled += rustix::rand::getrandom(&mut key[filled..], rustix::rand::GetRandomFlags::empty())?;
         }
+        Ok(Self::with_key(&key))
+    }
+
+    fn with_key(key: &[u8]) -> Self {
         let mut words = key.as_chunks::<16>().0.iter().map(|word| u128::from_le_bytes(*word));
         let factor = words.next().unwrap_or_default();
         let mut masks = Box::new([0; PAIRS + 1]);
         masks.iter_mut().zip(words).for_each(|(mask, word)| *mask = word);
-        Ok(Self { masks, factor, multiplies: multiplies() })
+        Self { masks, factor, multiplies: multiplies() }
+    }
+
+    /// The key as bytes.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        std::iter::once(&self.factor).chain(self.masks.iter()).flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    /// Takes a key off the front of `bytes`.
+    pub(super) fn from_bytes(bytes: &mut &[u8]) -> Option<Self> {
+        let (key, rest) = bytes.split_at_checked(KEY_BYTES)?;
+        *bytes = rest;
+        Some(Self::with_key(key))
     }
 
     /// The hash of `page`.
