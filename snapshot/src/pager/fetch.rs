@@ -274,7 +274,9 @@ impl Shared {
         let bytes = match self.get(pack, range.clone(), urgency).await {
             Ok(bytes) => bytes,
             Err(error) => {
-                claims.into_iter().for_each(|claim| claim.failed(&error));
+                for claim in claims {
+                    claim.failed(&error);
+                }
                 return Err(error);
             }
         };
@@ -417,6 +419,11 @@ impl Shared {
     ) -> Result<T, PagerError> {
         let _turn = if urgency == Urgency::Demand { None } else { self.workers.acquire().await.ok() };
         self.on_thread(work).await.map_err(|_| self.ended())
+    }
+
+    /// Waits so long, or until the pager ends.
+    pub(super) async fn pause(&self, wait: Duration) {
+        drop(time::timeout(wait, self.units.ended().cancelled()).await);
     }
 
     /// Why nothing more will come.

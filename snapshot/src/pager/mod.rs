@@ -240,7 +240,7 @@ impl Pager {
             };
             let Err(error) = result else { break };
             let Some(wait) = attempts.after(&error) else { return Err(self.end(error)) };
-            time::sleep(wait).await;
+            shared.pause(wait).await;
         }
         shared.counters.waited(started.elapsed());
         Ok(())
@@ -271,7 +271,7 @@ impl Pager {
             };
             let Err(error) = result else { break };
             let Some(wait) = attempts.after(&error) else { return Err(self.end(error)) };
-            thread::sleep(wait);
+            shared.runtime.block_on(shared.pause(wait));
         }
         shared.counters.waited(started.elapsed());
         Ok(())
