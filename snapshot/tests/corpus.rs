@@ -21,7 +21,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use stasis_snapshot::{
-    capture::{BaseInput, BlockIndex, CaptureRequest, Captured, ImageInput, Options, capture},
+    capture::{BaseInput, BlockIndex, CaptureRequest, Captured, CodecChoice, ImageInput, Options, capture},
     commit::{Head, HeadState},
     granted::{PackSink, PackSource},
     ids::{CommitId, Digest},
@@ -198,9 +198,10 @@ async fn make() {
             images: inputs,
             parent_packs: parent.as_ref().map_or(Vec::new(), |(parent, _)| parent.packs.clone()),
             sink: Arc::new(Bucket { store: store.clone(), generation: Some(generation.clone()) }),
-            options: Options { codec, boot_pages: 6, ..Options::default() },
+            options: Options { codec: CodecChoice::Fixed(codec), boot_pages: 6, ..Options::default() },
             cancel: CancellationToken::new(),
             progress: None,
+            connections: None,
         })
         .await
         .unwrap();

@@ -309,7 +309,7 @@ mod tests {
                         let key = format!("pack/{}", (step * 7 + thread) % 20);
                         match step % 5 {
                             4 => dir.remove(&key).unwrap(),
-                            _ => dir.open(&key).unwrap().write_all_at(&[1; 64 << 10], 0).unwrap(),
+                            _ => dir.open(&key).unwrap().write_all_at(&vec![1; 64 << 10], 0).unwrap(),
                         }
                         if step % 50 == 49 {
                             dir.trim().unwrap();
