@@ -7,6 +7,7 @@
 //! | `settle` | the end of a pause: the head, and what may be done with the guest |
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
+//! | `snapshots` | named snapshots |
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
@@ -40,9 +41,11 @@ mod pressure;
 mod restart;
 mod resume;
 mod settle;
+pub mod snapshots;
 mod timers;
 
 use self::golden::Goldens;
+use self::snapshots::Reservations;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
@@ -107,6 +110,8 @@ pub struct Core {
     pub pack_cache: Option<CacheDir>,
     /// Booted templates.
     pub goldens: Goldens,
+    /// Names of snapshots that are being made.
+    pub snapshot_names: Reservations,
     vmm_program: PathBuf,
     /// Held from counting a tenant's sandboxes to adding one, so that two creates cannot both take the last place.
     admission: Mutex<()>,
@@ -178,6 +183,7 @@ impl Supervisor {
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
             goldens: Goldens::default(),
+            snapshot_names: Reservations::default(),
             config,
             journal,
             sources,
@@ -305,4 +311,7 @@ pub mod operations {
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
     pub use super::resume::resume;
+    pub use super::snapshots::{
+        create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot,
+    };
 }
