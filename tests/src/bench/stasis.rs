@@ -54,6 +54,12 @@ impl Setting {
             ("STASIS_KEEP_MEMORY_MIB", keep),
             ("STASIS_PACK_CACHE_MIB", packs),
             ("STASIS_RUN_AHEAD", ahead),
+            // Soon, and without regard to what it costs: what is measured is the pause after it.
+            ("STASIS_RUN_AHEAD_IDLE_MS", "100"),
+            ("STASIS_RUN_AHEAD_INTERVAL_MS", "100"),
+            ("STASIS_RUN_AHEAD_LEAST_KIB", "64"),
+            ("STASIS_RUN_AHEAD_MIB_PER_MINUTE", "1000000"),
+            ("STASIS_RUN_AHEAD_CORE_PERCENT", "100"),
             // A sandbox that begins as a clone has no first pause worth the name.
             ("STASIS_GOLDEN", if self == Self::Ahead { "on" } else { "off" }),
             ("STASIS_LIMITS_SANDBOXES", "256"),
@@ -327,7 +333,7 @@ impl Cycle<'_> {
         let answered = begun.elapsed();
         let cpu = self.home.cpu().saturating_sub(cpu);
         reply.expect_success()?;
-        let first = watch.until("the first output after a wake", PATIENCE, |beats| beats.first().map(|b| b.0)).await?;
+        let first = watch.until("the first output after a wake", PATIENCE, |beats| beats.first().map(|beat| beat.at)).await?;
         let pass = watch.until("the first pass after a wake", PATIENCE, |beats| passes(beats).next()).await?;
         self.samples.time(format!("resume_{word}"), first - begun);
         self.samples.time(format!("resume_{word}.answered"), answered);
