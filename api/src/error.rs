@@ -291,22 +291,6 @@ fn store_status(kind: ErrorKind) -> StatusCode {
     }
 }
 
-/// What the store did, read off the words of a process that only passes words on: kinds print the same on both sides.
-pub fn store_kind_in(message: &str) -> Option<ErrorKind> {
-    [
-        ErrorKind::Unauthorized,
-        ErrorKind::Forbidden,
-        ErrorKind::Unavailable,
-        ErrorKind::Full,
-        ErrorKind::NoSuchBucket,
-        ErrorKind::NotFound,
-        ErrorKind::Corrupt,
-        ErrorKind::Conflict,
-    ]
-    .into_iter()
-    .find(|kind| message.contains(&kind.to_string()))
-}
-
 /// The [`Error::code`] of an operation whose outcome is not known.
 pub const OUTCOME_UNKNOWN: &str = "outcome-unknown";
 

@@ -1,7 +1,11 @@
-//! Create: the first head claims the id while the guest boots; the answer comes when the guest takes requests.
+//! Create: the first head claims the id while the guest starts, from its booted template or by booting; the answer comes when the guest takes
+//! requests.
 //!
 //! Failure at any step ends the VM, writes a tombstone if a head may exist, and leaves the sandbox `deleted` with the reason.
 
+use super::golden::Golden;
+use super::machine::vmm_error;
+use super::materialise::{Held, materialise};
 use super::{Core, blocking, detached};
 use crate::error::Error;
 use crate::ids::SandboxId;
@@ -15,7 +19,7 @@ use crate::validate::{self, FieldError, TemplateLimits};
 use serde_json::{Map, Value};
 use stasis_snapshot::commit::{Attempt, Change, HeadState};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Makes a sandbox of `tenant` as `body` asks for it and waits until it runs.
 pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -> Result<(Record, Timing), Error> {
@@ -108,21 +112,66 @@ async fn boot(
         .map_err(Core::head_error(sandbox))?;
     core.propose(operation, &[&attempt])?;
     let begun = Instant::now();
-    let vm = core.start_vmm(sandbox).await?;
-    timing.since("spawn", begun);
-    let begun = Instant::now();
     // The first failure drops the other: the caller ends the VM, and a head that may still land gets a tombstone.
-    let (claimed, booted) = tokio::try_join!(
+    let (claimed, started) = tokio::try_join!(
         async {
             core.commit(sandbox, &attempt, "claim the id").await?;
             Ok::<_, Error>(begun.elapsed())
         },
-        async {
-            core.boot(sandbox, &vm, template).await?;
-            Ok(begun.elapsed())
-        }
+        start(core, sandbox, template)
     )?;
     timing.phase("claim", claimed);
-    timing.phase("boot", booted);
+    started.into_iter().for_each(|(name, took)| timing.phase(name, took));
     Ok(())
+}
+
+/// A guest that is ready: from its booted template when there is one, else by booting it.
+async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) -> Result<Vec<(&'static str, Duration)>, Error> {
+    let spec = sandbox.record().spec;
+    let mut shape = None;
+    if core.config.warm.golden {
+        let (asked, core) = ((template.clone(), spec.clone()), core.clone());
+        let name = blocking(move || core.goldens.shape(&asked.0, &asked.1, &core.vmm_program)).await?;
+        shape = Some(name);
+    }
+    if let Some(shape) = shape
+        && let Some(golden) = core.golden(shape).await
+    {
+        match clone(core, sandbox, &golden).await {
+            Ok(phases) => return Ok(phases),
+            Err(error) => {
+                tracing::warn!(id = %sandbox.id, error = error.chain(), "it cannot start from its booted template, and boots");
+                core.goldens.give_up(shape);
+                core.end_vm(sandbox).await;
+                core.registry.amend(sandbox, |record| record.origin = None)?;
+            }
+        }
+    }
+    let begun = Instant::now();
+    let vm = core.start_vmm(sandbox).await?;
+    let spawned = begun.elapsed();
+    let begun = Instant::now();
+    core.boot(sandbox, &vm, template).await?;
+    if let Some(shape) = shape {
+        core.make_golden(template.clone(), &spec, shape);
+    }
+    Ok(vec![("spawn", spawned), ("boot", begun.elapsed())])
+}
+
+/// A guest that goes on where the booted template stood, under an identity of its own.
+async fn clone(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    golden: &Golden,
+) -> Result<Vec<(&'static str, Duration)>, Error> {
+    core.registry.amend(sandbox, |record| record.origin = Some(golden.manifest.clone()))?;
+    let held = Held { manifest: Some(golden.bytes.clone()), memory: None };
+    let restored = materialise(core, sandbox, &golden.manifest, held).await?;
+    let begun = Instant::now();
+    let vm = &restored.vm;
+    vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
+    let ran = begun.elapsed();
+    let begun = Instant::now();
+    core.tell_wake(sandbox, vm, Some(core.new_identity(sandbox))).await?;
+    Ok(vec![("spawn", restored.spawned), ("restore", restored.took), ("run", ran), ("wake", begun.elapsed())])
 }
