@@ -30,7 +30,7 @@ test: build images test-native test-linux
 
 # The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 15 minutes.
 bench: setup
-	$(STEP) build-bench cargo build --release -p stasis-api -p stasis-vmm -p stasis-tests --bins
+	$(STEP) build-bench cargo build --release --workspace --bins
 	$(STEP) pulse guest-images/pulse/build
 	$(STEP) bench target/release/stasis-bench $(ARGS)
 

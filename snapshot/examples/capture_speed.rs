@@ -1,6 +1,8 @@
 //! How fast a capture is, and where its time goes: scanning alone, then whole captures of 256 MiB of mixed content into nothing and into a
 //! directory. `cargo run --release -p stasis-snapshot --example capture_speed [DIRECTORY]`
 
+#![expect(clippy::cast_precision_loss, reason = "estimates")]
+
 use std::{
     collections::HashMap,
     error::Error,
@@ -95,7 +97,7 @@ struct Run<'a> {
 /// CPU time of this process.
 fn cpu() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+    Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_nanos(time.tv_nsec.unsigned_abs())
 }
 
 impl Run<'_> {
@@ -121,7 +123,7 @@ impl Run<'_> {
         };
         let (started, before) = (Instant::now(), cpu());
         let captured = capture(request).await?;
-        let (took, used) = (started.elapsed(), cpu() - before);
+        let (took, used) = (started.elapsed(), cpu().saturating_sub(before));
         let gib = self.memory.bytes.len() as f64 / f64::from(1 << 30);
         let stats = captured.stats;
         println!(

@@ -201,8 +201,14 @@ pub(crate) struct PackBuilder {
 }
 
 impl PackBuilder {
+    /// With a buffer that grows.
+    #[cfg(test)]
+    pub(crate) fn new() -> Self {
+        Self::within(Vec::new())
+    }
+
     /// In `bytes`, which is empty.
-    pub(crate) fn new(mut bytes: Vec<u8>) -> Self {
+    pub(crate) fn within(mut bytes: Vec<u8>) -> Self {
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.resize(HEADER_LEN as usize, 0);
@@ -246,7 +252,7 @@ impl PackBuilder {
 /// An entry that passes the manifest's checks, with frames of these many pages.
 #[cfg(test)]
 pub(crate) fn test_entry(key: &str, frames: &[u32]) -> PackEntry {
-    let mut pack = PackBuilder::new(Vec::new());
+    let mut pack = PackBuilder::new();
     for &pages in frames {
         let bytes: Vec<u8> = (0..pages as usize * PAGE_SIZE).map(|i| (i / 7 % 251) as u8).collect();
         pack.push(&encode_frame(Codec::Lz4, &bytes));
@@ -337,7 +343,7 @@ mod tests {
 
     #[test]
     fn headers_are_checked() {
-        let (bytes, entry) = PackBuilder::new(Vec::new()).finish();
+        let (bytes, entry) = PackBuilder::new().finish();
         assert_eq!(u64::from(entry.size), HEADER_LEN);
         assert_eq!(check_header(&bytes), Ok(()));
         assert!(matches!(check_header(&bytes[1..]), Err(PackError::Length { .. })));

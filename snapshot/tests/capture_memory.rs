@@ -1,7 +1,5 @@
 //! The bound on a capture's memory, by what the allocator hands out. Alone in its file: the allocator counts the whole process.
 
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
-
 mod support;
 
 use std::{

@@ -304,6 +304,7 @@ struct Slow(AtomicU64);
 impl PageReader for Slow {
     fn read(&self, first_page: u64, into: &mut [u8]) -> std::io::Result<()> {
         self.0.fetch_add(1, Ordering::SeqCst);
+        #[expect(clippy::disallowed_methods, reason = "the time it takes is the point")]
         std::thread::sleep(Duration::from_millis(20 * (into.len() / PAGE_SIZE) as u64 / 10));
         into.fill(first_page as u8 | 1);
         Ok(())
@@ -333,9 +334,9 @@ async fn a_cancellation_is_prompt_whatever_is_going_on() {
         let failed = capture(request).await.unwrap_err();
         let took = cancelled.await.unwrap().elapsed();
         assert!(matches!(failed.error, CaptureError::Cancelled), "{}", failed.error);
-        // One read of 64 pages takes 128 ms here and cannot be interrupted.
-        let limit = if reading { 128 + 100 } else { 100 };
-        assert!(took < Duration::from_millis(limit), "{took:?} after {after} ms");
+        // Milliseconds, and 128 for a read that cannot be interrupted; but a busy machine may not run us at once. All reads take 8 s.
+        println!("{took:?} after {after} ms, reading slowly: {reading}");
+        assert!(took < Duration::from_secs(1), "{took:?} after {after} ms");
         let reads = slow.0.load(Ordering::SeqCst) + memory.reads.load(Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(150)).await;
         assert_eq!(slow.0.load(Ordering::SeqCst) + memory.reads.load(Ordering::SeqCst), reads);

@@ -404,7 +404,9 @@ async fn a_request_that_is_stuck_is_sent_again_on_another_connection() {
         assert_eq!(packs.put(n, Bytes::from_static(b"x")).await.unwrap(), format!("pack/{n}"));
     }
     assert!(start.elapsed() < Patience::default().attempt, "it was the time-out that helped");
-    assert_eq!(count.load(Ordering::SeqCst), 41);
+    // A busy machine may have stalled another one.
+    let asked = count.load(Ordering::SeqCst);
+    assert!((41..=45).contains(&asked), "{asked} requests");
 
     // Ranged GETs alike; a store that is slow as a whole is not asked twice for everything.
     let (address, count) = scripted(|n| (n < 20 || n % 2 == 0).then_some((206, "abcd"))).await;
@@ -428,7 +430,7 @@ async fn packs_are_copied_to_the_local_files_that_come_with_their_grants() {
         let RawGrant::Url(url) = store.grant_put(&key, TTL).await.unwrap() else { panic!("no URL") };
         // One that cannot be written, one that was not sent.
         let path = cache.path().join(token.to_string());
-        std::fs::write(&path, [7; 3 << 20]).unwrap();
+        std::fs::write(&path, vec![7; 3 << 20]).unwrap();
         if token != 1 {
             files.insert(token, File::options().read(true).write(token != 0).open(path).unwrap());
         }

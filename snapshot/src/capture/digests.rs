@@ -283,7 +283,9 @@ mod tests {
                 std::thread::spawn(move || (thread..4096).step_by(4).for_each(|at| digests.note(at, &page(at))))
             })
             .collect();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         assert!((0..4096).all(|at| digests.unchanged(at, &page(at))));
     }
 }

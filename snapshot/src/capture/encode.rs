@@ -145,7 +145,9 @@ impl Workshop {
             drop(permit.split(permit.num_permits().saturating_sub(encoded.bytes.len())));
         }
         let spans = blocks.iter_mut().flat_map(|block| mem::take(&mut block.spans)).collect();
-        blocks.iter_mut().for_each(|block| self.give_back_block(mem::take(&mut block.bytes)));
+        for block in &mut blocks {
+            self.give_back_block(mem::take(&mut block.bytes));
+        }
         let digests = blocks.iter_mut().flat_map(|block| mem::take(&mut block.digests)).collect();
         Ok(Frame { encoded, image: number, boot, spans, digests, permit, codec, took })
     }

@@ -98,7 +98,7 @@ impl PageHasher {
     }
 
     /// `first * factor + second` in GF(2^128), modulo x^128 + x^7 + x^2 + x + 1.
-    #[inline(always)]
+    #[inline]
     fn join(&self, first: u128, second: u128, product: impl Fn(u64, u64) -> u128) -> u128 {
         let (a0, a1) = (first as u64, (first >> 64) as u64);
         let (b0, b1) = (self.factor as u64, (self.factor >> 64) as u64);
@@ -116,7 +116,8 @@ impl PageHasher {
 #[target_feature(enable = "sse2")]
 fn words(vector: std::arch::x86_64::__m128i) -> u128 {
     use std::arch::x86_64::{_mm_cvtsi128_si64, _mm_unpackhi_epi64};
-    let (low, high) = (_mm_cvtsi128_si64(vector) as u64, _mm_cvtsi128_si64(_mm_unpackhi_epi64(vector, vector)) as u64);
+    let low = _mm_cvtsi128_si64(vector).cast_unsigned();
+    let high = _mm_cvtsi128_si64(_mm_unpackhi_epi64(vector, vector)).cast_unsigned();
     u128::from(high) << 64 | u128::from(low)
 }
 

@@ -71,7 +71,7 @@ struct Stored {
 
 impl OpenPack {
     fn new(buffer: Vec<u8>, boot: bool) -> Self {
-        Self { builder: PackBuilder::new(buffer), placed: Vec::new(), boot, permit: None }
+        Self { builder: PackBuilder::within(buffer), placed: Vec::new(), boot, permit: None }
     }
 
     /// Adds a frame and returns its buffer.
@@ -343,11 +343,13 @@ impl Pipeline {
             let (workshop, images) = (Arc::clone(&self.workshop), Arc::clone(&self.images));
             self.encodes.push_back(self.jobs.spawn_blocking(move || workshop.encode(&images, raw, codec)));
         }
-        if self.framer.ready.len() < self.workers && self.scans.len() <= self.workers && self.acquire.is_none() {
-            if let Some(chunk) = self.chunks.peek() {
-                let bytes = page::bytes(chunk.pages) as u32;
-                self.acquire = Some(Box::pin(Arc::clone(&self.memory).acquire_many_owned(bytes)));
-            }
+        if self.framer.ready.len() < self.workers
+            && self.scans.len() <= self.workers
+            && self.acquire.is_none()
+            && let Some(chunk) = self.chunks.peek()
+        {
+            let bytes = page::bytes(chunk.pages) as u32;
+            self.acquire = Some(Box::pin(Arc::clone(&self.memory).acquire_many_owned(bytes)));
         }
     }
 

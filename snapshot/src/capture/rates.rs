@@ -3,6 +3,8 @@
 //! A byte of pages takes as long as the slower of two stages: the workers compress it at `workers * speed`, and the store takes what it
 //! becomes, `ratio` bytes, at the uplink's rate. The decision is a pure function of [`Rates`]; [`Meter`] makes them from what happened.
 
+#![expect(clippy::cast_precision_loss, reason = "estimates")]
+
 use std::time::Duration;
 
 use crate::pack::Codec;

@@ -391,7 +391,7 @@ mod tests {
     #[test]
     fn chunks_hold_every_page_once_and_in_order() {
         #[expect(clippy::reversed_empty_ranges, reason = "what a caller may give")]
-        let looks = [vec![5..6, 100..900, 8..8, 0..3], vec![], vec![9..7, 40..45], vec![7..8]];
+        let looks = [vec![5..6, 100..900, 8..8, 0..3], vec![], vec![9..7, 40..45], vec![7..8, 3..3]];
         let images = Arc::new(looks.iter().cloned().map(image).collect::<Vec<_>>());
         for (size, boot_pages) in [(64, 0), (64, 70), (1, 3), (1000, 10_000), (512, 802)] {
             let chunks: Vec<_> = Chunks::new(Arc::clone(&images), size, boot_pages).collect();

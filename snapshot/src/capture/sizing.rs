@@ -70,10 +70,11 @@ impl Sizing {
 
     /// What the size would be if all that will be sent were known: as much of the rest as of what was scanned, stored in as many bytes.
     fn target(&self, now: Standing) -> u64 {
-        let sendable = self.total as f64 * (now.sendable as f64 / (now.scanned as f64).max(1.0));
-        let ratio = now.stored as f64 / (now.placed as f64).max(1.0);
-        let rest = (sendable - now.placed as f64).max(0.0) * ratio;
-        pack_size(now.stored + rest as u64, self.connections)
+        let part = |whole: u64, of: u64, in_all: u64| u128::from(whole) * u128::from(of) / u128::from(in_all.max(1));
+        let sendable = u64::try_from(part(self.total, now.sendable, now.scanned)).unwrap_or(u64::MAX);
+        let rest = part(sendable.saturating_sub(now.placed), now.stored, now.placed);
+        let rest = u64::try_from(rest).unwrap_or(u64::MAX);
+        pack_size(now.stored.saturating_add(rest), self.connections)
     }
 }
 
@@ -117,7 +118,7 @@ mod tests {
     #[test]
     fn the_first_packs_leave_early() {
         let sizing = Sizing::new(1 << 18, &options(8));
-        let sizes = packs(&sizing, &[(FRAME, FRAME); 4096], |n| n < 8);
+        let sizes = packs(&sizing, &vec![(FRAME, FRAME); 4096], |n| n < 8);
         assert_eq!(sizes[0], 1 << 20);
         assert!(sizes[12..sizes.len() - 1].iter().all(|&size| size == 8 << 20), "{sizes:?}");
         assert!(sizes.len() <= 128 + 8 + 2);

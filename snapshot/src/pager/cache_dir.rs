@@ -199,7 +199,11 @@ fn sum(sizes: &[Sized]) -> Usage {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::FileExt, thread};
+    use std::{
+        os::unix::fs::FileExt,
+        thread,
+        time::{Duration, SystemTime},
+    };
 
     use super::*;
 
@@ -257,9 +261,10 @@ mod tests {
     fn a_new_start_finds_the_files_and_only_them() {
         let root = tempfile::tempdir().unwrap();
         let dir = CacheDir::open_root(root.path(), 10 * MIB).unwrap();
-        for key in ["old", "new"] {
-            fill(&dir.open(key).unwrap(), MIB);
-            thread::sleep(std::time::Duration::from_millis(20));
+        for (key, age) in [("new", 1), ("old", 2)] {
+            let file = dir.open(key).unwrap();
+            fill(&file, MIB);
+            file.set_modified(SystemTime::now() - Duration::from_hours(age)).unwrap();
         }
         fs::write(root.path().join("notes"), vec![1; 3 * MIB as usize]).unwrap();
         fs::create_dir(root.path().join(name_of("directory").to_string())).unwrap();
@@ -304,7 +309,7 @@ mod tests {
                         let key = format!("pack/{}", (step * 7 + thread) % 20);
                         match step % 5 {
                             4 => dir.remove(&key).unwrap(),
-                            _ => dir.open(&key).unwrap().write_all_at(&[1; 64 << 10], 0).unwrap(),
+                            _ => dir.open(&key).unwrap().write_all_at(&vec![1; 64 << 10], 0).unwrap(),
                         }
                         if step % 50 == 49 {
                             dir.trim().unwrap();

@@ -1,18 +1,9 @@
 //! Bringing claimed units in: from the base, the pack cache, the store. Decoding, checking and placing run on blocking threads, or on
 //! the thread that faulted.
 
-use std::{
-    io,
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::{io, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::future::{self, Either};
 use tokio::{
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -24,7 +15,6 @@ use tokio_util::task::TaskTracker;
 use crate::{
     pack::{self, PackError},
     page::{self, PAGE_SIZE},
-    store::StoreError,
 };
 
 use super::{
@@ -274,7 +264,9 @@ impl Shared {
         let bytes = match self.get(pack, range.clone(), urgency).await {
             Ok(bytes) => bytes,
             Err(error) => {
-                claims.into_iter().for_each(|claim| claim.failed(&error));
+                for claim in claims {
+                    claim.failed(&error);
+                }
                 return Err(error);
             }
         };
@@ -357,20 +349,18 @@ impl Shared {
         self.tracker.spawn_on(async move { drop(shared.as_worker(urgency, write).await) }, &self.runtime);
     }
 
-    /// One ranged GET. Demand waits for a connection of its own, and sends a second GET when the first is late.
+    /// One ranged GET. Demand waits for a connection of its own; the background has one.
     async fn get(&self, pack: u32, range: Range<u64>, urgency: Urgency) -> Result<Bytes, PagerError> {
         let key = self.table.key(pack);
-        let demand = urgency == Urgency::Demand;
         let answer = async {
-            let _permit = if demand { Some(self.gate.enter(urgency).await) } else { None };
-            let started = Instant::now();
-            let answer = if demand {
-                self.hedged(key, &range).await
-            } else {
-                self.sources.store.get_range(key, range.clone()).await
-            };
-            let bytes = answer.map_err(|source| PagerError::Fetch { key: key.to_owned(), source: Arc::new(source) })?;
-            self.counters.answered(urgency, bytes.len() as u64, started.elapsed());
+            let _permit = if urgency == Urgency::Demand { Some(self.gate.enter(urgency).await) } else { None };
+            let bytes = self.sources.store.get_range(key, range.clone()).await;
+            let bytes = bytes.map_err(|source| PagerError::Fetch { key: key.to_owned(), source: Arc::new(source) })?;
+            self.counters.count(|stats| {
+                let traffic = &mut stats.store[urgency as usize];
+                traffic.requests += 1;
+                traffic.bytes += bytes.len() as u64;
+            });
             Ok(bytes)
         };
         let deadline = self.options.deadline;
@@ -379,29 +369,6 @@ impl Shared {
             () = self.units.ended().cancelled() => Err(self.ended()),
             answer = time::timeout(deadline, answer) => answer.unwrap_or(Err(PagerError::Deadline(deadline))),
         }
-    }
-
-    /// The first good answer of one GET, or of two when the first is late. The second waits for a connection as any demand does.
-    async fn hedged(&self, key: &str, range: &Range<u64>) -> Result<Bytes, StoreError> {
-        let first = self.sources.store.get_range(key, range.clone());
-        let Some(after) = self.hedge_after() else { return first.await };
-        let sent = AtomicBool::new(false);
-        let second = Box::pin(async {
-            time::sleep(after).await;
-            let _permit = self.gate.enter(Urgency::Demand).await;
-            sent.store(true, Ordering::Relaxed);
-            self.counters.count(|stats| stats.hedges += 1);
-            self.sources.store.get_range(key, range.clone()).await
-        });
-        match future::select(first, second).await {
-            Either::Left((Err(_), second)) if sent.load(Ordering::Relaxed) => second.await,
-            Either::Right((Err(_), first)) => first.await,
-            Either::Left((answer, _)) | Either::Right((answer, _)) => answer,
-        }
-    }
-
-    fn hedge_after(&self) -> Option<Duration> {
-        Some(self.options.hedge_after?.max(self.counters.usual_answer()?))
     }
 
     /// Runs `work` on a blocking thread.
@@ -417,6 +384,11 @@ impl Shared {
     ) -> Result<T, PagerError> {
         let _turn = if urgency == Urgency::Demand { None } else { self.workers.acquire().await.ok() };
         self.on_thread(work).await.map_err(|_| self.ended())
+    }
+
+    /// Waits so long, or until the pager ends.
+    pub(super) async fn pause(&self, wait: Duration) {
+        drop(time::timeout(wait, self.units.ended().cancelled()).await);
     }
 
     /// Why nothing more will come.

@@ -79,8 +79,8 @@ impl Throttle {
 
     fn spend(&mut self, bytes: u64) {
         if let Some(rate) = self.rate {
-            let time = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-            self.next = self.next.max(Instant::now()) + time;
+            let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
+            self.next = self.next.max(Instant::now()) + Duration::from_nanos(nanos as u64);
         }
     }
 }

@@ -75,7 +75,7 @@ pub trait PageTarget: Send + Sync {
 /// Where packs come from.
 #[derive(Clone)]
 pub struct Sources {
-    /// Has everything.
+    /// Has everything. Tries again and hedges by itself.
     pub store: Arc<dyn PackSource>,
     /// Asked first.
     pub cache: Option<Arc<PackCache>>,
@@ -95,7 +95,7 @@ pub enum Urgency {
 /// How to fetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// GETs in flight at most, hedges included.
+    /// GETs in flight at most. A source may send one of its own accord a second time.
     pub connections: u16,
     /// Of these, kept for demand.
     pub demand_connections: u16,
@@ -117,8 +117,6 @@ pub struct Options {
     pub backoff: Duration,
     /// Of one GET, and of one wait for pages.
     pub deadline: Duration,
-    /// A demand's GET is sent a second time when 95 % of the earlier ones took less time, but not before this. Never without.
-    pub hedge_after: Option<Duration>,
 }
 
 impl Default for Options {
@@ -135,7 +133,6 @@ impl Default for Options {
             attempts: 2,
             backoff: Duration::from_millis(200),
             deadline: Duration::from_secs(150),
-            hedge_after: Some(Duration::from_millis(20)),
         }
     }
 }
@@ -240,7 +237,7 @@ impl Pager {
             };
             let Err(error) = result else { break };
             let Some(wait) = attempts.after(&error) else { return Err(self.end(error)) };
-            time::sleep(wait).await;
+            shared.pause(wait).await;
         }
         shared.counters.waited(started.elapsed());
         Ok(())
@@ -271,7 +268,7 @@ impl Pager {
             };
             let Err(error) = result else { break };
             let Some(wait) = attempts.after(&error) else { return Err(self.end(error)) };
-            thread::sleep(wait);
+            shared.runtime.block_on(shared.pause(wait));
         }
         shared.counters.waited(started.elapsed());
         Ok(())

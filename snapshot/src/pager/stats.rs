@@ -5,8 +5,6 @@ use std::{
     time::Duration,
 };
 
-use super::Urgency;
-
 /// What came from one source for one urgency.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -18,7 +16,7 @@ pub struct Traffic {
     pub units: u64,
 }
 
-/// Traffic by urgency, in the order of [`Urgency`].
+/// Traffic by urgency, in the order of [`Urgency`](super::Urgency).
 pub type ByUrgency = [Traffic; 3];
 
 /// What a pager did so far.
@@ -38,8 +36,6 @@ pub struct PagerStats {
     pub demand_wait: Duration,
     /// The longest of them.
     pub longest_demand_wait: Duration,
-    /// Second GETs sent because the first was late.
-    pub hedges: u64,
     /// Frames whose bytes in the cache were not theirs.
     pub bad_in_cache: u64,
     /// Frames that were fetched once more because the store's bytes were not theirs.
@@ -66,30 +62,17 @@ fn sum(of: &ByUrgency) -> Traffic {
     })
 }
 
-/// Store answers that are remembered for the hedge.
-const REMEMBERED: usize = 64;
-/// Fewer say nothing about a 95th percentile.
-const ENOUGH: usize = 16;
-
-#[derive(Debug, Default)]
-struct Kept {
-    stats: PagerStats,
-    /// A ring.
-    answers: Vec<Duration>,
-    next: usize,
-}
-
 /// The same, being kept.
 #[derive(Debug, Default)]
-pub(super) struct Counters(Mutex<Kept>);
+pub(super) struct Counters(Mutex<PagerStats>);
 
 impl Counters {
     pub(super) fn get(&self) -> PagerStats {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).stats
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn count(&self, change: impl FnOnce(&mut PagerStats)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner).stats);
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     pub(super) fn waited(&self, for_: Duration) {
@@ -98,35 +81,5 @@ impl Counters {
             stats.demand_wait += for_;
             stats.longest_demand_wait = stats.longest_demand_wait.max(for_);
         });
-    }
-
-    pub(super) fn answered(&self, urgency: Urgency, bytes: u64, after: Duration) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let traffic = &mut kept.stats.store[urgency as usize];
-        traffic.requests += 1;
-        traffic.bytes += bytes;
-        // Larger requests would say nothing about how long a demand's takes.
-        if urgency == Urgency::Demand {
-            if kept.answers.len() < REMEMBERED {
-                kept.answers.push(after);
-            } else {
-                let next = kept.next;
-                kept.answers[next] = after;
-            }
-            kept.next = (kept.next + 1) % REMEMBERED;
-        }
-    }
-
-    /// How long 95 % of the demands' requests took at most, once that is known.
-    pub(super) fn usual_answer(&self) -> Option<Duration> {
-        let mut answers = {
-            let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.answers.len() < ENOUGH {
-                return None;
-            }
-            kept.answers.clone()
-        };
-        let at = answers.len() * 95 / 100;
-        Some(*answers.select_nth_unstable(at).1)
     }
 }
