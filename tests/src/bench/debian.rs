@@ -6,7 +6,6 @@ use serde_json::json;
 
 use super::bare::Bare;
 use super::case::{Case, Wake};
-use super::process;
 use super::samples::Samples;
 use super::stasis::{CONNECTIONS, Home, Setting};
 use crate::host;
@@ -56,11 +55,7 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
             run(&home, &id, "true").await?;
             // The request wakes the sandbox: its answer is the agent's first.
             samples.time(format!("resume_{}", wake.word()), begun.elapsed());
-            if let Some(pid) = home.service.vmm_pids().first()
-                && let Some(kib) = process::overhead_kib(*pid, (u64::from(case.memory_mib) << 20) / 2)
-            {
-                samples.add("overhead", "KiB", kib as f64);
-            }
+            samples.add("overhead", "KiB", home.overhead_kib(&id).await? as f64);
             home.delete(&id).await?;
         }
     }

@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
+/// Name of the memory file of our VMM's guests.
+const GUEST_MEMORY: &str = "/memfd:guest-memory";
+
 /// USER_HZ, the unit of times in `/proc`: the same on every x86-64 Linux.
 const TICKS_PER_SECOND: u64 = 100;
 
@@ -15,7 +18,8 @@ pub fn cpu(pid: u32) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
 }
 
-/// Resident memory of a process outside the mappings that are at least `guest_bytes` large, KiB: what it needs beyond guest memory.
+/// Resident memory of a process outside guest memory, KiB. Guest memory is what is mapped of our memory file, or for other VMMs every mapping
+/// of at least `guest_bytes`.
 pub fn overhead_kib(pid: u32, guest_bytes: u64) -> Option<u64> {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     Some(resident_outside(&smaps, guest_bytes))
@@ -28,7 +32,7 @@ fn resident_outside(smaps: &str, guest_bytes: u64) -> u64 {
         if let Some((from, to)) = first.split_once('-')
             && let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16))
         {
-            guest = to - from >= guest_bytes;
+            guest = to - from >= guest_bytes || line.contains(GUEST_MEMORY);
         } else if first == "Rss:" && !guest {
             total += line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
         }
@@ -65,8 +69,8 @@ mod tests {
 
     #[test]
     fn guest_memory_is_left_out() {
-        let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 12 kB\nPss: 3 kB\n10000-20000 rw-s 0 00:00 0 /memfd:guest\nRss: 64 kB\n\
-                     30000-31000 r--p 0 00:00 0\nRss: 4 kB\n";
+        let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 12 kB\nPss: 3 kB\n10000-20000 rw-s 0 00:00 0 /dev/zero\nRss: 64 kB\n\
+                     30000-31000 r--p 0 00:00 0\nRss: 4 kB\n40000-41000 rw-s 0 00:00 0 /memfd:guest-memory (deleted)\nRss: 4 kB\n";
         assert_eq!(resident_outside(smaps, 0x10000), 16);
         assert_eq!(resident_outside(smaps, 0x100_000), 80);
     }

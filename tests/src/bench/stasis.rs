@@ -54,6 +54,12 @@ impl Setting {
             ("STASIS_KEEP_MEMORY_MIB", keep),
             ("STASIS_PACK_CACHE_MIB", packs),
             ("STASIS_RUN_AHEAD", ahead),
+            // Soon, and without regard to what it costs: what is measured is the pause after it.
+            ("STASIS_RUN_AHEAD_IDLE_MS", "100"),
+            ("STASIS_RUN_AHEAD_INTERVAL_MS", "100"),
+            ("STASIS_RUN_AHEAD_LEAST_KIB", "64"),
+            ("STASIS_RUN_AHEAD_MIB_PER_MINUTE", "1000000"),
+            ("STASIS_RUN_AHEAD_CORE_PERCENT", "100"),
             // A sandbox that begins as a clone has no first pause worth the name.
             ("STASIS_GOLDEN", if self == Self::Ahead { "on" } else { "off" }),
             ("STASIS_LIMITS_SANDBOXES", "256"),
@@ -194,6 +200,12 @@ impl Home {
         std::iter::once(supervisor).chain(self.service.vmm_pids()).filter_map(process::cpu).sum()
     }
 
+    /// Memory of a sandbox's VMM beyond guest memory.
+    pub async fn overhead_kib(&self, id: &str) -> Result<u64, Error> {
+        let pid = self.service.vmm(id).status().await?.pid;
+        process::overhead_kib(pid, u64::MAX).ok_or_else(|| format!("the VMM of {id} is gone").into())
+    }
+
     /// Pauses and looks at everything that this cost.
     pub async fn pause(&self, id: &str) -> Result<Paused, Error> {
         let before = self.objects(id).await?;
@@ -273,11 +285,7 @@ impl Cycle<'_> {
         self.samples.time("bare_small_put", self.bare.small_put(self.home.store.as_ref()).await?);
 
         self.resume(wake, &id).await?;
-        if let Some(pid) = self.home.service.vmm_pids().first()
-            && let Some(kib) = process::overhead_kib(*pid, (u64::from(self.case.memory_mib) << 20) / 2)
-        {
-            self.samples.add("overhead", "KiB", kib as f64);
-        }
+        self.samples.add("overhead", "KiB", self.home.overhead_kib(&id).await? as f64);
         if self.case.measures.snapshot {
             self.home.settle(&id).await?;
             self.snapshot(&id, run).await?;
@@ -326,13 +334,22 @@ impl Cycle<'_> {
         let reply = self.home.service.resume(id).await?;
         let answered = begun.elapsed();
         let cpu = self.home.cpu().saturating_sub(cpu);
-        reply.expect_success()?;
-        let first = watch.until("the first output after a wake", PATIENCE, |beats| beats.first().map(|b| b.0)).await?;
+        let reply = reply.expect_success()?;
+        let (phases, _) = server_timing(&reply.timing);
+        if wake == Wake::Hot && !phases.contains_key("kept") {
+            self.note("resume_hot: the memory was not kept".to_owned());
+            return Ok(());
+        }
+        let first =
+            watch.until("the first output after a wake", PATIENCE, |beats| beats.first().map(|beat| beat.at)).await?;
         let pass = watch.until("the first pass after a wake", PATIENCE, |beats| passes(beats).next()).await?;
         self.samples.time(format!("resume_{word}"), first - begun);
         self.samples.time(format!("resume_{word}.answered"), answered);
         self.samples.time(format!("resume_{word}.hot_set"), pass.ended - begun);
         self.samples.time(format!("resume_{word}.cpu"), cpu);
+        for (phase, took) in phases.iter().filter(|(phase, _)| *phase != "kept") {
+            self.samples.time(format!("resume_{word}.{phase}"), *took);
+        }
         let detail = |metric: &str, plain: Wake| {
             if wake == plain { metric.to_owned() } else { format!("{metric}.{word}") }
         };
@@ -343,6 +360,9 @@ impl Cycle<'_> {
             self.note(format!("resident ({word}): not all memory was in place after {} s", RESIDENT.as_secs()));
         }
         let traffic = self.home.service.s3.take_exchanges();
+        if wake != Wake::Cold && traffic.iter().any(|x| x.method == http::Method::GET && x.path.contains("/pack/")) {
+            self.note(format!("resume_{word}: packs were read from the store all the same"));
+        }
         if !traffic.is_empty() {
             let fetched = traffic.iter().map(|exchange| exchange.answered).sum();
             self.samples.bytes(format!("resume_{word}.fetched"), fetched);

@@ -90,7 +90,8 @@ async fn settle(console: &Path) -> Result<(), Error> {
 
 /// What a loaded guest shows: first output and first pass, as metrics of a wake.
 async fn woken(samples: &mut Samples, watch: &Watch, wake: &str, since: std::time::Instant) -> Result<(), Error> {
-    let first = watch.until("the first output after a load", PATIENCE, |beats| beats.first().map(|b| b.0)).await?;
+    let first =
+        watch.until("the first output after a load", PATIENCE, |beats| beats.first().map(|beat| beat.at)).await?;
     let pass = watch.until("the first pass after a load", PATIENCE, |beats| passes(beats).next()).await?;
     samples.time(format!("resume_{wake}"), first - since);
     samples.time(format!("resume_{wake}.hot_set"), pass.ended - since);
