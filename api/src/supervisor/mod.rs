@@ -14,6 +14,7 @@
 //! | `machine` | VMMs: started, booted, watched, lost |
 //! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
 //! | `catalogue` | sandboxes found in the bucket |
+//! | `identity` | this supervisor's name in heads |
 //! | `timers` | the ends of lives |
 //! | `ahead` | rounds of capture ahead of a pause |
 //! | `pressure` | gives kept memory back when the host runs short of it |
@@ -34,6 +35,7 @@ mod execute;
 mod files;
 pub mod golden;
 mod heads;
+mod identity;
 mod machine;
 mod materialise;
 mod pause;
@@ -153,7 +155,7 @@ impl Supervisor {
         }
         let vmm_program = host::vmm_program(config.vmm.as_deref())?;
         let journal = Arc::new(Journal::open(&config.data_dir.join(JOURNAL))?);
-        let owner = journal.meta("owner", || format!("host-{}", sources.word(16)))?;
+        let owner = identity::owner(&journal, &config.data_dir, &sources)?;
         let store = Store::open(&config, &owner, &sources).await?;
         for caveat in store.caveats() {
             tracing::warn!("the store: {caveat}");
@@ -307,7 +309,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + S
 /// What the API may ask for.
 pub mod operations {
     pub use super::create::create;
-    pub use super::delete::delete;
+    pub use super::delete::{delete, undelete};
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
     pub use super::resume::resume;

@@ -72,7 +72,7 @@ impl Packing<'_> {
             return;
         }
         self.frames = 0;
-        let (bytes, mut entry) = std::mem::replace(&mut self.builder, PackBuilder::new(Vec::new())).finish();
+        let (bytes, mut entry) = std::mem::replace(&mut self.builder, PackBuilder::new()).finish();
         entry.digest = Digest::of(&bytes);
         entry.key = format!("pack/{}", self.packs.len());
         self.stored.insert(entry.key.clone(), bytes);
@@ -97,7 +97,7 @@ impl World {
                 rng,
                 packs: &mut packs,
                 stored: &mut stored,
-                builder: PackBuilder::new(Vec::new()),
+                builder: PackBuilder::new(),
                 frames: 0,
             };
             for image in 0..2 {
