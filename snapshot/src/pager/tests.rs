@@ -478,7 +478,7 @@ fn interleave(world: &World, pager: &Pager, targets: &[Arc<Target>], runtime: &R
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
     fn every_page_comes_once_and_right(
