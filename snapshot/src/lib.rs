@@ -11,10 +11,13 @@
 //! | [`commit`] | the head register: compare-and-swap, settled by content |
 //! | [`capture`], [`restore`], [`verify`] | pages to packs, packs to pages, every digest checked |
 //! | [`pager`] | packs to pages lazily; the pack cache on local disk |
+//! | [`gc`], [`repair`], [`compact`] | what no head needs is deleted; heads are set right; old packs are written anew |
 //!
 //! This crate knows no KVM, no devices and no HTTP server. Random ids come in from outside.
 pub mod capture;
 pub mod commit;
+pub mod compact;
+pub mod gc;
 pub mod grant;
 pub mod granted;
 pub mod ids;
@@ -24,6 +27,7 @@ pub mod manifest;
 pub mod pack;
 pub mod page;
 pub mod pager;
+pub mod repair;
 pub mod restore;
 pub mod store;
 pub mod verify;

@@ -1,20 +1,25 @@
-//! Verify: every digest of a snapshot against a store, without restoring it.
+//! Verify: every digest of a snapshot, or of a whole bucket, without restoring anything.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures::{StreamExt, stream};
+use serde::Serialize;
 use tokio::task::spawn_blocking;
 
 use crate::{
+    commit::{Head, HeadState},
     ids::Digest,
+    layout::{self, Part, Place},
     manifest::{Manifest, ManifestRef},
     pack::{self, PackEntry, PackError},
-    store::{ErrorKind, ObjectStore, Operation, StoreError},
+    store::{ErrorKind, Listed, ObjectStore, Operation, StoreError},
 };
 
 /// Packs read at a time: each is in memory whole.
 const IN_FLIGHT: usize = 4;
 
 /// One thing that is wrong with one object.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// Store key.
     pub key: String,
@@ -23,7 +28,7 @@ pub struct Problem {
 }
 
 /// What was checked and what was found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Packs looked at.
     pub packs: u32,
@@ -33,6 +38,88 @@ pub struct Report {
     pub bytes: u64,
     /// Everything wrong; empty when the snapshot is sound.
     pub problems: Vec<Problem>,
+}
+
+/// What was found in a bucket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BucketReport {
+    /// Heads read.
+    pub heads: u64,
+    /// Manifests read.
+    pub manifests: u64,
+    /// Packs and frames; everything wrong with any object.
+    #[serde(flatten)]
+    pub checked: Report,
+    /// Objects that no head names. A capture under way puts such there too; the collector knows which may go.
+    pub unreachable: Vec<String>,
+    /// Their bytes.
+    pub unreachable_bytes: u64,
+}
+
+/// Checks every head of `tenant` (or of all), every manifest that one names, and every pack that one of these names, each once.
+pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Result<BucketReport, StoreError> {
+    let prefix = layout::tenant(tenant)
+        .map_err(|error| StoreError::new(ErrorKind::Other, Operation::List, "v1/").because(error))?;
+    let mut objects: Vec<Listed> = Vec::new();
+    let mut next: Option<String> = None;
+    loop {
+        let page = store.list(&prefix, next.as_deref()).await?;
+        objects.extend(page.objects.into_iter().filter(|object| Place::of(&object.key).is_some()));
+        match page.next {
+            Some(more) => next = Some(more),
+            None => break,
+        }
+    }
+    let mut report = BucketReport::default();
+    let mut named: BTreeMap<String, Digest> = BTreeMap::new();
+    for object in objects.iter().filter(|o| Place::of(&o.key).is_some_and(|place| place.part == Part::Head)) {
+        report.heads += 1;
+        match store.get(&object.key).await.map(|found| Head::decode(&found.bytes)) {
+            Ok(Ok(head)) => {
+                if let Some(manifest) = head.manifest {
+                    named.insert(manifest.key, manifest.digest);
+                } else if head.state == HeadState::Stopped {
+                    report.checked.problem(&object.key, "it is stopped and names no manifest".to_owned());
+                }
+            }
+            Ok(Err(error)) => report.checked.problem(&object.key, error.to_string()),
+            Err(error) => report.checked.missing_or(error)?,
+        }
+    }
+    let mut reachable: BTreeSet<String> = named.keys().cloned().collect();
+    // By key and digest: two manifests that disagree about a pack are both heard.
+    let mut packs: BTreeMap<(String, Digest), PackEntry> = BTreeMap::new();
+    for (key, digest) in named {
+        let object = match store.get(&key).await {
+            Ok(object) => object,
+            Err(error) => {
+                report.checked.missing_or(error)?;
+                continue;
+            }
+        };
+        report.manifests += 1;
+        report.checked.bytes += object.bytes.len() as u64;
+        match Manifest::decode_checked(&object.bytes, digest) {
+            Ok(manifest) => {
+                packs.extend(manifest.packs.into_iter().map(|pack| ((pack.key.clone(), pack.digest), pack)))
+            }
+            Err(error) => report.checked.problem(&key, error.to_string()),
+        }
+    }
+    reachable.extend(packs.keys().map(|(key, _)| key.clone()));
+    let mut checks = stream::iter(packs.values()).map(|entry| verify_pack(store, entry)).buffered(IN_FLIGHT);
+    while let Some(checked) = checks.next().await {
+        report.checked.add(checked?);
+    }
+    drop(checks);
+    for object in objects {
+        let generation = matches!(Place::of(&object.key).map(|place| place.part), Some(Part::Generation { .. }));
+        if generation && !reachable.contains(&object.key) {
+            report.unreachable_bytes += object.size;
+            report.unreachable.push(object.key);
+        }
+    }
+    Ok(report)
 }
 
 /// Checks the manifest and all its packs. An error means the store could not be asked; damage and missing objects are in the report.

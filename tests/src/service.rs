@@ -1,14 +1,19 @@
 //! A whole service: an S3 server on loopback, a proxy in front of it that can break things on the wire, `stasis serve` as a process, and a
 //! client. The supervisor is a process of its own so that tests can kill it.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use stasis_api::dev::{EmbeddedS3, FaultProxy};
+use stasis_snapshot::store::ObjectStore;
+use stasis_snapshot::store::directory::DirectoryStore;
+use stasis_snapshot::store::s3::{S3Settings, S3Store};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::Client;
 
@@ -42,6 +47,20 @@ impl Default for Options {
     }
 }
 
+/// Where a service's sandboxes sleep, and by which way it gets there.
+#[derive(Clone, Debug, Default)]
+pub enum Sleep {
+    /// In the embedded S3 server, behind the proxy.
+    #[default]
+    Proxied,
+    /// In the embedded S3 server, without a proxy in between, which would cost as much as the server.
+    Direct,
+    /// In a directory store.
+    Directory,
+    /// In a bucket elsewhere.
+    Bucket(S3Settings),
+}
+
 /// A running service. Everything of it ends when it is dropped.
 pub struct Service {
     /// The proxy between the supervisor (and its VMMs) and the S3 server.
@@ -53,7 +72,9 @@ pub struct Service {
     /// Everything on disk.
     pub dir: tempfile::TempDir,
     options: Options,
-    s3: EmbeddedS3,
+    /// The embedded S3 server.
+    pub s3: EmbeddedS3,
+    sleep: Sleep,
     supervisor: Child,
     http: reqwest::Client,
 }
@@ -73,6 +94,11 @@ impl Reply {
     /// This reply, or an error when it has another status.
     pub fn expect(self, status: u16) -> Result<Self, Error> {
         if self.status == status { Ok(self) } else { Err(format!("expected {status}, got {self:?}").into()) }
+    }
+
+    /// This reply, or an error when it is no success.
+    pub fn expect_success(self) -> Result<Self, Error> {
+        if (200..300).contains(&self.status) { Ok(self) } else { Err(format!("expected success, got {self:?}").into()) }
     }
 
     /// A string field, empty when it is not there.
@@ -97,8 +123,19 @@ impl Service {
     /// Starts everything and waits until the API answers.
     pub async fn start(options: Options) -> Result<Self, Error> {
         let dir = host::scratch()?;
+        let objects = dir.path().join("s3");
+        Self::start_with(options, Sleep::default(), dir, &objects).await
+    }
+
+    /// The same with another store, in a directory of the caller's, with the S3 server's objects in `objects`.
+    pub async fn start_with(
+        options: Options,
+        sleep: Sleep,
+        dir: tempfile::TempDir,
+        objects: &Path,
+    ) -> Result<Self, Error> {
         let loopback = "127.0.0.1:0".parse()?;
-        let s3 = EmbeddedS3::start(&dir.path().join("s3"), loopback, BUCKET, ACCESS_KEY, SECRET_KEY).await?;
+        let s3 = EmbeddedS3::start(objects, loopback, BUCKET, ACCESS_KEY, SECRET_KEY).await?;
         let proxy = FaultProxy::start(s3.addr()).await?;
         let images = match &options.images {
             Some(images) => images.clone(),
@@ -109,9 +146,10 @@ impl Service {
         let url = format!("http://127.0.0.1:{port}");
         let data = dir.path().join("d");
         let key = make_key(&data, "test")?;
-        let supervisor = spawn(&dir, &options, &proxy.endpoint(), port)?;
         let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
-        let service = Self { proxy, url, key, dir, options, s3, supervisor, http };
+        let place = store_of(&sleep, &s3, &proxy, dir.path());
+        let supervisor = spawn(&dir, &options, &place, port)?;
+        let service = Self { proxy, url, key, dir, options, s3, sleep, supervisor, http };
         service.ready().await?;
         Ok(service)
     }
@@ -158,8 +196,22 @@ impl Service {
     /// Starts the supervisor again on the same data and address.
     pub async fn start_supervisor(&mut self) -> Result<(), Error> {
         let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
-        self.supervisor = spawn(&self.dir, &self.options, &self.proxy.endpoint(), port)?;
+        let place = store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path());
+        self.supervisor = spawn(&self.dir, &self.options, &place, port)?;
         self.ready().await
+    }
+
+    /// Process id of the supervisor.
+    pub fn supervisor_pid(&self) -> u32 {
+        self.supervisor.id()
+    }
+
+    /// The store that the supervisor uses, reached the same way.
+    pub fn store(&self) -> Result<Arc<dyn ObjectStore>, Error> {
+        Ok(match store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path()) {
+            Place::Directory(path) => Arc::new(DirectoryStore::open(&path)?),
+            Place::S3(settings) => Arc::new(S3Store::new(settings)?),
+        })
     }
 
     /// One request as the tenant `test`.
@@ -299,8 +351,53 @@ impl Drop for Service {
     }
 }
 
+enum Place {
+    Directory(PathBuf),
+    S3(S3Settings),
+}
+
+fn store_of(sleep: &Sleep, s3: &EmbeddedS3, proxy: &FaultProxy, dir: &Path) -> Place {
+    let embedded = |endpoint| {
+        Place::S3(S3Settings {
+            endpoint,
+            region: "us-east-1".to_owned(),
+            bucket: BUCKET.to_owned(),
+            access_key: ACCESS_KEY.to_owned(),
+            secret_key: SECRET_KEY.to_owned(),
+            path_style: true,
+            request_timeout: Duration::from_mins(1),
+            commit_timeout: Duration::from_mins(1),
+        })
+    };
+    match sleep {
+        Sleep::Proxied => embedded(proxy.endpoint()),
+        Sleep::Direct => embedded(s3.endpoint()),
+        Sleep::Directory => Place::Directory(dir.join("store")),
+        Sleep::Bucket(settings) => Place::S3(settings.clone()),
+    }
+}
+
+fn store_environment(place: &Place) -> Vec<(&'static str, OsString)> {
+    match place {
+        Place::Directory(path) => {
+            vec![("STASIS_STORE_KIND", "directory".into()), ("STASIS_STORE_PATH", path.into())]
+        }
+        Place::S3(settings) => [
+            ("STASIS_STORE_KIND", "s3"),
+            ("STASIS_STORE_ENDPOINT", &settings.endpoint),
+            ("STASIS_STORE_BUCKET", &settings.bucket),
+            ("STASIS_STORE_REGION", &settings.region),
+            ("STASIS_STORE_ACCESS_KEY", &settings.access_key),
+            ("STASIS_STORE_SECRET_KEY", &settings.secret_key),
+            ("STASIS_STORE_PATH_STYLE", if settings.path_style { "true" } else { "false" }),
+        ]
+        .map(|(name, value)| (name, value.into()))
+        .to_vec(),
+    }
+}
+
 #[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
-fn spawn(dir: &tempfile::TempDir, options: &Options, s3: &str, port: u16) -> Result<Child, Error> {
+fn spawn(dir: &tempfile::TempDir, options: &Options, place: &Place, port: u16) -> Result<Child, Error> {
     let log = File::options().create(true).append(true).open(dir.path().join("supervisor.log"))?;
     let images = options.images.clone().unwrap_or_default();
     let child = std::process::Command::new(host::program("stasis"))
@@ -308,11 +405,7 @@ fn spawn(dir: &tempfile::TempDir, options: &Options, s3: &str, port: u16) -> Res
         .env("STASIS_LISTEN", format!("127.0.0.1:{port}"))
         .env("STASIS_DATA_DIR", dir.path().join("d"))
         .env("STASIS_IMAGES_DIR", images)
-        .env("STASIS_STORE_KIND", "s3")
-        .env("STASIS_STORE_ENDPOINT", s3)
-        .env("STASIS_STORE_BUCKET", BUCKET)
-        .env("STASIS_STORE_ACCESS_KEY", ACCESS_KEY)
-        .env("STASIS_STORE_SECRET_KEY", SECRET_KEY)
+        .envs(store_environment(place))
         .envs(options.environment.iter().map(|(k, v)| (k, v)))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)

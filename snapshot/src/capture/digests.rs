@@ -12,7 +12,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::page_hash::PageHasher;
+use super::page_hash::{Page, PageHasher};
 use crate::page::{PAGE_SIZE, is_zero};
 
 /// Pages that share a lock and an allocation (2 MiB).
@@ -72,9 +72,9 @@ impl PageDigests {
 
     /// Notes whole pages from `first_page` on as what the durable map has there. Pages past the image are ignored.
     pub fn note(&self, first_page: u64, bytes: &[u8]) {
-        let mut noted = Vec::with_capacity(bytes.len() / PAGE_SIZE);
-        noted.extend(bytes.chunks_exact(PAGE_SIZE).map(|page| self.digest(page)));
-        self.note_digests(first_page, &noted);
+        let pages = bytes.as_chunks::<PAGE_SIZE>().0;
+        let digest = |page: &Page| if is_zero(page) { Noted::Zero } else { Noted::Digest(self.digest(page)) };
+        self.note_each(first_page, &pages.iter().map(digest).collect::<Vec<_>>());
     }
 
     /// Notes a range of zero pages.
@@ -104,15 +104,16 @@ impl PageDigests {
 
     /// Whether `bytes`, one page, are what the durable map has at `page`.
     pub fn unchanged(&self, page: u64, bytes: &[u8]) -> bool {
+        let Ok(bytes) = <&Page>::try_from(bytes) else { return false };
         self.noted(page).is_some_and(|noted| match noted {
             Noted::Zero => is_zero(bytes),
-            Noted::Digest(digest) => self.hasher.hash(bytes) == digest,
+            Noted::Digest(digest) => self.digest(bytes) == digest,
         })
     }
 
-    /// What to note for a page.
-    pub(super) fn digest(&self, page: &[u8]) -> Noted {
-        if is_zero(page) { Noted::Zero } else { Noted::Digest(self.hasher.hash(page)) }
+    /// The digest of a page.
+    pub(super) fn digest(&self, page: &Page) -> u128 {
+        self.hasher.hash(page)
     }
 
     /// What is noted of `page`.
@@ -121,8 +122,12 @@ impl PageDigests {
         granule.as_ref()?.get((page % GRANULE) as usize)
     }
 
-    /// Notes pages from `first_page` on by their digests.
-    pub(super) fn note_digests(&self, first_page: u64, noted: &[Noted]) {
+    /// Notes pages that are not zero, from `first_page` on, by their digests.
+    pub(super) fn note_digests(&self, first_page: u64, digests: &[u128]) {
+        self.note_each(first_page, &digests.iter().copied().map(Noted::Digest).collect::<Vec<_>>());
+    }
+
+    fn note_each(&self, first_page: u64, noted: &[Noted]) {
         let mut page = first_page;
         let mut rest = noted;
         while let (Some(mut granule), false) = (self.granule(page), rest.is_empty()) {

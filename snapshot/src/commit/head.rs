@@ -23,7 +23,7 @@ pub enum HeadState {
     Paused,
     /// Nobody runs a guest and there is no memory to go on from. Anyone may claim it.
     Stopped,
-    /// A tombstone: nothing follows it.
+    /// A tombstone. While it names a manifest the sandbox can be put back; one that names none is final.
     Deleted,
 }
 
@@ -89,8 +89,10 @@ pub enum Rule {
     Claim,
     #[error("a paused sandbox needs a manifest")]
     NoManifest,
-    #[error("a tombstone is final")]
+    #[error("a tombstone is final, but for being put back (paused, epoch + 1) or purged while it names a manifest")]
     Deleted,
+    #[error("only a deleted sandbox can be put back")]
+    NotDeleted,
     #[error("the sandbox is live: only one at rest can be claimed")]
     NotAtRest,
     #[error("a cancel commit needs the head that the cancelled one was built on")]
@@ -119,6 +121,12 @@ impl Head {
             return Err(HeadError::TooLarge(body.len()));
         }
         Ok(body)
+    }
+
+    /// Bytes that [`Head::decode`] allocates at most at one time for an input of `len` bytes: the record is a tree of JSON values.
+    pub const fn decode_bound(len: usize) -> usize {
+        let read = if len > MAX_LEN { 0 } else { len };
+        (16 << 10) + 128 * read
     }
 
     /// Reads a body.
@@ -190,9 +198,6 @@ pub fn validate(new: &Head, current: Option<&Head>) -> Result<(), Rule> {
     if new.sandbox != current.sandbox {
         return Err(Rule::Sandbox(current.sandbox.clone()));
     }
-    if current.state == HeadState::Deleted {
-        return Err(Rule::Deleted);
-    }
     if new.seq != current.seq + 1 {
         return Err(Rule::Seq { expected: current.seq + 1, got: new.seq });
     }
@@ -201,6 +206,15 @@ pub fn validate(new: &Head, current: Option<&Head>) -> Result<(), Rule> {
     }
     if !new.chain().skip(1).eq(current.chain().take(1 + MAX_ANCESTORS)) {
         return Err(Rule::Parent);
+    }
+    if current.state == HeadState::Deleted {
+        let purged = new.state == HeadState::Deleted
+            && new.manifest.is_none()
+            && new.epoch == current.epoch
+            && new.owner == current.owner;
+        let put_back =
+            new.state == HeadState::Paused && new.manifest == current.manifest && new.epoch == current.epoch + 1;
+        return if current.manifest.is_some() && (purged || put_back) { Ok(()) } else { Err(Rule::Deleted) };
     }
     if new.epoch == current.epoch {
         if new.owner != current.owner {
@@ -305,7 +319,30 @@ pub(super) mod tests {
             assert_eq!(validate(&new, Some(current)), expected, "case {n}");
         }
         let tombstone = head(Deleted);
-        assert_eq!(validate(&after(&tombstone, Live), Some(&tombstone)), Err(Rule::Deleted));
+        let follows = |state, epoch, manifest: bool| {
+            let mut new = Head { epoch, ..after(&tombstone, state) };
+            new.manifest = new.manifest.filter(|_| manifest);
+            validate(&new, Some(&tombstone))
+        };
+        assert_eq!(follows(Paused, 4, true), Ok(()));
+        assert_eq!(follows(Deleted, 3, false), Ok(()));
+        for (state, epoch, manifest) in [
+            (Live, 4, true),
+            (Live, 3, true),
+            (Paused, 3, true),
+            (Stopped, 4, true),
+            (Deleted, 3, true),
+            (Deleted, 4, false),
+        ] {
+            assert_eq!(follows(state, epoch, manifest), Err(Rule::Deleted), "{state:?} {epoch} {manifest}");
+        }
+        let purged = Head { manifest: None, ..tombstone };
+        let back = Head {
+            epoch: 4,
+            manifest: Some(ManifestRef { key: "m".into(), digest: Digest([7; 32]) }),
+            ..after(&purged, Paused)
+        };
+        assert_eq!(validate(&back, Some(&purged)), Err(Rule::Deleted));
         let mut first = head(Live);
         assert!(validate(&first, None).is_err());
         first.seq = 1;

@@ -6,7 +6,8 @@
 //!
 //! # What holds
 //!
-//! - Every body is new: seq + 1 and a fresh commit id, so no tag ever repeats. A head is never deleted; a tombstone is final.
+//! - Every body is new: seq + 1 and a fresh commit id, so no tag ever repeats. A head is never deleted. A tombstone that names a manifest
+//!   can be put back or purged, by one commit each, so that only one of the two happens; a purged one is final.
 //! - A head names its commit, its parent and a bounded list of older ancestors: reading it tells whether a commit is in its past.
 //! - That the head is still the old one settles nothing: the request may land later. It is sent again, unchanged; or the caller wins a
 //!   *cancel commit* under the same precondition, after which it can never land.

@@ -101,6 +101,35 @@ impl Attempt {
         Self::checked(head, Some(current))
     }
 
+    /// The tombstone's last change: it names no manifest any more, so that what it named may be removed and the sandbox cannot be put back.
+    pub fn purge(current: &Current, commit: CommitId) -> Result<Self, HeadError> {
+        if current.head.state != HeadState::Deleted {
+            return Err(HeadError::Rule(Rule::NotDeleted));
+        }
+        let head = Head { manifest: None, ..successor(&current.head, commit) };
+        Self::checked(head, Some(current))
+    }
+
+    /// `owner` puts a deleted sandbox back as it was at its last pause.
+    pub fn undelete(
+        current: &Current,
+        owner: &str,
+        record: serde_json::Value,
+        commit: CommitId,
+    ) -> Result<Self, HeadError> {
+        if current.head.state != HeadState::Deleted {
+            return Err(HeadError::Rule(Rule::NotDeleted));
+        }
+        let head = Head {
+            state: HeadState::Paused,
+            epoch: current.head.epoch + 1,
+            owner: owner.to_owned(),
+            record,
+            ..successor(&current.head, commit)
+        };
+        Self::checked(head, Some(current))
+    }
+
     /// The cancel commit of `self`: what was there before, as a new commit under the same precondition. `before` is the head that `self` was
     /// built on. Where there was none, an attempt at a first pause is cancelled by a live head, one at a creation by a tombstone.
     pub fn cancel(&self, before: Option<&Current>, commit: CommitId) -> Result<Self, HeadError> {
@@ -240,6 +269,21 @@ mod tests {
         }
         assert!(Attempt::take_over(&current(HeadState::Live), "host-b", id(9)).is_ok());
         assert!(Attempt::take_over(&current(HeadState::Deleted), "host-b", id(9)).is_err());
+    }
+
+    #[test]
+    fn a_deleted_sandbox_is_put_back_or_purged() {
+        let buried = Attempt::delete(&current(HeadState::Paused), id(8)).unwrap();
+        let tombstone = Current { head: buried.head.clone(), etag: ETag("t".into()) };
+        let back = Attempt::undelete(&tombstone, "host-b", serde_json::Value::Null, id(9)).unwrap();
+        assert_eq!((back.head.state, back.head.epoch), (HeadState::Paused, tombstone.head.epoch + 1));
+        assert_eq!(back.head.manifest, tombstone.head.manifest);
+        let purge = Attempt::purge(&tombstone, id(9)).unwrap();
+        assert_eq!(purge.expected, back.expected, "only one of the two can land");
+        let purged = Current { head: purge.head, etag: ETag("u".into()) };
+        assert!(Attempt::undelete(&purged, "host-b", serde_json::Value::Null, id(10)).is_err());
+        assert!(Attempt::purge(&purged, id(10)).is_err());
+        assert!(Attempt::undelete(&current(HeadState::Paused), "host-b", serde_json::Value::Null, id(10)).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! `Manifest` is the value; [`Manifest::encode`] and [`Manifest::decode`] are the only way to and from bytes. See `format.rs` for
 //! the bytes: a fixed header, a section table, sections whose digests are checked before they are decoded. Decoding accepts
-//! untrusted input: it allocates no more than a small multiple of the input and refuses what it does not know by name.
+//! untrusted input: it allocates no more than [`Manifest::decode_bound`] and refuses what it does not know by name.
 
 mod format;
 mod sections;
@@ -262,6 +262,12 @@ impl Manifest {
             (&format::BOOT, sections::put_small("boot", &self.boot)?),
         ]);
         format::write(self.arch, &sections)
+    }
+
+    /// Bytes that [`Manifest::decode`] allocates at most at one time for an input of `len` bytes. An input byte buys most as a run of an
+    /// image (two runs of 40 bytes for three bytes, in a list that grows by doubling); lists of the small sections grow from up to 1 MiB.
+    pub const fn decode_bound(len: usize) -> usize {
+        (4 << 20) + 96 * len
     }
 
     /// Reads a manifest. Every digest is checked before what it covers is decoded.

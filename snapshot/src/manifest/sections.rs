@@ -10,7 +10,7 @@ use super::{
     wire::{Reader, WireError, put_bytes, put_varint},
 };
 use crate::{
-    image::{ImageMap, PageRef, Run},
+    image::{ImageMap, MapError, PageRef, Run},
     pack::{self, Codec, FrameEntry, PackEntry},
 };
 
@@ -123,18 +123,27 @@ pub(super) fn images(bytes: &[u8]) -> Result<Vec<Image>, ManifestError> {
     let count = reader.count(4).map_err(wire)?;
     let mut images = Vec::with_capacity(count);
     for _ in 0..count {
-        let (kind, base, pages, runs) = image(&mut reader).map_err(wire)?;
-        let map = ImageMap::from_runs(pages, runs)
-            .map_err(|source| ManifestError::Map { image: kind.to_string(), source })?;
-        images.push(Image { kind, map, base });
+        images.push(image(&mut reader).map_err(|error| match error {
+            ImageError::Wire(error) => wire(error),
+            ImageError::Map(kind, source) => ManifestError::Map { image: kind.to_string(), source },
+        })?);
     }
     reader.end().map_err(wire)?;
     Ok(images)
 }
 
-type RawImage = (ImageKind, Option<Base>, u64, Vec<Run>);
+enum ImageError {
+    Wire(WireError),
+    Map(ImageKind, MapError),
+}
 
-fn image(reader: &mut Reader<'_>) -> Result<RawImage, WireError> {
+impl From<WireError> for ImageError {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
+    }
+}
+
+fn image(reader: &mut Reader<'_>) -> Result<Image, ImageError> {
     let kind = match reader.varint()? {
         0 => ImageKind::Memory,
         n => ImageKind::Disk(u32::try_from(n - 1).map_err(|_| WireError::Number)?),
@@ -142,23 +151,36 @@ fn image(reader: &mut Reader<'_>) -> Result<RawImage, WireError> {
     let base = match reader.byte()? {
         0 => None,
         1 => Some(Base { digest: reader.digest()?, blocks: reader.varint()? }),
-        tag => return Err(WireError::Tag(tag.into())),
+        tag => return Err(WireError::Tag(tag.into()).into()),
     };
     let pages = reader.varint()?;
     let count = reader.count(1)?;
-    let mut runs = Vec::with_capacity(count);
-    let mut start = 0u64;
-    for _ in 0..count {
-        let head = reader.varint()?;
-        let at = match head & 3 {
-            ZERO => PageRef::Zero,
-            PACK => PageRef::Pack { pack: reader.varint32()?, frame: reader.varint32()?, index: reader.varint32()? },
-            BASE => PageRef::Base { block: reader.varint()? },
-            tag => return Err(WireError::Tag(tag)),
-        };
-        let run = Run { start, pages: head >> 2, at };
-        start = run.end();
-        runs.push(run);
+    // Straight into the map, which joins what is one run: a run of one byte here takes forty there.
+    let (mut start, mut failed) = (0, None);
+    let runs = (0..count).map_while(|_| match run(reader, start) {
+        Ok(run) => {
+            start = run.end();
+            Some(run)
+        }
+        Err(error) => {
+            failed = Some(error);
+            None
+        }
+    });
+    let map = ImageMap::from_runs(pages, runs);
+    match failed {
+        Some(error) => Err(error.into()),
+        None => Ok(Image { kind, map: map.map_err(|source| ImageError::Map(kind, source))?, base }),
     }
-    Ok((kind, base, pages, runs))
+}
+
+fn run(reader: &mut Reader<'_>, start: u64) -> Result<Run, WireError> {
+    let head = reader.varint()?;
+    let at = match head & 3 {
+        ZERO => PageRef::Zero,
+        PACK => PageRef::Pack { pack: reader.varint32()?, frame: reader.varint32()?, index: reader.varint32()? },
+        BASE => PageRef::Base { block: reader.varint()? },
+        tag => return Err(WireError::Tag(tag)),
+    };
+    Ok(Run { start, pages: head >> 2, at })
 }

@@ -196,3 +196,124 @@ impl Entries {
 fn sum(sizes: &[Sized]) -> Usage {
     Usage { files: sizes.len() as u64, bytes: sizes.iter().map(|size| size.bytes).sum() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::FileExt, thread};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn fill(file: &File, bytes: u64) {
+        file.write_all_at(&vec![7; bytes as usize], 0).unwrap();
+        // Room is allocated when the bytes leave the page cache, on some file systems.
+        file.sync_data().unwrap();
+    }
+
+    fn names(dir: &CacheDir) -> usize {
+        fs::read_dir(dir.root()).unwrap().count()
+    }
+
+    #[test]
+    fn the_least_recently_opened_goes_first() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = CacheDir::open_root(root.path(), 3 * MIB).unwrap();
+        for key in ["a", "b", "c"] {
+            fill(&dir.open(key).unwrap(), MIB);
+        }
+        assert_eq!(dir.trim().unwrap(), Usage { files: 3, bytes: 3 * MIB });
+        let kept = dir.open("a").unwrap();
+        let evicted = dir.open("b").unwrap();
+        dir.open("a").unwrap();
+        fill(&dir.open("d").unwrap(), 2 * MIB);
+        // c, then b.
+        assert_eq!(dir.trim().unwrap(), Usage { files: 2, bytes: 3 * MIB });
+        assert_eq!(kept.metadata().unwrap().nlink(), 1);
+        assert_eq!(evicted.metadata().unwrap().nlink(), 0);
+        let mut byte = [0];
+        evicted.read_exact_at(&mut byte, MIB - 1).unwrap();
+        assert_eq!(byte, [7], "who has it open goes on");
+        assert_eq!(dir.open("b").unwrap().metadata().unwrap().len(), 0, "a new one");
+        dir.remove("a").unwrap();
+        dir.remove("a").unwrap();
+        dir.remove("never").unwrap();
+        assert_eq!(dir.usage().unwrap().files, 2);
+        assert_eq!(names(&dir), 2);
+    }
+
+    #[test]
+    fn holes_cost_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = CacheDir::open_root(root.path(), MIB).unwrap();
+        let file = dir.open("sparse").unwrap();
+        file.write_all_at(&[1; 4096], 100 * MIB).unwrap();
+        file.sync_data().unwrap();
+        assert!(dir.trim().unwrap().bytes < MIB);
+        assert_eq!(names(&dir), 1);
+    }
+
+    #[test]
+    fn a_new_start_finds_the_files_and_only_them() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = CacheDir::open_root(root.path(), 10 * MIB).unwrap();
+        for key in ["old", "new"] {
+            fill(&dir.open(key).unwrap(), MIB);
+            thread::sleep(std::time::Duration::from_millis(20));
+        }
+        fs::write(root.path().join("notes"), vec![1; 3 * MIB as usize]).unwrap();
+        fs::create_dir(root.path().join(name_of("directory").to_string())).unwrap();
+        drop(dir);
+        let dir = CacheDir::open_root(root.path(), MIB + MIB / 2).unwrap();
+        assert_eq!(dir.usage().unwrap(), Usage { files: 1, bytes: MIB });
+        assert_eq!(dir.open("new").unwrap().metadata().unwrap().len(), MIB);
+        assert_eq!(dir.open("old").unwrap().metadata().unwrap().len(), 0);
+        assert!(root.path().join("notes").exists());
+        // Somebody else's clean-up.
+        fs::remove_file(dir.path(name_of("new"))).unwrap();
+        assert_eq!(dir.trim().unwrap().bytes, 0);
+    }
+
+    #[test]
+    fn no_name_leads_elsewhere() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = CacheDir::open_root(root.path().join("cache"), MIB).unwrap();
+        let outside = root.path().join("outside");
+        fs::write(&outside, "untouched").unwrap();
+        for key in ["../outside", "/etc/passwd", "", "a\0b", &"x".repeat(5000)] {
+            let file = dir.open(key).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), 0);
+        }
+        assert_eq!(names(&dir), 5);
+        std::os::unix::fs::symlink(&outside, dir.path(name_of("link"))).unwrap();
+        assert!(dir.open("link").is_err());
+        assert!(dir.open("link").is_err());
+        dir.remove("link").unwrap();
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "untouched");
+    }
+
+    #[test]
+    fn threads_may_open_remove_and_trim_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = CacheDir::open_root(root.path(), 256 << 10).unwrap();
+        thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let dir = &dir;
+                scope.spawn(move || {
+                    for step in 0..150u64 {
+                        let key = format!("pack/{}", (step * 7 + thread) % 20);
+                        match step % 5 {
+                            4 => dir.remove(&key).unwrap(),
+                            _ => dir.open(&key).unwrap().write_all_at(&[1; 64 << 10], 0).unwrap(),
+                        }
+                        if step % 50 == 49 {
+                            dir.trim().unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        assert!(dir.trim().unwrap().bytes <= 256 << 10);
+        assert_eq!(dir.usage().unwrap().files, names(&dir) as u64);
+    }
+}

@@ -4,18 +4,27 @@
 use std::{
     io,
     ops::Range,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use futures::future::{self, Either};
-use tokio::{runtime::Handle, sync::Semaphore, task::JoinHandle, time};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinHandle,
+    time,
+};
 use tokio_util::task::TaskTracker;
 
 use crate::{
     pack::{self, PackError},
     page::{self, PAGE_SIZE},
+    store::StoreError,
 };
 
 use super::{
@@ -26,8 +35,9 @@ use super::{
     units::{Claim, Units},
 };
 
-/// Bytes of one read of the cache at most: beyond it, fewer system calls gain nothing.
-const CACHE_READ: u64 = 1 << 20;
+/// Bytes of one read of the cache at most, and of what the background claims there at once: beyond it, fewer system calls gain
+/// nothing, and a demand for one of the frames would wait for the others.
+pub(super) const CACHE_READ: u64 = 1 << 20;
 
 /// What all threads and tasks of a pager share.
 pub(super) struct Shared {
@@ -117,14 +127,22 @@ impl Shared {
         }
     }
 
-    /// Brings in what was claimed for the background, one request after the other.
-    pub(super) async fn background(self: Arc<Self>, claims: Vec<Claim>, urgency: Urgency) -> Result<(), PagerError> {
+    /// Brings in what was claimed for the background, one request after the other. `turn` is a worker's, where there is
+    /// something near.
+    pub(super) async fn background(
+        self: Arc<Self>,
+        claims: Vec<Claim>,
+        urgency: Urgency,
+        turn: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), PagerError> {
         let (near, mut far) = self.split(claims);
         if !near.is_empty() {
             let shared = Arc::clone(&self);
-            far.extend(self.as_worker(urgency, move || shared.place_near(near, urgency)).await?);
+            let missing = self.on_thread(move || shared.place_near(near, urgency)).await;
+            far.extend(missing.map_err(|_| self.ended())?);
             far.sort_unstable_by_key(Claim::unit);
         }
+        drop(turn);
         let mut result = Ok(());
         for group in groups(&self.table, far, self.options.request_bytes, self.options.hole_bytes) {
             result = result.and(self.bring(group, urgency).await);
@@ -132,13 +150,16 @@ impl Shared {
         result
     }
 
-    /// Base windows and frames that the cache may hold; and the others, which only the store has.
+    /// Whether the unit needs no store, as far as can be told without reading: a base window, or a frame that the cache may hold.
+    pub(super) fn is_near(&self, unit: u32) -> bool {
+        let Some(frame) = self.table.frame(unit) else { return true };
+        let key = self.table.key(self.table.pack_of(unit));
+        self.sources.cache.as_ref().is_some_and(|cache| cache.may_hold(key, &frame.range()))
+    }
+
+    /// What is near, and the rest.
     fn split(&self, claims: Vec<Claim>) -> (Vec<Claim>, Vec<Claim>) {
-        claims.into_iter().partition(|claim| {
-            let Some(frame) = self.table.frame(claim.unit()) else { return true };
-            let key = self.table.key(self.table.pack_of(claim.unit()));
-            self.sources.cache.as_ref().is_some_and(|cache| cache.may_hold(key, &frame.range()))
-        })
+        claims.into_iter().partition(|claim| self.is_near(claim.unit()))
     }
 
     /// Places windows, and frames from the cache; answers those that it turned out not to hold, in order. Blocks.
@@ -171,17 +192,16 @@ impl Shared {
     }
 
     fn place_window(&self, claim: Claim, urgency: Urgency) {
-        let placed = self.place(claim, |target, placement| {
-            target.place_base(placement.start.into(), placement.at.into(), placement.pages.into())
-        });
-        if let Some(pages) = placed {
-            self.counters.count(|stats| {
+        self.place(
+            claim,
+            |target, placement| target.place_base(placement.start.into(), placement.at.into(), placement.pages.into()),
+            |stats, pages| {
                 let traffic = &mut stats.base[urgency as usize];
                 traffic.requests += 1;
                 traffic.bytes += page::bytes(pages);
                 traffic.units += 1;
-            });
-        }
+            },
+        );
     }
 
     /// Places frames whose stored bytes are in `bytes`, which begin at `offset` of their pack; answers those that do not match.
@@ -208,37 +228,44 @@ impl Shared {
                     continue;
                 }
             };
-            let placed = self.place(claim, |target, placement| {
-                // The table was checked: the frame has these pages.
-                let at = placement.at as usize * PAGE_SIZE;
-                let end = at + usize::from(placement.pages) * PAGE_SIZE;
-                target.place(placement.start.into(), decoded.get(at..end).unwrap_or_default())
-            });
-            if placed.is_some() {
-                self.counters.count(|stats| of(stats)[urgency as usize].units += 1);
-            }
+            self.place(
+                claim,
+                |target, placement| {
+                    // The table was checked: the frame has these pages.
+                    let at = placement.at as usize * PAGE_SIZE;
+                    let end = at + usize::from(placement.pages) * PAGE_SIZE;
+                    target.place(placement.start.into(), decoded.get(at..end).unwrap_or_default())
+                },
+                |stats, _| of(stats)[urgency as usize].units += 1,
+            );
         }
         bad
     }
 
-    /// Hands the unit's pages to their targets and settles the claim; answers how many, if all are placed.
-    fn place(&self, claim: Claim, each: impl Fn(&dyn PageTarget, &Placement) -> io::Result<()>) -> Option<u64> {
+    /// Hands the unit's pages to their targets, counts them, and settles the claim.
+    fn place(
+        &self,
+        claim: Claim,
+        each: impl Fn(&dyn PageTarget, &Placement) -> io::Result<()>,
+        count: impl FnOnce(&mut PagerStats, u64),
+    ) {
         let mut pages = 0;
         for placement in self.table.placements_of(claim.unit()) {
             let image = usize::from(placement.image);
             if let Err(source) = each(&*self.targets[image], placement) {
-                claim.broken(PagerError::Place {
+                return claim.broken(PagerError::Place {
                     image: self.table.image_kind(image).map_or_else(String::new, |kind| kind.to_string()),
                     first_page: placement.start.into(),
                     source: Arc::new(source),
                 });
-                return None;
             }
             pages += u64::from(placement.pages);
         }
-        self.counters.count(|stats| stats.placed_pages += pages);
+        self.counters.count(|stats| {
+            stats.placed_pages += pages;
+            count(stats, pages);
+        });
         claim.placed();
-        Some(pages)
     }
 
     /// Fetches a group from the store and places it. A frame that does not match is fetched once more, alone.
@@ -354,17 +381,23 @@ impl Shared {
         }
     }
 
-    async fn hedged(&self, key: &str, range: &Range<u64>) -> Result<Bytes, crate::store::StoreError> {
+    /// The first good answer of one GET, or of two when the first is late. The second waits for a connection as any demand does.
+    async fn hedged(&self, key: &str, range: &Range<u64>) -> Result<Bytes, StoreError> {
         let first = self.sources.store.get_range(key, range.clone());
         let Some(after) = self.hedge_after() else { return first.await };
-        let first = match future::select(first, Box::pin(time::sleep(after))).await {
-            Either::Left((answer, _)) => return answer,
-            Either::Right(((), first)) => first,
-        };
-        let Some(_permit) = self.gate.try_enter(Urgency::Demand) else { return first.await };
-        self.counters.count(|stats| stats.hedges += 1);
-        let second = self.sources.store.get_range(key, range.clone());
-        future::select_ok([first, second]).await.map(|(bytes, _)| bytes)
+        let sent = AtomicBool::new(false);
+        let second = Box::pin(async {
+            time::sleep(after).await;
+            let _permit = self.gate.enter(Urgency::Demand).await;
+            sent.store(true, Ordering::Relaxed);
+            self.counters.count(|stats| stats.hedges += 1);
+            self.sources.store.get_range(key, range.clone()).await
+        });
+        match future::select(first, second).await {
+            Either::Left((Err(_), second)) if sent.load(Ordering::Relaxed) => second.await,
+            Either::Right((Err(_), first)) => first.await,
+            Either::Left((answer, _)) | Either::Right((answer, _)) => answer,
+        }
     }
 
     fn hedge_after(&self) -> Option<Duration> {

@@ -13,7 +13,11 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::{sync::oneshot, task::JoinHandle, time};
 use tokio_util::sync::CancellationToken;
 
-use super::{Options, PagerError, Urgency, fetch::Shared, units::Signal};
+use super::{
+    Options, PagerError, Urgency,
+    fetch::{CACHE_READ, Shared},
+    units::Signal,
+};
 
 /// Bytes of a request of the background at least, where so many lie together.
 const LEAST_REQUEST: u64 = 256 << 10;
@@ -159,7 +163,13 @@ impl Shared {
                     }
                 }
             };
-            let reach = self.reach(unit, limit, &members);
+            // What only this machine's cores limit is claimed when one of them is free.
+            let near = self.is_near(unit);
+            let turn = if near { Arc::clone(&self.workers).acquire_owned().await.ok() } else { None };
+            if !self.units.is_idle(unit) {
+                continue;
+            }
+            let reach = self.reach(unit, if near { limit.min(CACHE_READ) } else { limit }, &members);
             let claims: Vec<_> = reach.into_iter().filter_map(|unit| self.units.claim(unit)).collect();
             if claims.is_empty() {
                 continue;
@@ -169,7 +179,7 @@ impl Shared {
             running.push(self.tracker.spawn_on(
                 async move {
                     let _permit = permit;
-                    shared.background(claims, urgency).await
+                    shared.background(claims, urgency, turn).await
                 },
                 &self.runtime,
             ));

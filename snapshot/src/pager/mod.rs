@@ -130,7 +130,7 @@ impl Default for Options {
             request_bytes: 4 << 20,
             demand_bytes: 1 << 20,
             hole_bytes: 64 << 10,
-            buffer_bytes: 32 << 20,
+            buffer_bytes: 16 << 20,
             sweep_bytes_per_second: None,
             attempts: 2,
             backoff: Duration::from_millis(200),
@@ -364,3 +364,6 @@ impl Pager {
         self.shared.ended()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -196,9 +196,8 @@ impl Drop for Claim {
     fn drop(&mut self) {
         if !self.settled {
             // Its task or thread ended early: the pager was stopped, the runtime ends, or a target panicked, perhaps half-way.
-            let ended = self.units.failure().unwrap_or(PagerError::Stopped);
-            self.settled = true;
-            self.units.fail(ended);
+            // Only the first failure counts.
+            self.units.fail(PagerError::Ended);
         }
     }
 }

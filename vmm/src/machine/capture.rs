@@ -16,6 +16,7 @@ use std::time::Instant;
 use stasis_snapshot::capture::{
     BaseInput, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, PageDigests, PageReader, packs_needed,
 };
+use stasis_snapshot::compact;
 use stasis_snapshot::granted::PackSink;
 use stasis_snapshot::image::ImageMap;
 use stasis_snapshot::manifest::{Arch, Base, Boot, Image, ImageKind, Manifest, Platform, StateBlob, Versioned};
@@ -29,6 +30,7 @@ use super::staging::Staging;
 use super::{Machine, MachineError, spec};
 use crate::memory::{GuestRam, RunningRam, StoppedRam};
 use crate::pages::PageSet;
+use crate::paging::MEMORY;
 use crate::vcpu::{cpuid, state as vcpu_state};
 use crate::vm_state;
 
@@ -130,14 +132,31 @@ impl Machine {
         // Memory last: saving the rest may write to it.
         self.collect_dirty(&order.options)?;
         let memory: Arc<dyn PageReader> = Arc::new(StoppedRam(self.ram.clone()));
-        Ok((self.request(order, memory), state))
+        let rewrite = self.to_compact();
+        Ok((self.request(order, memory, &rewrite), state))
     }
 
     /// A round: pages are sent while the guest runs on.
     pub(crate) fn prepare_round(&mut self, order: Order) -> Result<CaptureRequest, MachineError> {
         self.collect_dirty(&order.options)?;
         let memory: Arc<dyn PageReader> = Arc::new(RunningRam(self.ram.clone()));
-        Ok(self.request(order, memory))
+        Ok(self.request(order, memory, &[]))
+    }
+
+    /// For each image, pages to write anew so that old packs fall out of use. What is absent cannot be: it is not here.
+    fn to_compact(&self) -> Vec<PageSet> {
+        let planned = compact::plan(&self.base.packs, &self.base.maps, compact::Limits::default());
+        let mut sets = Vec::new();
+        for (image, ranges) in planned.into_iter().enumerate() {
+            let mut set = PageSet::new(self.base.maps[image].pages());
+            ranges.into_iter().for_each(|range| set.insert(range));
+            match image.checked_sub(1) {
+                None => set.intersect(&self.presence.present()),
+                Some(disk) => self.devices.disks[disk].overlay.absent().into_iter().for_each(|range| set.remove(range)),
+            }
+            sets.push(set);
+        }
+        sets
     }
 
     /// A capture of a running machine: it is stopped, saved and copied, and runs again when this returns. Answers how long it stood, µs.
@@ -161,15 +180,24 @@ impl Machine {
         self.resume()?;
         let stop_us = began.elapsed().as_micros() as u64;
         let (state, disks) = copied?;
-        let mut request = self.request(order, Arc::new(staging));
+        let mut request = self.request(order, Arc::new(staging), &[]);
         for (image, copy) in request.images.iter_mut().skip(1).zip(disks) {
             image.reader = copy;
         }
         Ok((request, state, stop_us))
     }
 
-    fn request(&self, order: Order, memory: Arc<dyn PageReader>) -> CaptureRequest {
-        let (look_at, boot_pages) = self.first_touched_first();
+    /// `rewrite`: pages of each image to be written anew besides; none where an image has no entry.
+    fn request(&self, order: Order, memory: Arc<dyn PageReader>, rewrite: &[PageSet]) -> CaptureRequest {
+        let runs = |image: usize| rewrite.get(image).map(PageSet::runs).unwrap_or_default();
+        let with = |dirty: &PageSet, image: usize| {
+            let mut pages = dirty.clone();
+            if let Some(more) = rewrite.get(image) {
+                pages.union(more);
+            }
+            pages
+        };
+        let (look_at, boot_pages) = self.first_touched_first(with(self.dirty.pages(), MEMORY));
         let mut images = vec![ImageInput {
             kind: ImageKind::Memory,
             parent: self.base.maps[0].clone(),
@@ -177,13 +205,13 @@ impl Machine {
             reader: memory,
             base: None,
             digests: Some(self.base.digests[0].clone()),
-            rewrite: Vec::new(),
+            rewrite: runs(MEMORY),
         }];
         for (n, disk) in self.devices.disks.iter().enumerate() {
             images.push(ImageInput {
                 kind: ImageKind::Disk(n as u32),
                 parent: self.base.maps[n + 1].clone(),
-                look_at: self.base.disk_dirty[n].runs(),
+                look_at: with(&self.base.disk_dirty[n], n + 1).runs(),
                 reader: Arc::new(disk.clone()),
                 base: disk.base.clone().map(|base| BaseInput {
                     blocks: base.blocks(),
@@ -192,7 +220,7 @@ impl Machine {
                     index: None,
                 }),
                 digests: Some(self.base.digests[n + 1].clone()),
-                rewrite: Vec::new(),
+                rewrite: runs(n + 1),
             });
         }
         let options = Options { boot_pages, ..order.options };
@@ -207,9 +235,8 @@ impl Machine {
         }
     }
 
-    /// The dirty pages: those of the working set in its order, then the others; and how many of them belong into the boot pack.
-    fn first_touched_first(&self) -> (Vec<Range<u64>>, u64) {
-        let mut rest = self.dirty.pages().clone();
+    /// The pages of `rest`: those of the working set in its order, then the others; and how many of them belong into the boot pack.
+    fn first_touched_first(&self, mut rest: PageSet) -> (Vec<Range<u64>>, u64) {
         let mut order = Vec::new();
         let mut boot = 0;
         for touch in self.working_set.order() {
@@ -306,7 +333,8 @@ impl Machine {
 }
 
 fn counts(memory_pages: u64, disk_blocks: u64, options: &Options) -> DirtyCounts {
-    DirtyCounts { memory_pages, disk_blocks, packs_needed: packs_needed(memory_pages + disk_blocks, options) }
+    let most = memory_pages + disk_blocks + compact::Limits::default().pages;
+    DirtyCounts { memory_pages, disk_blocks, packs_needed: packs_needed(most, options) }
 }
 
 /// A capture brought no draft.

@@ -201,7 +201,7 @@ impl Machine {
         let dirty = DirtyTracker::for_boot(bare.ram.pages());
         dirty::set_memslots(&bare.vm, &bare.ram, false)?;
         let base = capture::Parent::none(&bare.ram, &devices)?;
-        let working_set = Arc::new(WorkingSet::new(&[], bare.ram.pages()));
+        let working_set = Arc::new(WorkingSet::unknown(bare.ram.pages()));
         let origin = Origin { dirty, base, working_set, paging: None };
         let machine = Self::assemble(bare, spec, fds, devices, origin, host)?;
         machine.run_all()?;

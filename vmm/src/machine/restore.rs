@@ -147,7 +147,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     )
     .map_err(MachineError::from)?;
     for (n, disk) in input.disks.iter().enumerate() {
-        paging.attach_disk(n, disk, lazy).await.map_err(MachineError::from)?;
+        paging.attach_disk(n, disk);
     }
     let paging = Arc::new(paging);
     if lazy {

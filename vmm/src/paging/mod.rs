@@ -19,10 +19,12 @@ mod faults;
 pub(crate) mod targets;
 mod working_set;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use stasis_devices::overlay::BlockSource;
 use stasis_snapshot::manifest::Touch;
 use stasis_snapshot::pager::{Pager, PagerError, Urgency};
 use tokio::runtime::Handle;
@@ -44,7 +46,6 @@ const NOT_YET: u64 = u64::MAX;
 
 /// Paging cannot begin.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum PagingError {
     #[error(transparent)]
     Pager(#[from] PagerError),
@@ -116,14 +117,13 @@ impl Paging {
         Ok(Self { shared, faults: Mutex::new(faults), order: Arc::new(order), sweep, fill, runtime })
     }
 
-    /// Block device `n` gets its blocks from here: each when it is asked for, or all of them now.
-    pub(crate) async fn attach_disk(&self, n: usize, disk: &Disk, lazy: bool) -> Result<(), PagingError> {
-        if !lazy {
-            return Ok(());
-        }
+    /// Block device `n` gets its blocks from here, each when it is asked for.
+    pub(crate) fn attach_disk(&self, n: usize, disk: &Disk) {
         let image = n + 1;
-        self.shared.pager.fetch(image, 0..disk.blocks(), Urgency::WorkingSet).await?;
-        Ok(())
+        let absent = self.shared.pager.absent(image);
+        if !absent.is_empty() {
+            disk.overlay.set_lazy(Arc::new(Blocks { pager: self.shared.pager.clone(), image }), &absent);
+        }
     }
 
     /// Fetches in the background what nobody asked for yet. Does nothing when all is there or a fill runs.
@@ -180,6 +180,18 @@ impl Paging {
             absent_pages: absent.iter().map(|range| range.end - range.start).sum(),
             resident_us: (resident != NOT_YET).then_some(resident),
         }
+    }
+}
+
+/// Blocks of one disk, on demand.
+struct Blocks {
+    pager: Pager,
+    image: usize,
+}
+
+impl BlockSource for Blocks {
+    fn fetch(&self, blocks: Range<u64>) -> std::io::Result<()> {
+        self.pager.fetch_blocking(self.image, blocks, Urgency::Demand).map_err(std::io::Error::other)
     }
 }
 

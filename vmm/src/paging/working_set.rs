@@ -47,6 +47,11 @@ impl WorkingSet {
         Self { before, pages, recording: Mutex::new(Recording::Open(Vec::new())) }
     }
 
+    /// Of a machine that booted: what it touched since says nothing about its next wake.
+    pub(crate) fn unknown(pages: u64) -> Self {
+        Self { before: Vec::new(), pages, recording: Mutex::new(Recording::Closed(Vec::new())) }
+    }
+
     /// The granule that begins at `first_page` faulted.
     pub(crate) fn touched(&self, first_page: u64) {
         if let Recording::Open(order) = &mut *lock(&self.recording)
