@@ -149,6 +149,9 @@ impl Supervisor {
         config.data_dir = fs::canonicalize(&config.data_dir).map_err(local("find the data directory".to_owned()))?;
         let lock = take_lock(&config)?;
         host::raise_file_limit();
+        if config.warm.huge_pages {
+            host::offer_huge_pages();
+        }
         let kvm = Kvm::probe();
         if let Some(advice) = kvm.advice() {
             tracing::warn!("{advice}");
