@@ -362,7 +362,8 @@ fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError
     let wrong = |kind: &str| {
         ConfigError::Syntax(format!("{} ({}): {:?} is not {kind}", setting.field, setting.origin, setting.text))
     };
-    let value = if ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled"].contains(&setting.field) {
+    let value = if ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled"].contains(&setting.field)
+    {
         toml::Value::Boolean(switch(&setting.text).ok_or_else(|| wrong("true or false"))?)
     } else if ["limits.", "deadlines.", "warm.", "run_ahead."].iter().any(|part| setting.field.starts_with(part)) {
         toml::Value::Integer(setting.text.parse().map_err(|_| wrong("a whole number"))?)

@@ -97,8 +97,7 @@ pub fn restore(body: &Map<String, Value>) -> Result<Restore, Vec<FieldError>> {
 /// Checks the query of a list. Names are matched with `-` and `_` alike.
 pub fn list(query: &[(String, String)]) -> Result<List, Vec<FieldError>> {
     let mut errors = FieldErrors::default();
-    let mut out =
-        List { query: String::new(), sort: SortBy::CreatedAt, ascending: false, page: 1, page_size: 20 };
+    let mut out = List { query: String::new(), sort: SortBy::CreatedAt, ascending: false, page: 1, page_size: 20 };
     for (name, value) in query.iter().filter(|(_, value)| !value.is_empty()) {
         match name.replace('_', "-").as_str() {
             "query" if value.chars().count() <= MAX_NAME => out.query.clone_from(value),
@@ -140,7 +139,12 @@ mod tests {
     fn names_are_trimmed_and_bounded() {
         assert_eq!(create(&Map::new()).unwrap(), Create { name: None, kill_sandbox_after: false });
         assert_eq!(create(&body(&json!({"name": " a "}))).unwrap().name.unwrap(), "a");
-        for bad in [json!({"name": " "}), json!({"name": 1}), json!({"name": "x".repeat(65)}), json!({"kill_sandbox_after": 1})] {
+        for bad in [
+            json!({"name": " "}),
+            json!({"name": 1}),
+            json!({"name": "x".repeat(65)}),
+            json!({"kill_sandbox_after": 1}),
+        ] {
             assert_eq!(create(&body(&bad)).unwrap_err().len(), 1, "{bad}");
         }
     }

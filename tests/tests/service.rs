@@ -47,7 +47,9 @@ async fn sleeps_and_wakes() -> Outcome {
         assert!(service.vmm_pids().is_empty(), "no VMM process is left");
         assert!(!service.run_dir(&id).exists(), "no socket is left");
         let left = walk(&service.dir.path().join("d"));
-        let ours = |f: &String| ["/journal.db", "/lock", "/owner", "/packs/", "/run/pool-"].iter().any(|part| f.contains(part));
+        let ours = |f: &String| {
+            ["/journal.db", "/lock", "/owner", "/packs/", "/run/pool-"].iter().any(|part| f.contains(part))
+        };
         assert!(left.iter().all(ours), "no file is left: {left:?}");
         assert!(service.objects("v1/test/sandbox").iter().any(|o| o.ends_with("head")));
         let resumed = service.resume(&id).await?.expect(200)?;

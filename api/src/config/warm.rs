@@ -33,7 +33,14 @@ pub struct Warm {
 
 impl Default for Warm {
     fn default() -> Self {
-        Self { keep_memory_mib: None, vmm_pool: 2, pack_cache_mib: None, golden: true, sweep_mib_per_second: 256, huge_pages: true }
+        Self {
+            keep_memory_mib: None,
+            vmm_pool: 2,
+            pack_cache_mib: None,
+            golden: true,
+            sweep_mib_per_second: 256,
+            huge_pages: true,
+        }
     }
 }
 

@@ -39,7 +39,9 @@ impl OperationKind {
     }
 
     fn parse(word: &str) -> Option<Self> {
-        [Self::Create, Self::Pause, Self::Resume, Self::Snapshot, Self::Delete].into_iter().find(|kind| kind.as_str() == word)
+        [Self::Create, Self::Pause, Self::Resume, Self::Snapshot, Self::Delete]
+            .into_iter()
+            .find(|kind| kind.as_str() == word)
     }
 }
 

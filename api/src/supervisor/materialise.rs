@@ -72,8 +72,8 @@ async fn source(core: &Core, spec: &Spec, named: &ManifestRef, held: Option<Byte
     let begun = Instant::now();
     let (manifest, bytes) = match held {
         Some(bytes) => {
-            let manifest = Manifest::decode(&bytes)
-                .map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
+            let manifest =
+                Manifest::decode(&bytes).map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
             (manifest, bytes)
         }
         None => core.fetch_manifest(named).await?,

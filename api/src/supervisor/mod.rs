@@ -25,9 +25,9 @@
 //! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
 //! killed supervisor can settle it.
 
-pub mod catalogue;
 mod ahead;
 mod capture;
+pub mod catalogue;
 mod create;
 mod delete;
 mod draft;
@@ -176,12 +176,8 @@ impl Supervisor {
         let listener =
             TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
-        let pool = VmmPool::new(
-            &vmm_program,
-            &config.data_dir.join(RUN),
-            config.warm.vmm_pool,
-            config.deadlines.control(),
-        );
+        let pool =
+            VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
         let core = Arc::new(Core {
             kept: KeptMemory::new(config.warm.keep_memory_bytes(memory_pressure::host_bytes())),
             pool,
@@ -316,7 +312,5 @@ pub mod operations {
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
     pub use super::resume::resume;
-    pub use super::snapshots::{
-        create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot,
-    };
+    pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
 }

@@ -146,8 +146,7 @@ pub async fn create(
 
 /// A name for a snapshot that was given none: from its template, and its id, so that it is nobody else's.
 fn made_up(template: &str, id: &str) -> String {
-    let word: String =
-        template.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(40).collect();
+    let word: String = template.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(40).collect();
     format!("{word}-{}", id.trim_start_matches("snap-").get(..8).unwrap_or_default())
 }
 
@@ -218,7 +217,11 @@ async fn dirty(core: &Core, sandbox: &Sandbox, vm: &Vmm) -> Result<Size, Error> 
     let control = core.config.deadlines.control();
     let dirty = tokio::time::timeout(control, vm.client.dirty())
         .await
-        .map_err(|_| Error::Deadline { id: sandbox.id.clone(), what: "a look at what is dirty", ms: control.as_millis() })?
+        .map_err(|_| Error::Deadline {
+            id: sandbox.id.clone(),
+            what: "a look at what is dirty",
+            ms: control.as_millis(),
+        })?
         .map_err(vmm_error(sandbox, vm, "ask what is dirty"))?;
     Ok(Size { packs_needed: dirty.packs_needed, pages: dirty.memory_pages + dirty.disk_blocks })
 }
@@ -258,8 +261,7 @@ async fn commit_head(
         manifest: Some(snapshot.manifest.clone()),
         record: serde_json::to_value(&record).map_err(bug)?,
     };
-    let attempt =
-        Attempt::first(&snapshot.id, &core.owner, change, commit).map_err(Core::head_error(sandbox))?;
+    let attempt = Attempt::first(&snapshot.id, &core.owner, change, commit).map_err(Core::head_error(sandbox))?;
     let register = core.store.head_of(&owner(&snapshot.tenant, &snapshot.id)?);
     let mut pacer = Backoff::within(core.config.deadlines.settle());
     match register.commit(&attempt, Sent::Never, &mut pacer).await {
@@ -269,7 +271,9 @@ async fn commit_head(
         }
         Outcome::Refused { cause } => Err(Error::Store { action: "commit the head of the snapshot", source: cause }),
         // Nothing depends on it: it may show up later, under the name that was asked for.
-        Outcome::Unknown { cause } => Err(Error::Store { action: "see whether the snapshot was committed", source: cause }),
+        Outcome::Unknown { cause } => {
+            Err(Error::Store { action: "see whether the snapshot was committed", source: cause })
+        }
     }
 }
 

@@ -93,13 +93,8 @@ impl World {
         images[1][..covered].copy_from_slice(&base[..covered]);
         let (mut packs, mut stored) = (Vec::new(), HashMap::new());
         for _ in 0..generations {
-            let mut packing = Packing {
-                rng,
-                packs: &mut packs,
-                stored: &mut stored,
-                builder: PackBuilder::new(),
-                frames: 0,
-            };
+            let mut packing =
+                Packing { rng, packs: &mut packs, stored: &mut stored, builder: PackBuilder::new(), frames: 0 };
             for image in 0..2 {
                 // Disjoint pieces of a part of the image, shuffled into frames.
                 let mut pieces = Vec::new();
