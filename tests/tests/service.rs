@@ -61,7 +61,8 @@ async fn sleeps_and_wakes() -> Outcome {
     }
     service.call("DELETE", &format!("/v1/sandbox/{id}"), None).await?.expect(204)?;
     assert!(service.vmm_pids().is_empty());
-    assert_eq!(service.objects("v1/test/sandbox").len(), 1, "the tombstone alone is left");
+    // What it had stays until `stasis gc` takes it after the grace; the tombstone stays for ever.
+    assert!(service.objects("v1/test/sandbox").iter().any(|o| o.ends_with("head")), "the tombstone is left");
     Ok(())
 }
 
@@ -188,10 +189,26 @@ async fn damaged_objects() -> Outcome {
         ("/pack/", Fault::Refuse(404)),
     ] {
         service.proxy.add(Rule::every(http::Method::GET, part, fault.clone()));
-        let failed = service.resume(&id).await?;
-        assert!(failed.status >= 500, "{part} {fault:?}: {failed:?}");
-        assert!(failed.text("message").contains(part.trim_matches('/')), "{part} {fault:?}: {failed:?}");
-        assert_eq!(service.state(&id).await?, "paused", "{part} {fault:?}");
+        let woken = service.resume(&id).await?;
+        if woken.status == 200 {
+            // Pages come when they are touched: the guest runs until it touches one that cannot be had.
+            assert_eq!(part, "/pack/", "{fault:?}: {woken:?}");
+            if fault == Fault::FlipBit {
+                // Only one frame of each answer is damaged: the guest may never need it, but must never see it.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                if service.state(&id).await? == "running" {
+                    service.pulse_is_well(&id).await?;
+                    service.proxy.clear();
+                    service.pause(&id).await?.expect(201)?;
+                    continue;
+                }
+            }
+            service.await_state(&id, "paused").await?;
+        } else {
+            assert!(woken.status >= 500, "{part} {fault:?}: {woken:?}");
+            assert!(woken.text("message").contains(part.trim_matches('/')), "{part} {fault:?}: {woken:?}");
+            assert_eq!(service.state(&id).await?, "paused", "{part} {fault:?}");
+        }
         assert!(service.vmm_pids().is_empty(), "{part} {fault:?}");
         service.proxy.clear();
     }
