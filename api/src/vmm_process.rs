@@ -162,9 +162,11 @@ impl Vmm {
         &self.run_dir
     }
 
-    /// The process is gone.
+    /// The process is gone. Asks the kernel: the task that watches it may not have run yet.
     pub fn has_ended(&self) -> bool {
-        *self.ended.borrow()
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut pidfd = [rustix::event::PollFd::new(&*self.pidfd, rustix::event::PollFlags::IN)];
+        *self.ended.borrow() || rustix::event::poll(&mut pidfd, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// Waits until the process is gone.
