@@ -67,7 +67,7 @@ impl Warm {
 }
 
 fn default_pack_cache_mib(file_system_bytes: u64) -> u64 {
-    (file_system_bytes / 100 * PACK_CACHE_PERCENT >> 20).min(PACK_CACHE_MOST_MIB)
+    ((file_system_bytes / 100 * PACK_CACHE_PERCENT) >> 20).min(PACK_CACHE_MOST_MIB)
 }
 
 /// Size of the file system that holds `dir`; 0 when it cannot be asked.

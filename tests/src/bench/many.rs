@@ -1,6 +1,6 @@
 //! Many sandboxes paused at once: all durable, none much later than the others, as fast as the bottleneck lets their bytes through.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::bare::Bare;
 use super::case::{Case, Wake};
@@ -22,7 +22,7 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
         let cpu = home.cpu();
         let pauses = futures::future::join_all(ids.iter().map(|id| home.pause(id))).await;
         let (total, cpu) = (begun.elapsed(), home.cpu().saturating_sub(cpu));
-        let (mut sizes, mut sent, mut slowest, mut latencies) = (Vec::new(), 0, begun - begun, Vec::new());
+        let (mut sizes, mut sent, mut slowest, mut latencies) = (Vec::new(), 0, Duration::ZERO, Vec::new());
         for (id, paused) in ids.iter().zip(pauses) {
             let paused = paused.map_err(|e| format!("{id}: {e}; {}", home.service.log()))?;
             samples.time("first_pause", paused.took);
