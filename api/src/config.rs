@@ -255,6 +255,7 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_PACK_CACHE_MIB", "warm.pack_cache_mib"),
     ("STASIS_GOLDEN", "warm.golden"),
     ("STASIS_SWEEP_MIB_PER_SECOND", "warm.sweep_mib_per_second"),
+    ("STASIS_HUGE_PAGES", "warm.huge_pages"),
     ("STASIS_RUN_AHEAD", "run_ahead.enabled"),
     ("STASIS_RUN_AHEAD_INTERVAL_MS", "run_ahead.interval_ms"),
     ("STASIS_RUN_AHEAD_IDLE_MS", "run_ahead.idle_ms"),
@@ -361,7 +362,8 @@ fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError
     let wrong = |kind: &str| {
         ConfigError::Syntax(format!("{} ({}): {:?} is not {kind}", setting.field, setting.origin, setting.text))
     };
-    let value = if ["store.path_style", "warm.golden", "run_ahead.enabled"].contains(&setting.field) {
+    let value = if ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled"].contains(&setting.field)
+    {
         toml::Value::Boolean(switch(&setting.text).ok_or_else(|| wrong("true or false"))?)
     } else if ["limits.", "deadlines.", "warm.", "run_ahead."].iter().any(|part| setting.field.starts_with(part)) {
         toml::Value::Integer(setting.text.parse().map_err(|_| wrong("a whole number"))?)

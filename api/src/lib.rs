@@ -5,7 +5,7 @@
 //! | [`config`] | file, environment, flags; checked before anything starts |
 //! | [`states`] | the state machine of a sandbox, as a table |
 //! | [`record`], [`ids`], [`network_policy`] | what a sandbox is |
-//! | [`validate`] | requests from JSON to checked values |
+//! | [`validate`], [`snapshot_request`] | requests from JSON to checked values |
 //! | [`journal`] | SQLite: keys, records, operations, transitions |
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
@@ -42,6 +42,7 @@ pub mod record;
 pub mod registry;
 pub mod routes;
 pub mod run_ahead;
+pub mod snapshot_request;
 pub mod sources;
 pub mod states;
 pub mod store;

@@ -84,7 +84,8 @@ mod tests {
     use super::*;
 
     const MEMINFO: &str = "MemTotal:       1000000 kB\nMemFree: 1 kB\nMemAvailable:    300000 kB\n";
-    const PRESSURE: &str = "some avg10=12.34 avg60=0.00 avg300=0.00 total=1\nfull avg10=9.99 avg60=0.00 avg300=0.00 total=1\n";
+    const PRESSURE: &str =
+        "some avg10=12.34 avg60=0.00 avg300=0.00 total=1\nfull avg10=9.99 avg60=0.00 avg300=0.00 total=1\n";
 
     #[test]
     fn the_kernels_words_are_read() {

@@ -158,6 +158,11 @@ impl Sandbox {
         self.rounds.clone().try_lock_owned().ok()
     }
 
+    /// The same, once nobody else has it.
+    pub async fn next_round(&self) -> OwnedMutexGuard<()> {
+        self.rounds.clone().lock_owned().await
+    }
+
     /// What rounds ahead of a pause have done, to be read or changed.
     pub fn ahead<T>(&self, with: impl FnOnce(&mut Spent) -> T) -> T {
         with(&mut locked(&self.ahead))

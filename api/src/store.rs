@@ -45,14 +45,19 @@ pub struct Grants {
 impl Store {
     /// Opens the configured store and finds out what it does. `owner` is this supervisor's name.
     pub async fn open(config: &Config, owner: &str, sources: &Sources) -> Result<Self, Error> {
+        if let StoreConfig::Directory { path } = &config.store {
+            std::fs::create_dir_all(path).map_err(|source| Error::Local {
+                action: format!("create the store directory {}", path.display()),
+                source,
+            })?;
+        }
+        Self::over(Self::unprobed(config)?, owner, sources).await
+    }
+
+    /// The configured objects as they are: nothing is sent, made or checked. For programs that look at a bucket beside a supervisor.
+    pub fn unprobed(config: &Config) -> Result<Arc<dyn ObjectStore>, Error> {
         let objects: Arc<dyn ObjectStore> = match &config.store {
-            StoreConfig::Directory { path } => {
-                std::fs::create_dir_all(path).map_err(|source| Error::Local {
-                    action: format!("create the store directory {}", path.display()),
-                    source,
-                })?;
-                Arc::new(DirectoryStore::open(path).doing("open the store")?)
-            }
+            StoreConfig::Directory { path } => Arc::new(DirectoryStore::open(path).doing("open the store")?),
             StoreConfig::S3 { endpoint, bucket, region, access_key, secret_key, path_style } => Arc::new(
                 S3Store::new(S3Settings {
                     endpoint: endpoint.trim_end_matches('/').to_owned(),
@@ -67,7 +72,7 @@ impl Store {
                 .doing("set up the store")?,
             ),
         };
-        Self::over(objects, owner, sources).await
+        Ok(objects)
     }
 
     /// The same over any object store.
@@ -90,6 +95,11 @@ impl Store {
     /// The objects.
     pub fn objects(&self) -> &dyn ObjectStore {
         self.objects.as_ref()
+    }
+
+    /// The same, to be kept.
+    pub fn shared_objects(&self) -> Arc<dyn ObjectStore> {
+        self.objects.clone()
     }
 
     /// Conditional writes work, so that several supervisors may share the store.
@@ -161,16 +171,6 @@ impl Store {
                 None => return Ok(all),
             }
         }
-    }
-
-    /// Deletes every object below `prefix` for which `unwanted` holds; returns how many.
-    pub async fn delete_below(&self, prefix: &str, unwanted: impl Fn(&str) -> bool) -> Result<usize, Error> {
-        let mut deleted = 0;
-        for (key, _) in self.list_all(prefix).await?.into_iter().filter(|(key, _)| unwanted(key)) {
-            self.objects.delete(&key).await.doing("delete an object")?;
-            deleted += 1;
-        }
-        Ok(deleted)
     }
 }
 

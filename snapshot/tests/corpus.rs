@@ -234,11 +234,11 @@ async fn make() {
     let text = serde_json::to_string_pretty(&json!({"memory": digests[0], "disk": digests[1]})).unwrap();
     std::fs::write(folder.join("digests.json"), text + "\n").unwrap();
     let _ = std::fs::remove_file(folder.join(".lock"));
-    seed_the_fuzzers(&folder, &named).await;
+    seed_the_fuzzers(&folder, &named);
 }
 
 /// What the fuzz targets `manifest` and `frame` begin with.
-async fn seed_the_fuzzers(folder: &Path, named: &ManifestRef) {
+fn seed_the_fuzzers(folder: &Path, named: &ManifestRef) {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     let bytes = std::fs::read(folder.join(&named.key)).unwrap();
     std::fs::write(fuzz.join("manifest").join(NEW), &bytes).unwrap();

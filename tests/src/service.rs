@@ -36,7 +36,13 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         // Short deadlines: a test that waits for one should not wait for long.
-        let environment = [("STASIS_DEADLINES_STORE_MS", "3000"), ("STASIS_DEADLINES_CAPTURE_MS", "20000")];
+        // What happens by itself in the background would take the faults that are meant for a request.
+        let environment = [
+            ("STASIS_DEADLINES_STORE_MS", "3000"),
+            ("STASIS_DEADLINES_CAPTURE_MS", "20000"),
+            ("STASIS_GOLDEN", "off"),
+            ("STASIS_RUN_AHEAD", "off"),
+        ];
         Self { images: None, environment: environment.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec() }
     }
 }
@@ -287,16 +293,27 @@ impl Service {
         if console.contains('!') { Err(format!("pulse lost something: {console}").into()) } else { Ok(()) }
     }
 
-    /// Process ids of VMMs that run from this service's data directory.
+    /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them.
     pub fn vmm_pids(&self) -> Vec<u32> {
-        let marker = self.dir.path().join("d/run").to_string_lossy().into_owned();
+        self.vmms(|name| !name.starts_with("pool-"))
+    }
+
+    /// Process ids of this service's VMMs that were started ahead and are used by nobody.
+    pub fn idle_vmm_pids(&self) -> Vec<u32> {
+        self.vmms(|name| name.starts_with("pool-"))
+    }
+
+    /// Those whose run directory has a name that is `wanted`.
+    fn vmms(&self, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
+        let root = self.dir.path().join("d/run");
         let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
         processes
             .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
             .filter(|pid| {
                 let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let cmdline = String::from_utf8_lossy(&cmdline);
-                cmdline.contains("stasis-vmm") && cmdline.contains(&marker)
+                let run_dir = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+                String::from_utf8_lossy(&cmdline).contains("stasis-vmm")
+                    && run_dir.strip_prefix(&root).is_ok_and(|name| wanted(&name.to_string_lossy()))
             })
             .collect()
     }

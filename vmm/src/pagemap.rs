@@ -74,7 +74,7 @@ impl Pagemap {
     /// Host addresses that are mapped, and for each run whether by huge pages.
     pub(crate) fn mapped(&self, addresses: &Range<u64>, found: &mut dyn FnMut(Range<u64>, bool)) -> io::Result<()> {
         self.scan(addresses, 0, IS_PRESENT, &mut |region| {
-            found(region.start..region.end, region.categories & IS_HUGE != 0)
+            found(region.start..region.end, region.categories & IS_HUGE != 0);
         })
     }
 
@@ -98,7 +98,7 @@ impl Pagemap {
             if count < 0 {
                 return Err(io::Error::last_os_error());
             }
-            regions.iter().take(count as usize).for_each(|region| found(*region));
+            regions.iter().take(count.unsigned_abs() as usize).for_each(|region| found(*region));
             // A walk that does not get on would never end.
             if arg.walk_end <= start {
                 break;

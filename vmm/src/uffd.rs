@@ -26,7 +26,7 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 #[repr(C)]
 #[derive(Default)]
 struct Api {
-    api: u64,
+    version: u64,
     features: u64,
     ioctls: u64,
 }
@@ -96,7 +96,9 @@ fn open() -> io::Result<File> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     let raw = match File::options().read(true).write(true).open("/dev/userfaultfd") {
         // SAFETY: the call takes flags and makes a descriptor.
-        Ok(device) => unsafe { ioctl_with_val(&device, request::USERFAULTFD_IOC_NEW(), flags as u64) },
+        Ok(device) => unsafe {
+            ioctl_with_val(&device, request::USERFAULTFD_IOC_NEW(), u64::from(flags.unsigned_abs()))
+        },
         // SAFETY: as above.
         Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 },
     };
@@ -117,7 +119,7 @@ impl Uffd {
         let mut last = io::Error::from(io::ErrorKind::Unsupported);
         for (features, abilities) in tries {
             let file = open()?;
-            let mut api = Api { api: UFFD_API, features, ..Api::default() };
+            let mut api = Api { version: UFFD_API, features, ..Api::default() };
             // SAFETY: the kernel reads and writes one uffdio_api.
             match check(unsafe { ioctl_with_mut_ref(&file, request::UFFDIO_API(), &mut api) }) {
                 Ok(()) => return Ok(Self { file, abilities }),
@@ -170,7 +172,7 @@ impl Uffd {
             let error = io::Error::last_os_error();
             return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
         }
-        if got as usize != size_of::<Message>() {
+        if got.unsigned_abs() != size_of::<Message>() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         // SAFETY: the kernel wrote it whole.

@@ -4,6 +4,7 @@ use super::exit;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Sandboxes that sleep in an object store.
 #[derive(Debug, Parser)]
@@ -39,6 +40,12 @@ pub(super) enum Command {
     Key(Key),
     /// List the templates of an image directory, on the host of the supervisor. Notes their digests beside them.
     Templates(Templates),
+    /// Delete from the bucket what no sandbox needs any more: found unreachable by two passes, at least the grace apart.
+    Gc(Gc),
+    /// Check every digest of a sandbox's snapshot, or of everything in the bucket.
+    Verify(Verify),
+    /// Find sandboxes whose head names a snapshot that is not whole, and the newest one that is. Changes nothing without --apply.
+    Repair(Repair),
     #[command(flatten)]
     Client(Client),
 }
@@ -58,8 +65,10 @@ pub(super) enum Client {
     Pause(One),
     /// Wake a sandbox.
     Resume(One),
-    /// Delete sandboxes for good.
+    /// Delete sandboxes. What slept in the bucket can be put back until `stasis gc` purges it.
     Rm(Many),
+    /// Put a deleted sandbox back, paused as it was at its last pause.
+    Undelete(One),
     /// Show what is in the bucket for a sandbox.
     Inspect(One),
     /// Take up paused sandboxes that are in the bucket and unknown here.
@@ -112,6 +121,55 @@ pub(super) struct Templates {
     /// Directory with templates/ [default: target/images of a build tree, else /usr/share/stasis/images].
     #[arg(long, env = "STASIS_IMAGES_DIR")]
     pub(super) images_dir: Option<PathBuf>,
+}
+
+/// Which bucket, for verbs that work on it without a supervisor. They take the supervisor's configuration: the file, and the variables STASIS_….
+/// Without any, it is the bucket of the `stasis dev` of this user, which must be running.
+#[derive(Debug, ClapArgs)]
+pub(super) struct Bucket {
+    /// Configuration file of the supervisor (TOML).
+    #[arg(long, env = "STASIS_CONFIG")]
+    pub(super) config: Option<PathBuf>,
+    /// Only this tenant's objects.
+    #[arg(long)]
+    pub(super) tenant: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Gc {
+    #[command(flatten)]
+    pub(super) bucket: Bucket,
+    /// Time between two passes after which what both found unreachable is deleted; and from the first pass after a delete until the sandbox
+    /// cannot be put back. Must be longer than twice any upload. A number with s, m, h or d.
+    #[arg(long, default_value = "72h", value_parser = duration)]
+    pub(super) grace: Duration,
+    /// Say what would be deleted; change nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Verify {
+    #[command(flatten)]
+    pub(super) bucket: Bucket,
+    /// The sandbox.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(super) id: Option<String>,
+    /// Everything in the bucket.
+    #[arg(long)]
+    pub(super) all: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Repair {
+    #[command(flatten)]
+    pub(super) bucket: Bucket,
+    /// Read every pack instead of only looking whether it is there.
+    #[arg(long)]
+    pub(super) deep: bool,
+    /// Make the heads that can be repaired name the newest whole snapshot. What was done after that snapshot is lost.
+    #[arg(long)]
+    pub(super) apply: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -216,6 +274,20 @@ pub(super) struct Exec {
     pub(super) command: Vec<String>,
 }
 
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "must be a number with s, m, h or d, such as 72h".to_owned();
+    let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or_else(wrong)?;
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
+}
+
 fn variable(text: &str) -> Result<(String, String), String> {
     text.split_once('=')
         .filter(|(name, _)| !name.is_empty())
@@ -239,5 +311,14 @@ mod tests {
         assert!(!args.json);
         let Command::Client(Client::Exec(exec)) = args.command else { panic!("not exec") };
         assert_eq!(exec.command, ["ls", "-l", "--json"]);
+    }
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(duration("72h"), Ok(Duration::from_hours(72)));
+        assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        for bad in ["", "h", "72", "-1h", "1w", "99999999999999999d", "1é"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -45,6 +45,9 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
                 }
             }
         }
+        args::Client::Undelete(one) => {
+            show(&client.call(Method::POST, &path(&one.id, "/undelete"), None).await?, output);
+        }
         args::Client::Inspect(one) => inspect(&client, &one.id, output).await?,
         args::Client::Recover(recover) => {
             let body = json!({ "take_over": recover.take_over });

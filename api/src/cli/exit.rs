@@ -18,6 +18,8 @@ pub enum ExitStatus {
     Unavailable = 5,
     /// It is not known whether it was done. Ask for the state before trying again.
     OutcomeUnknown = 6,
+    /// Something in the bucket is damaged or missing.
+    Damaged = 7,
     /// Interrupted.
     Interrupted = 130,
 }
@@ -31,6 +33,7 @@ pub(super) const HELP: &str = "Exit codes:
   4    the state of the sandbox forbids it now
   5    the server or its store is unavailable; try again
   6    it is not known whether it was done; ask for the state before trying again
+  7    something in the bucket is damaged or missing
   130  interrupted
 `stasis exec` without --json ends with the command's own exit status when the command ran.";
 
@@ -72,8 +75,8 @@ mod tests {
 
     #[test]
     fn the_help_names_every_code() {
-        use ExitStatus::{Interrupted, NotFound, Ok, Other, OutcomeUnknown, Unavailable, Usage, WrongState};
-        for status in [Ok, Other, Usage, NotFound, WrongState, Unavailable, OutcomeUnknown, Interrupted] {
+        use ExitStatus::{Damaged, Interrupted, NotFound, Ok, Other, OutcomeUnknown, Unavailable, Usage, WrongState};
+        for status in [Ok, Other, Usage, NotFound, WrongState, Unavailable, OutcomeUnknown, Damaged, Interrupted] {
             assert!(HELP.lines().any(|l| l.trim().starts_with(&format!("{} ", status as u8))), "{status:?}");
         }
     }

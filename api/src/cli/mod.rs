@@ -4,15 +4,19 @@
 //! JSON output and exit codes are an interface, human text is not.
 
 mod args;
+mod bucket;
 mod client;
 mod commands;
 mod exit;
+mod gc;
 mod keys;
 mod output;
 mod profile;
 mod progress;
+mod repair;
 mod serve;
 mod templates;
+mod verify;
 
 pub use exit::ExitStatus;
 
@@ -75,6 +79,9 @@ async fn run(args: Args) -> Result<ExitStatus, Failure> {
         Command::Serve(serve) => serve::serve(serve).await,
         Command::Dev(dev) => serve::dev(dev).await,
         Command::Key(key) => keys::run(&key, output),
+        Command::Gc(arguments) => gc::run(arguments, output).await,
+        Command::Verify(arguments) => verify::run(arguments, output).await,
+        Command::Repair(arguments) => repair::run(arguments, output).await,
         Command::Templates(arguments) => templates::run(&arguments, output),
         Command::Client(client) => commands::run(client, &args.connection, output).await,
     }

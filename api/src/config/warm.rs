@@ -26,11 +26,21 @@ pub struct Warm {
     pub golden: bool,
     /// Pages of a woken sandbox that nobody asked for are fetched at this rate at most, MiB a second; 0 leaves them where they are.
     pub sweep_mib_per_second: u32,
+    /// Let the host give huge pages to memory files that ask for them, which Linux by default does not: guests then fault 512 times less
+    /// often after a wake and after a snapshot.
+    pub huge_pages: bool,
 }
 
 impl Default for Warm {
     fn default() -> Self {
-        Self { keep_memory_mib: None, vmm_pool: 2, pack_cache_mib: None, golden: true, sweep_mib_per_second: 256 }
+        Self {
+            keep_memory_mib: None,
+            vmm_pool: 2,
+            pack_cache_mib: None,
+            golden: true,
+            sweep_mib_per_second: 256,
+            huge_pages: true,
+        }
     }
 }
 
@@ -57,7 +67,7 @@ impl Warm {
 }
 
 fn default_pack_cache_mib(file_system_bytes: u64) -> u64 {
-    (file_system_bytes / 100 * PACK_CACHE_PERCENT >> 20).min(PACK_CACHE_MOST_MIB)
+    ((file_system_bytes / 100 * PACK_CACHE_PERCENT) >> 20).min(PACK_CACHE_MOST_MIB)
 }
 
 /// Size of the file system that holds `dir`; 0 when it cannot be asked.

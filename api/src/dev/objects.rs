@@ -171,6 +171,7 @@ impl Objects {
     }
 
     /// Makes the body the object of this key if the condition holds, and answers its ETag. Atomic among the requests to this process.
+    #[expect(clippy::needless_pass_by_value, reason = "an upload is used up")]
     pub(super) fn commit(
         &self,
         upload: Upload,

@@ -209,6 +209,7 @@ impl Files {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn refusal(error: ObjectError) -> S3Error {
     let code = match &error {
         ObjectError::NoBucket => S3ErrorCode::NoSuchBucket,

@@ -158,6 +158,14 @@ impl Journal {
         Ok(value)
     }
 
+    /// Stores the value under `name`, whatever was there.
+    pub fn set_meta(&self, name: &str, value: &str) -> Result<(), JournalError> {
+        self.lock()
+            .execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?1, ?2)", params![name, value])
+            .doing("store a setting")?;
+        Ok(())
+    }
+
     /// The digest of a file of that size and modification time (ns), if it was ever stored.
     pub fn cached_digest(&self, path: &Path, (size, mtime_ns): (u64, i64)) -> Result<Option<String>, JournalError> {
         self.lock()

@@ -1,4 +1,4 @@
-//! Sandboxes: create, get, list, delete, pause, resume, execute, recover.
+//! Sandboxes: create, get, list, delete, undelete, pause, resume, execute, recover.
 
 use super::{Shared, Tenant, answers, json_body};
 use crate::error::Error;
@@ -39,6 +39,16 @@ pub(super) async fn delete(
     let sandbox = core.registry.find(&tenant, &id)?;
     operations::delete(&core, &sandbox).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// 200 with the sandbox, paused as it was at its last pause; 404 once the collector has purged it.
+pub(super) async fn undelete(
+    State(core): Shared,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+) -> Result<Response, Error> {
+    let record = operations::undelete(&core, &tenant, &id).await?;
+    Ok(Json(answers::sandbox(&record)).into_response())
 }
 
 /// 201 with the sandbox, once its head is committed and its VM is gone.
@@ -108,7 +118,8 @@ pub(super) async fn list(
     Ok(Json(json!({ "items": items, "total_items": total })).into_response())
 }
 
-fn pairs(query: &str) -> Vec<(String, String)> {
+/// The names and values of a query.
+pub(super) fn pairs(query: &str) -> Vec<(String, String)> {
     reqwest::Url::parse(&format!("http://x/?{query}"))
         .map(|url| url.query_pairs().map(|(a, b)| (a.into_owned(), b.into_owned())).collect())
         .unwrap_or_default()

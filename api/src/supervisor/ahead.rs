@@ -21,7 +21,10 @@ use tokio_util::sync::CancellationToken;
 /// Runs until `stop`.
 pub(super) async fn run(core: Arc<Core>, stop: CancellationToken) {
     let config = core.config.run_ahead;
-    while config.enabled {
+    if !config.enabled {
+        return;
+    }
+    loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(config.interval()) => {}

@@ -75,7 +75,8 @@ fn head_key(key: &str) -> Option<(String, SandboxId)> {
 }
 
 async fn one(core: &Core, tenant: &str, id: &SandboxId, take_over: bool) -> Result<(&'static str, String), Error> {
-    if core.registry.get(id).is_some() {
+    // One that was deleted here may have been put back elsewhere: the head says.
+    if core.registry.get(id).is_some_and(|known| known.state() != State::Deleted) {
         return Ok(("known", String::new()));
     }
     let register = core.store.head_of(&place(tenant, id)?);
@@ -105,7 +106,12 @@ async fn one(core: &Core, tenant: &str, id: &SandboxId, take_over: bool) -> Resu
     }
 }
 
-fn adopt(core: &Core, tenant: &str, id: &SandboxId, current: Current) -> Result<std::sync::Arc<Sandbox>, Error> {
+pub(super) fn adopt(
+    core: &Core,
+    tenant: &str,
+    id: &SandboxId,
+    current: Current,
+) -> Result<std::sync::Arc<Sandbox>, Error> {
     let portable = portable(id, &current.head)?;
     let mut record = Record::new(id.clone(), tenant.to_owned(), portable.spec);
     record.state = State::Paused;
@@ -115,6 +121,15 @@ fn adopt(core: &Core, tenant: &str, id: &SandboxId, current: Current) -> Result<
     let sandbox = core.registry.add(record, Some("found in the bucket"))?;
     sandbox.set_head(Some(current));
     Ok(sandbox)
+}
+
+/// Our record in a head, as a head that says `state` carries it.
+pub(super) fn record_at(id: &SandboxId, head: &Head, state: State) -> Result<serde_json::Value, Error> {
+    let portable = Portable { state, ..portable(id, head)? };
+    let versioned = portable.encode().map_err(|_| Error::Bug("a record that is no JSON"))?;
+    let body: serde_json::Value =
+        serde_json::from_slice(&versioned.bytes).map_err(|_| Error::Bug("a record that is no JSON"))?;
+    Ok(serde_json::json!({ "version": versioned.version, "body": body }))
 }
 
 /// Our record in a head.

@@ -1,15 +1,19 @@
-//! Delete: the tombstone first, then everything it made unreachable. A delete that fails stays `deleting` and is asked for again, by a
-//! client or by the timers.
+//! Delete: the VM is ended and a tombstone is written. What the tombstone names stays in the bucket until the collector purges it
+//! (`stasis_snapshot::gc`), and as long as it does the sandbox can be put back. A delete that fails stays `deleting` and is asked for again,
+//! by a client or by the timers.
 
-use super::{Core, detached};
-use crate::error::Error;
+use super::{Core, catalogue, detached};
+use crate::error::{Error, StoreContext as _};
+use crate::ids::SandboxId;
 use crate::journal::OperationKind;
+use crate::record::Record;
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::{Event, State};
 use crate::store::place;
+use stasis_snapshot::commit::{Attempt, Backoff, HeadState, Outcome, Sent};
 use std::sync::Arc;
 
-/// Deletes a sandbox and waits until nothing of it is left.
+/// Deletes a sandbox and waits until its tombstone is durable.
 pub async fn delete(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
     let state = sandbox.state();
     if state == State::Deleted {
@@ -46,12 +50,7 @@ async fn run(core: &Core, sandbox: &Sandbox) -> Result<(), Error> {
     // Whatever the store says: nobody wants this guest any more.
     core.end_vm(sandbox).await;
     let note = match buried {
-        Ok(()) => {
-            let place = place(&sandbox.tenant, &sandbox.id)?;
-            let head = place.head();
-            core.store.delete_below(place.prefix(), |key| key != head).await?;
-            None
-        }
+        Ok(()) => None,
         Err(Error::Fenced { owner, epoch, .. }) => Some(format!(
             "supervisor {owner} has owned it since epoch {epoch}; here it is forgotten, nothing was deleted"
         )),
@@ -64,4 +63,52 @@ async fn run(core: &Core, sandbox: &Sandbox) -> Result<(), Error> {
         }
     })?;
     Ok(())
+}
+
+/// Puts a deleted sandbox back, `paused` as it was at its last pause, while the collector has not purged it. One that is not known here is looked
+/// for in the bucket.
+pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record, Error> {
+    let id = SandboxId::parse(id).ok_or_else(|| Error::NotFound(id.to_owned()))?;
+    if let Some(known) = core.registry.get(&id) {
+        if known.tenant != tenant {
+            return Err(Error::NotFound(id.to_string()));
+        }
+        if known.state() != State::Deleted {
+            return Err(Error::State { id, state: known.state(), verb: "undelete" });
+        }
+    }
+    let (core, tenant) = (core.clone(), tenant.to_owned());
+    detached(async move {
+        let register = core.store.head_of(&place(&tenant, &id)?);
+        let gone = || Error::NotFound(id.to_string());
+        let current = register.read().await.doing("read the head")?.ok_or_else(gone)?;
+        let now = match (current.head.state, &current.head.manifest) {
+            (HeadState::Deleted, None) => return Err(gone()),
+            (HeadState::Deleted, Some(_)) => {
+                let record = catalogue::record_at(&id, &current.head, State::Paused)?;
+                let attempt = Attempt::undelete(&current, &core.owner, record, core.commit_id())
+                    .map_err(|source| Error::Head { id: id.clone(), source })?;
+                let mut pacer = Backoff::within(core.config.deadlines.settle());
+                match register.commit(&attempt, Sent::Never, &mut pacer).await {
+                    Outcome::Committed { now } => now,
+                    Outcome::Superseded { by } | Outcome::Fenced { by } => {
+                        // The collector or another undelete was faster: the head says which.
+                        if by.head.state == HeadState::Deleted {
+                            return Err(gone());
+                        }
+                        return Err(Error::Fenced { id, owner: by.head.owner, epoch: by.head.epoch });
+                    }
+                    Outcome::Refused { cause } => return Err(Error::Store { action: "put it back", source: cause }),
+                    Outcome::Unknown { cause } => {
+                        return Err(Error::Unknown { id, action: "undelete", source: cause });
+                    }
+                }
+            }
+            // Put back elsewhere, or by an earlier call whose answer was lost: known here only as deleted.
+            (HeadState::Paused, Some(_)) => current,
+            _ => return Err(Error::Fenced { id, owner: current.head.owner, epoch: current.head.epoch }),
+        };
+        Ok(catalogue::adopt(&core, &tenant, &id, now)?.record())
+    })
+    .await
 }

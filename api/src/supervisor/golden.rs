@@ -9,9 +9,9 @@
 //! What must differ between clones differs: the VM generation id with the restore; entropy, clock, host name and machine id with the agent's
 //! wake call. A guest without an agent is told nothing, as after a wake.
 
+use super::Core;
 use super::capture::Size;
 use super::machine::{close_memory, vmm_error};
-use super::Core;
 use crate::error::{Error, StoreContext as _};
 use crate::ids::SandboxId;
 use crate::known_packs::KnownPacks;
@@ -98,7 +98,8 @@ impl Goldens {
             vmm
         } else {
             let digest = File::open(vmm_program).and_then(|file| content_digest(&file, file.metadata()?.len()));
-            let digest = digest.map_err(|source| Error::Local { action: "read the VMM's program".to_owned(), source })?;
+            let digest =
+                digest.map_err(|source| Error::Local { action: "read the VMM's program".to_owned(), source })?;
             self.vmm.get_or_init(|| digest)
         };
         let cpu = cpu_of(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
@@ -153,8 +154,8 @@ impl Core {
             other => other.doing("fetch a booted template")?,
         };
         // Nothing else names its digest; its sections have their own.
-        let manifest = Manifest::decode(&object.bytes)
-            .map_err(|e| Error::Damaged { object: key.clone(), source: e.into() })?;
+        let manifest =
+            Manifest::decode(&object.bytes).map_err(|e| Error::Damaged { object: key.clone(), source: e.into() })?;
         let named = ManifestRef { key, digest: Digest::of(&object.bytes) };
         Ok(Some((Golden { manifest: named, bytes: object.bytes }, manifest)))
     }

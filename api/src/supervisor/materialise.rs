@@ -15,6 +15,7 @@ use crate::vmm_process::Vmm;
 use bytes::Bytes;
 use stasis_snapshot::ids::CommitId;
 use stasis_snapshot::manifest::{Manifest, ManifestRef};
+use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
 use std::fs::File;
 use std::path::PathBuf;
@@ -23,6 +24,9 @@ use std::time::{Duration, Instant};
 
 /// Grants live as long as pages may be fetched by them: a guest that is not swept touches some of its pages late.
 const GRANT_LIFE: Duration = Duration::from_hours(7 * 24);
+
+/// How long a VMM whose connection broke may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What of a manifest is on this host already.
 #[derive(Default)]
@@ -72,8 +76,8 @@ async fn source(core: &Core, spec: &Spec, named: &ManifestRef, held: Option<Byte
     let begun = Instant::now();
     let (manifest, bytes) = match held {
         Some(bytes) => {
-            let manifest = Manifest::decode(&bytes)
-                .map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
+            let manifest =
+                Manifest::decode(&bytes).map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
             (manifest, bytes)
         }
         None => core.fetch_manifest(named).await?,
@@ -138,7 +142,12 @@ pub(super) async fn materialise(
     let limit = core.config.deadlines.restore();
     let load = async {
         vm.client.send_files(files).await.map_err(vmm_error(sandbox, &vm, "hand it the files to restore from"))?;
-        vm.client.restore(&request).await.map_err(vmm_error(sandbox, &vm, "restore it"))
+        let restored = vm.client.restore(&request).await;
+        if let Err(ClientError::Unreachable { .. } | ClientError::Answer { .. }) = &restored {
+            // A VMM that ends breaks its connections first; its reason is worth the moment.
+            let _ = tokio::time::timeout(LAST_WORDS, vm.wait_ended()).await;
+        }
+        restored.map_err(vmm_error(sandbox, &vm, "restore it"))
     };
     let report = tokio::time::timeout(limit, load).await.map_err(|_| Error::Deadline {
         id: sandbox.id.clone(),

@@ -7,12 +7,14 @@
 //! | `settle` | the end of a pause: the head, and what may be done with the guest |
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
+//! | `snapshots` | named snapshots |
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
 //! | `machine` | VMMs: started, booted, watched, lost |
 //! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
 //! | `catalogue` | sandboxes found in the bucket |
+//! | `identity` | this supervisor's name in heads |
 //! | `timers` | the ends of lives |
 //! | `ahead` | rounds of capture ahead of a pause |
 //! | `pressure` | gives kept memory back when the host runs short of it |
@@ -23,9 +25,9 @@
 //! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
 //! killed supervisor can settle it.
 
-pub mod catalogue;
 mod ahead;
 mod capture;
+pub mod catalogue;
 mod create;
 mod delete;
 mod draft;
@@ -33,6 +35,7 @@ mod execute;
 mod files;
 pub mod golden;
 mod heads;
+mod identity;
 mod machine;
 mod materialise;
 mod pause;
@@ -40,9 +43,11 @@ mod pressure;
 mod restart;
 mod resume;
 mod settle;
+pub mod snapshots;
 mod timers;
 
 use self::golden::Goldens;
+use self::snapshots::Reservations;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
@@ -107,6 +112,8 @@ pub struct Core {
     pub pack_cache: Option<CacheDir>,
     /// Booted templates.
     pub goldens: Goldens,
+    /// Names of snapshots that are being made.
+    pub snapshot_names: Reservations,
     vmm_program: PathBuf,
     /// Held from counting a tenant's sandboxes to adding one, so that two creates cannot both take the last place.
     admission: Mutex<()>,
@@ -142,13 +149,16 @@ impl Supervisor {
         config.data_dir = fs::canonicalize(&config.data_dir).map_err(local("find the data directory".to_owned()))?;
         let lock = take_lock(&config)?;
         host::raise_file_limit();
+        if config.warm.huge_pages {
+            host::offer_huge_pages();
+        }
         let kvm = Kvm::probe();
         if let Some(advice) = kvm.advice() {
             tracing::warn!("{advice}");
         }
         let vmm_program = host::vmm_program(config.vmm.as_deref())?;
         let journal = Arc::new(Journal::open(&config.data_dir.join(JOURNAL))?);
-        let owner = journal.meta("owner", || format!("host-{}", sources.word(16)))?;
+        let owner = identity::owner(&journal, &config.data_dir, &sources)?;
         let store = Store::open(&config, &owner, &sources).await?;
         for caveat in store.caveats() {
             tracing::warn!("the store: {caveat}");
@@ -166,18 +176,15 @@ impl Supervisor {
         let listener =
             TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
-        let pool = VmmPool::new(
-            &vmm_program,
-            &config.data_dir.join(RUN),
-            config.warm.vmm_pool,
-            config.deadlines.control(),
-        );
+        let pool =
+            VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
         let core = Arc::new(Core {
             kept: KeptMemory::new(config.warm.keep_memory_bytes(memory_pressure::host_bytes())),
             pool,
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
             goldens: Goldens::default(),
+            snapshot_names: Reservations::default(),
             config,
             journal,
             sources,
@@ -301,8 +308,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + S
 /// What the API may ask for.
 pub mod operations {
     pub use super::create::create;
-    pub use super::delete::delete;
+    pub use super::delete::{delete, undelete};
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
     pub use super::resume::resume;
+    pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
 }

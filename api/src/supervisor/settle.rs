@@ -46,7 +46,15 @@ pub(super) struct ReadyToCommit {
 impl ReadyToCommit {
     /// The journaled attempts of an interrupted pause.
     pub(super) fn again(attempt: Attempt, cancel: Attempt) -> Self {
-        Self { attempt, cancel, sent: Sent::Maybe, leftovers: Vec::new(), unwritten: Vec::new(), known: None, notes: None }
+        Self {
+            attempt,
+            cancel,
+            sent: Sent::Maybe,
+            leftovers: Vec::new(),
+            unwritten: Vec::new(),
+            known: None,
+            notes: None,
+        }
     }
 }
 

@@ -1,3 +1,5 @@
+//! A lazy disk: what is read and written while blocks are still on their way.
+
 use super::*;
 use crate::overlay::{BLOCK, OverlayError};
 use proptest::prelude::*;

@@ -77,7 +77,11 @@ fn check(identity: &Identity) -> Result<(), WakeError> {
         && name.last() != Some(&b'-');
     let id = identity.machine_id.as_bytes();
     let digits = id.len() == 32 && id.iter().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
-    if label && digits && id.iter().any(|c| *c != b'0') { Ok(()) } else { Err(WakeError::BadIdentity(identity.clone())) }
+    if label && digits && id.iter().any(|c| *c != b'0') {
+        Ok(())
+    } else {
+        Err(WakeError::BadIdentity(identity.clone()))
+    }
 }
 
 /// The kernel's host name, and the files under `root` that say host name and machine id to everybody else.

@@ -72,7 +72,7 @@ impl Packing<'_> {
             return;
         }
         self.frames = 0;
-        let (bytes, mut entry) = std::mem::replace(&mut self.builder, PackBuilder::new(Vec::new())).finish();
+        let (bytes, mut entry) = std::mem::replace(&mut self.builder, PackBuilder::new()).finish();
         entry.digest = Digest::of(&bytes);
         entry.key = format!("pack/{}", self.packs.len());
         self.stored.insert(entry.key.clone(), bytes);
@@ -93,13 +93,8 @@ impl World {
         images[1][..covered].copy_from_slice(&base[..covered]);
         let (mut packs, mut stored) = (Vec::new(), HashMap::new());
         for _ in 0..generations {
-            let mut packing = Packing {
-                rng,
-                packs: &mut packs,
-                stored: &mut stored,
-                builder: PackBuilder::new(Vec::new()),
-                frames: 0,
-            };
+            let mut packing =
+                Packing { rng, packs: &mut packs, stored: &mut stored, builder: PackBuilder::new(), frames: 0 };
             for image in 0..2 {
                 // Disjoint pieces of a part of the image, shuffled into frames.
                 let mut pieces = Vec::new();
@@ -478,7 +473,7 @@ fn interleave(world: &World, pager: &Pager, targets: &[Arc<Target>], runtime: &R
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
     fn every_page_comes_once_and_right(

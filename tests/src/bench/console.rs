@@ -157,7 +157,7 @@ mod tests {
     const LATE: Duration = Duration::from_micros(500);
 
     fn beat(at: Instant, byte: u8) -> Beat {
-        Beat { at, after: at - LATE, byte }
+        Beat { at, after: at.checked_sub(LATE).unwrap(), byte }
     }
 
     fn beats(text: &str, start: Instant) -> Vec<Beat> {

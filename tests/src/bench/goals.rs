@@ -289,6 +289,7 @@ pub fn lines(verdicts: &[Verdict]) -> String {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "computed in the same way on both sides")]
 mod tests {
     use super::super::samples::Samples;
     use super::*;

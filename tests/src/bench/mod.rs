@@ -15,6 +15,13 @@
 //!
 //! Everything but the console watch, which is a thread of its own, runs in one tokio runtime, the S3 server included.
 
+#![expect(
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    clippy::format_push_string,
+    reason = "figures to be printed: a few digits of them count"
+)]
+
 pub mod bare;
 pub mod case;
 pub mod console;

@@ -208,7 +208,7 @@ mod tests {
             ("bench --store ftp", "s3=URL"),
             ("bench --store s3=nowhere", "http(s)"),
             ("bench --store directory --rtt-ms 3", "embedded"),
-            ("bench --rtt-ms -3", "rtt-ms"),
+            ("bench --rtt-ms=-3", "rtt-ms"),
             ("bench --peer xen", "firecracker=PATH"),
             ("bench --guest dos", "debian"),
             ("bench --runs 0", "at least 1"),

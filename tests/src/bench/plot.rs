@@ -186,9 +186,12 @@ impl Bars {
     }
 }
 
+/// VMM, metric, store, MiB of memory.
+type Line = (String, String, String, u32);
+
 /// A metric over the changed set, a line for each VMM, memory size and store.
 fn over_changed(rows: &[Row], metrics: &[&str]) -> Vec<Series> {
-    let mut lines: BTreeMap<(String, String, String, u32), Vec<(f64, f64)>> = BTreeMap::new();
+    let mut lines: BTreeMap<Line, Vec<(f64, f64)>> = BTreeMap::new();
     for row in rows.iter().filter(|row| metrics.contains(&row.metric.as_str()) && row.sandboxes == 1) {
         let key = (row.vmm.clone(), row.metric.clone(), row.store.clone(), row.memory_mib);
         let points = lines.entry(key).or_default();
@@ -262,6 +265,7 @@ pub fn write(rows: &[Row], dir: &Path) -> std::io::Result<Vec<String>> {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "round numbers")]
 mod tests {
     use super::*;
 

@@ -244,10 +244,7 @@ pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<Samples, Er
     for wake in wakes {
         homes.push((wake, Home::start(case, Setting::Wakes(wake)).await?));
     }
-    let ahead = match case.measures.residue {
-        true => Some(Home::start(case, Setting::Ahead).await?),
-        false => None,
-    };
+    let ahead = if case.measures.residue { Some(Home::start(case, Setting::Ahead).await?) } else { None };
     for run in 0..case.runs {
         for (wake, home) in &homes {
             let mut cycle = Cycle { case, home, bare: &bare, samples: &mut samples, notes };

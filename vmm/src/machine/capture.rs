@@ -172,7 +172,7 @@ impl Machine {
             staging.copy(&self.ram, self.dirty.pages()).map_err(MachineError::Staging)?;
             let mut disks = Vec::new();
             for (n, disk) in self.devices.disks.iter().enumerate() {
-                disks.push(staging.copy_disk(disk, &self.base.disk_dirty[n]).map_err(MachineError::Staging)?);
+                disks.push(Staging::copy_disk(disk, &self.base.disk_dirty[n]).map_err(MachineError::Staging)?);
             }
             Ok((state, disks))
         });

@@ -185,6 +185,7 @@ fn pager_options(paging: PagingOptions) -> Options {
 }
 
 /// Puts the saved state into KVM and the devices. Memory is in place, or faults.
+#[expect(clippy::too_many_arguments, reason = "each is a part of the machine, used once")]
 fn place(
     manifest: &Manifest,
     spec: MachineSpec,

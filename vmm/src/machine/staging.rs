@@ -54,7 +54,7 @@ impl Staging {
     }
 
     /// Copies dirty blocks of a disk.
-    pub(super) fn copy_disk(&self, disk: &Disk, blocks: &PageSet) -> io::Result<Arc<dyn PageReader>> {
+    pub(super) fn copy_disk(disk: &Disk, blocks: &PageSet) -> io::Result<Arc<dyn PageReader>> {
         let mut copy = Self { bytes: Vec::new(), runs: Vec::new(), used: 0 };
         for run in blocks.runs() {
             let mut first = run.start;

@@ -84,6 +84,7 @@ pub(super) struct Shared {
 
 impl Paging {
     /// Serves the faults on `absent` memory (whole granules) from now on. The vCPUs do not run yet.
+    #[expect(clippy::too_many_arguments, reason = "each is another part of the machine")]
     pub(crate) fn start(
         presence: Arc<Presence>,
         pager: Pager,
