@@ -68,6 +68,9 @@ const REFERENCES: &[Reference] = &[
     Reference { metric: "resume_warm", ms: 14.5, who: "Cloud Hypervisor" },
 ];
 
+/// An undisturbed pass of the reference measurement, ms.
+const REFERENCE_PASS: f64 = 0.1;
+
 struct Judge<'a> {
     result: &'a Result,
     verdicts: Vec<Verdict>,
@@ -146,12 +149,17 @@ fn standard(judge: &mut Judge<'_>) {
         judge.against_peer("first pause to durable", "first_pause", "", 1.0 / 3.0);
         judge.against_peer("repeat pause to durable", "repeat_pause", "", 2.0 / 3.0);
         judge.against_peer("guest stop for a named snapshot", "guest_stop", "", 0.5);
+        // The pulse of the reference measurement does less in a pass.
+        let more = judge.result.ours("undisturbed_pass").map_or(0.0, |ms| (ms - REFERENCE_PASS).max(0.0));
         judge.add(
             "first pass after a snapshot",
             "first_pass_after_snapshot",
             "ms",
-            Some(0.8),
-            "2 × Cloud Hypervisor's 0.40 ms of the reference measurement".to_owned(),
+            Some(0.8 + more),
+            format!(
+                "2 × Cloud Hypervisor's 0.40 ms of the reference measurement + {} by which this pulse's undisturbed pass is longer",
+                figure(more, "ms")
+            ),
         );
         let half = REFERENCES.iter().find(|r| r.metric == "resume_warm").map(|r| r.ms);
         let who = "Cloud Hypervisor's 14.5 ms of the reference measurement";
@@ -183,6 +191,10 @@ fn standard(judge: &mut Judge<'_>) {
         format!("20 ms + 3 requests of {each}"),
     );
     judge.against_bare("cold wake to hot set resident", "resume_cold.hot_set", "bare_download", 0.0, "");
+    for (kind, metric) in [("zero", "scan.zero_gib"), ("unchanged", "scan.unchanged_gib")] {
+        let goal = format!("CPU time of the scan for a GiB of {kind} pages");
+        judge.add(&goal, metric, "ms", Some(200.0), "5 GiB/s of a core".to_owned());
+    }
     judge.add("VMM memory beyond guest memory", "overhead", "KiB", Some(6144.0), "6 MiB".to_owned());
 }
 
@@ -215,9 +227,10 @@ fn many(judge: &mut Judge<'_>) {
         .link
         .and_then(|link| link.bits_per_second)
         .and_then(|rate| judge.result.ours("bytes_sent.all").map(|sent| sent * 8.0 / rate as f64 * 1000.0));
-    let (limit, because) = match (wire, judge.result.ours("bare_upload.all")) {
+    // Without a link it is the CPUs: what one sandbox alone gets through them is the bottleneck's rate.
+    let (limit, because) = match (wire, judge.result.ours("first_pause.all_at_the_rate_of_one")) {
         (Some(wire), _) => (Some(1.3 * wire), format!("1.3 × {} on the wire", figure(wire, "ms"))),
-        (None, bare) => (bare.map(|ms| 1.3 * ms), "1.3 × bare upload of all".to_owned()),
+        (None, rate) => (rate.map(|ms| 1.3 * ms), "1.3 × all bytes at the rate of one sandbox alone".to_owned()),
     };
     judge.add("all sandboxes durable", "first_pause.all", "ms", limit, because);
     let limit = Some(2.0);

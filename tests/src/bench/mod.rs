@@ -7,6 +7,7 @@
 //! | [`case`] | what one measurement is about: guest, sizes, store, link |
 //! | [`matrix`] | the cases that are run without a command line: what issue and design ask for |
 //! | [`stasis`], [`many`], [`debian`] | drive the service with one pulse sandbox, many at once, a Linux guest |
+//! | [`scan`] | the capture's scan alone |
 //! | [`peer`] | drive other VMMs on the same guest |
 //! | [`bare`] | the same bytes moved by nothing but parallel PUTs and GETs |
 //! | [`console`], [`process`] | when the guest printed what; CPU time and memory of processes |
@@ -35,4 +36,5 @@ pub mod plot;
 pub mod process;
 pub mod run;
 pub mod samples;
+pub mod scan;
 pub mod stasis;

@@ -15,6 +15,7 @@ use super::case::{Case, Guest, Store, Wake};
 use super::console::{Watch, longest_silence, passes};
 use super::process;
 use super::samples::Samples;
+use super::scan;
 use crate::host;
 use crate::service::{Options, Reply, Service, Sleep};
 use crate::vmm::{Error, pulse, until};
@@ -27,6 +28,8 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const RESIDENT: Duration = Duration::from_secs(20);
 /// Passes that a guest runs undisturbed before something is measured.
 const SETTLED: usize = 8;
+/// Pages that run-ahead may leave: 1 MiB.
+const RESIDUE: u64 = 256;
 /// How long after its end a snapshot's first pass may come.
 const AFTER: Duration = Duration::from_secs(2);
 /// Scratch of the embedded S3 server: memory, so that no disk writes back while something is measured.
@@ -182,7 +185,7 @@ impl Home {
     }
 
     /// Keys and sizes of what the store holds of a sandbox.
-    async fn objects(&self, id: &str) -> Result<BTreeMap<String, u64>, Error> {
+    pub async fn objects(&self, id: &str) -> Result<BTreeMap<String, u64>, Error> {
         let (mut found, mut next) = (BTreeMap::new(), None);
         loop {
             let page = self.store.list(&format!("v1/test/sandbox/{id}/"), next.as_deref()).await?;
@@ -218,12 +221,18 @@ impl Home {
         let requests = self.service.s3.take_exchanges().len();
         let reply = reply.expect(201)?;
         let after = self.objects(id).await?;
-        let new = after.into_iter().filter(|(key, _)| !before.contains_key(key) && !key.ends_with("/head"));
-        let (packs, rest): (Vec<_>, Vec<_>) = new.partition(|(key, _)| key.contains("/pack/"));
-        let packs: Vec<u64> = packs.into_iter().map(|(_, size)| size).collect();
-        let sent = packs.iter().sum::<u64>() + rest.iter().map(|(_, size)| size).sum::<u64>();
+        let (packs, sent) = stored(&before, &after);
         Ok(Paused { took, reply, packs, sent, requests: (requests > 0).then_some(requests), cpu })
     }
+}
+
+/// Of what a store holds now and did not before: sizes of packs, and bytes of packs and manifests.
+pub fn stored(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> (Vec<u64>, u64) {
+    let new = after.iter().filter(|(key, _)| !before.contains_key(*key) && !key.ends_with("/head"));
+    let (packs, rest): (Vec<_>, Vec<_>) = new.partition(|(key, _)| key.contains("/pack/"));
+    let packs: Vec<u64> = packs.into_iter().map(|(_, size)| *size).collect();
+    let sent = packs.iter().sum::<u64>() + rest.iter().map(|(_, size)| *size).sum::<u64>();
+    (packs, sent)
 }
 
 /// Everything of a case that one service after the other shows.
@@ -245,6 +254,10 @@ pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<Samples, Er
             let mut cycle = Cycle { case, home, bare: &bare, samples: &mut samples, notes };
             cycle.residue(run).await.map_err(|e| context(home, Wake::Cold, &e))?;
         }
+    }
+    drop((homes, ahead));
+    if case.measures.residue {
+        scan::measure(case.runs, &mut samples).await?;
     }
     Ok(samples)
 }
@@ -439,12 +452,15 @@ impl Cycle<'_> {
         until("the guest to stand still", || Ok(self.home.service.console(&id).contains("S\n").then_some(()))).await?;
         let deadline = Instant::now() + RESIDENT;
         let ahead = loop {
+            // Refused while a round runs.
             let dirty = self.home.service.vmm(&id).dirty().await;
-            match dirty {
-                Ok(dirty) if dirty.memory_pages <= 256 => break true,
-                Ok(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(50)).await,
-                _ => break false,
+            if dirty.is_ok_and(|dirty| dirty.memory_pages <= RESIDUE) {
+                break true;
             }
+            if Instant::now() > deadline {
+                break false;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         };
         if ahead {
             let paused = self.home.pause(&id).await?;
