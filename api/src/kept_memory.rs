@@ -5,7 +5,7 @@
 //! file; a wake that fails has lost it. Files are closed on a blocking thread, since freeing a gigabyte takes the kernel a while.
 
 use crate::ids::SandboxId;
-use bytes::Bytes;
+use crate::known_packs::KnownPacks;
 use stasis_snapshot::ids::Digest;
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,10 +20,12 @@ const STAT_BLOCK: u64 = 512;
 pub struct Kept {
     /// The memory file.
     pub memory: Arc<File>,
-    /// What the VMM that made the commit noted about the file.
-    pub notes: Bytes,
-    /// The manifest of the commit, whose digest was checked.
-    pub manifest: Bytes,
+    /// What the VMM that made the commit noted about the file, to be read from its beginning.
+    pub notes: File,
+    /// The manifest of the commit, whose digest was checked; likewise.
+    pub manifest: File,
+    /// The packs that it names.
+    pub known: Arc<KnownPacks>,
 }
 
 /// What is kept now.
@@ -185,7 +187,8 @@ mod tests {
     fn kept(kib: usize) -> Kept {
         let mut memory = tempfile::tempfile().unwrap();
         memory.write_all(&vec![1; kib << 10]).unwrap();
-        Kept { memory: Arc::new(memory), notes: Bytes::new(), manifest: Bytes::new() }
+        let file = || tempfile::tempfile().unwrap();
+        Kept { memory: Arc::new(memory), notes: file(), manifest: file(), known: Arc::default() }
     }
 
     fn id(text: &str) -> SandboxId {

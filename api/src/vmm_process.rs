@@ -26,6 +26,8 @@ use tokio::sync::watch;
 const GRACE: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end a killed process.
 const KILL: Duration = Duration::from_secs(20);
+/// What the names of run directories begin with whose VMMs were let go: no sandbox is called so.
+const ENDED: &str = "ended-";
 /// The VMM's own messages, in its run directory.
 const LOG: &str = "vmm.log";
 
@@ -205,17 +207,23 @@ impl Vmm {
                 self.kill();
             }
         }
-        self.clear_away().await;
+        self.clear_away(&self.run_dir).await;
     }
 
-    /// Kills the process, waits until it is gone and removes its run directory: for one that has nothing left to say.
-    pub async fn end_at_once(&self) {
+    /// Kills the process without waiting: for one whose guest stands still and that has nothing left to say. Its guest never runs again, since
+    /// a killed process runs no more of its own instructions and enters no guest. Its run directory gets another name, so that the sandbox's
+    /// next VMM may have it; a task waits until the kernel has taken the process apart, which takes it some 20 ms, and removes that.
+    pub fn let_go(self: &Arc<Self>) {
         self.dismissed.store(true, Ordering::Release);
         self.kill();
-        self.clear_away().await;
+        let aside = self.run_dir.with_file_name(format!("{ENDED}{}", self.identity.pid));
+        // One that is left behind is swept away at the next start.
+        let left = if fs::rename(&self.run_dir, &aside).is_ok() { aside } else { self.run_dir.clone() };
+        let vmm = self.clone();
+        tokio::spawn(async move { vmm.clear_away(&left).await });
     }
 
-    async fn clear_away(&self) {
+    async fn clear_away(&self, run_dir: &Path) {
         if tokio::time::timeout(KILL, self.wait_ended()).await.is_err() {
             tracing::error!(
                 pid = self.identity.pid,
@@ -223,10 +231,10 @@ impl Vmm {
             );
             return;
         }
-        if let Err(error) = fs::remove_dir_all(&self.run_dir)
+        if let Err(error) = fs::remove_dir_all(run_dir)
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::warn!(%error, dir = %self.run_dir.display(), "cannot remove a run directory");
+            tracing::warn!(%error, dir = %run_dir.display(), "cannot remove a run directory");
         }
     }
 

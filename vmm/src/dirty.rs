@@ -16,7 +16,7 @@ use kvm_ioctls::VmFd;
 use stasis_snapshot::page::PAGE_SIZE;
 
 use crate::kvm::{self, During, KvmError};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, Slot};
 use crate::pages::PageSet;
 use crate::presence::{Presence, PresenceError};
 
@@ -53,16 +53,16 @@ pub(crate) struct DirtyTracker {
 }
 
 /// Gives guest memory to KVM, or changes whether its writes are logged.
-pub(crate) fn set_memslots(vm: &VmFd, ram: &GuestRam, log: bool) -> Result<(), KvmError> {
-    for (slot, (guest_phys_addr, memory_size, userspace_addr)) in ram.slots().into_iter().enumerate() {
+pub(crate) fn set_memslots(vm: &VmFd, slots: &[Slot], log: bool) -> Result<(), KvmError> {
+    for (slot, part) in slots.iter().enumerate() {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
             flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-            guest_phys_addr,
-            memory_size,
-            userspace_addr,
+            guest_phys_addr: part.start,
+            memory_size: part.len,
+            userspace_addr: part.host,
         };
-        // SAFETY: the range is a mapping that `ram` owns, and the machine keeps `ram` longer than `vm`.
+        // SAFETY: the addresses are reserved, or mapped, by what gave out the slots, which is kept longer than `vm`.
         unsafe { vm.set_user_memory_region(region) }.during("give guest memory to KVM")?;
     }
     Ok(())
@@ -74,15 +74,13 @@ impl DirtyTracker {
         Self { source: Source::Existence, carry_over: PageSet::new(pages) }
     }
 
-    /// For a machine that was restored and has not run: nothing is dirty, all further writes are tracked. Memory has its slots when this
-    /// returns.
+    /// For a machine that was restored and has not run: nothing is dirty, all further writes are tracked.
     pub(crate) fn for_restored(vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<Self, DirtyError> {
         let source = if presence.tracks_writes() {
-            set_memslots(vm, ram, false)?;
             presence.start_tracking()?;
             Source::PageTables
         } else {
-            set_memslots(vm, ram, true)?;
+            set_memslots(vm, &ram.slots(), true)?;
             // The log begins with every bit set.
             clear_all(vm, ram)?;
             Source::KvmLog
@@ -105,7 +103,7 @@ impl DirtyTracker {
                 self.carry_over.union(&ram.existing_pages()?);
             }
             Source::Existence => {
-                set_memslots(vm, ram, true)?;
+                set_memslots(vm, &ram.slots(), true)?;
                 clear_all(vm, ram)?;
                 self.source = Source::KvmLog;
                 self.carry_over.union(&ram.existing_pages()?);
@@ -149,7 +147,7 @@ impl DirtyTracker {
 /// logged anew.
 fn harvest_log(vm: &VmFd, ram: &GuestRam, clear: bool, into: &mut PageSet) -> Result<(), KvmError> {
     let mut first = 0;
-    for (slot, (_, bytes, _)) in ram.slots().into_iter().enumerate() {
+    for (slot, bytes) in ram.slots().iter().map(|slot| slot.len).enumerate() {
         let pages = bytes / PAGE_SIZE as u64;
         let words = vm.get_dirty_log(slot as u32, bytes as usize).during("read the dirty log")?;
         if clear {
@@ -162,7 +160,7 @@ fn harvest_log(vm: &VmFd, ram: &GuestRam, clear: bool, into: &mut PageSet) -> Re
 }
 
 fn clear_all(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
-    for (slot, (_, bytes, _)) in ram.slots().into_iter().enumerate() {
+    for (slot, bytes) in ram.slots().iter().map(|slot| slot.len).enumerate() {
         let pages = bytes / PAGE_SIZE as u64;
         clear_slot(vm, slot as u32, pages, &vec![u64::MAX; pages.div_ceil(64) as usize])?;
     }

@@ -40,6 +40,9 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let mut arguments = Arguments::parse();
+    if let Err(error) = make_room_for_descriptors() {
+        tracing::debug!(%error, "the descriptor table stays small");
+    }
     // From here on it is ".": a run directory may get another name when a VMM that was started ahead is given a sandbox.
     if let Err(error) = enter(&arguments.run_dir) {
         tracing::error!(run_dir = %arguments.run_dir.display(), %error, "cannot use the run directory");
@@ -61,6 +64,19 @@ fn main() -> ExitCode {
     tracing::info!(status = note.status, reason = note.reason, "ends");
     leave_note(&run_dir, &note);
     ExitCode::from(u8::try_from(note.status).unwrap_or(u8::MAX))
+}
+
+/// Makes the descriptor table large while there is one thread: a process with several waits for an RCU grace period (10 to 20 ms, seen in
+/// wakes) each time it outgrows its table.
+fn make_room_for_descriptors() -> std::io::Result<()> {
+    const ROOM: u64 = 4096;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let soft = ROOM.min(limit.maximum.unwrap_or(ROOM)).max(limit.current.unwrap_or(ROOM));
+    let raised = rustix::process::Rlimit { current: Some(soft), maximum: limit.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)?;
+    let last = i32::try_from(soft.min(ROOM) - 1).map_err(std::io::Error::other)?;
+    drop(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), last)?);
+    Ok(())
 }
 
 fn enter(run_dir: &Path) -> std::io::Result<()> {

@@ -56,7 +56,7 @@ pub enum MemoryError {
     Seek(#[source] std::io::Error),
 }
 
-/// One mapping of the whole memory file, unmapped when dropped.
+/// Addresses for one mapping of the whole memory file, given back when dropped.
 struct Mapping {
     base: *mut u8,
     len: usize,
@@ -68,8 +68,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes of `file`, shared, aligned to a granule.
-    fn new(file: &File, len: usize) -> rustix::io::Result<Self> {
+    /// Reserves `len` bytes of addresses, aligned to a granule. Nothing can be read or written there yet.
+    fn reserve(len: usize) -> rustix::io::Result<Self> {
         let room = len + GRANULE_BYTES;
         // SAFETY: a new private mapping at a place of the kernel's choice; nothing else uses it.
         let reserved = unsafe {
@@ -81,20 +81,10 @@ impl Mapping {
             )
         }?;
         let skip = reserved.cast::<u8>().align_offset(GRANULE_BYTES);
-        // SAFETY: at most a granule further, and the reservation is a granule longer than what is mapped.
+        // SAFETY: at most a granule further, and the reservation is a granule longer than what is kept.
         let base = unsafe { reserved.cast::<u8>().add(skip) };
-        // SAFETY: replaces a part of the reservation made above, which nobody uses.
-        let mapped = unsafe {
-            rustix::mm::mmap(
-                base.cast(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
-                file,
-                0,
-            )
-        };
-        // What is left of the reservation on both sides goes; the middle too when it could not be mapped.
+        let mapping = Self { base, len };
+        // What is left of the reservation on both sides goes.
         let (head, tail) = (skip, room - skip - len);
         if head > 0 {
             // SAFETY: this part of the reservation is not used.
@@ -102,15 +92,29 @@ impl Mapping {
         }
         // SAFETY: as above; `tail` may be 0 only if `skip` is a whole granule, which it never is.
         unsafe { rustix::mm::munmap(base.add(len).cast(), tail) }?;
-        mapped?;
-        let mapping = Self { base, len };
+        Ok(mapping)
+    }
+
+    /// Maps `file`, shared, over the whole reservation.
+    fn map(&self, file: &File) -> rustix::io::Result<()> {
+        // SAFETY: replaces the reservation, whose addresses are ours and which nobody could use until now.
+        unsafe {
+            rustix::mm::mmap(
+                self.base.cast(),
+                self.len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+                file,
+                0,
+            )
+        }?;
         // SAFETY: the mapping is ours. Advice only: a kernel without huge pages refuses it, and small ones do.
-        if let Err(error) = unsafe { rustix::mm::madvise(base.cast(), len, Advice::LinuxHugepage) } {
+        if let Err(error) = unsafe { rustix::mm::madvise(self.base.cast(), self.len, Advice::LinuxHugepage) } {
             tracing::debug!(%error, "no huge pages");
         }
         // SAFETY: as above. A core dump of the VMM is not to hold the guest.
-        let _ = unsafe { rustix::mm::madvise(base.cast(), len, Advice::LinuxDontDump) };
-        Ok(mapping)
+        let _ = unsafe { rustix::mm::madvise(self.base.cast(), self.len, Advice::LinuxDontDump) };
+        Ok(())
     }
 
     /// The bytes of `range`, checked to lie within.
@@ -128,10 +132,88 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`; whoever was given addresses in it holds the owner of this.
+        // SAFETY: reserved by `reserve`; whoever was given addresses in it holds the owner of this.
         if let Err(error) = unsafe { rustix::mm::munmap(self.base.cast(), self.len) } {
             tracing::error!(%error, "cannot unmap guest memory");
         }
+    }
+}
+
+fn fail<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    what: &'static str,
+    bytes: u64,
+) -> impl FnOnce(E) -> MemoryError {
+    move |source| MemoryError::Map { what, bytes, source: source.into() }
+}
+
+/// A part of RAM as KVM is told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    /// Guest physical.
+    pub(crate) start: u64,
+    /// Bytes.
+    pub(crate) len: u64,
+    /// Host address in the guest mapping.
+    pub(crate) host: u64,
+}
+
+/// The addresses of a guest's RAM, before there is a memory file.
+pub(crate) struct ReservedRam {
+    guest: Mapping,
+    image: Mapping,
+    bytes: u64,
+}
+
+impl ReservedRam {
+    /// Reserves addresses for `bytes` of memory, twice.
+    pub(crate) fn new(bytes: u64) -> Result<Self, MemoryError> {
+        let reserve = || Mapping::reserve(bytes as usize).map_err(fail("reserve addresses for", bytes));
+        Ok(Self { guest: reserve()?, image: reserve()?, bytes })
+    }
+
+    /// Memslots, in image order.
+    pub(crate) fn slots(&self) -> Vec<Slot> {
+        let mut host = self.guest.base as u64;
+        let slot = |(start, len)| {
+            let slot = Slot { start, len, host };
+            host += len;
+            slot
+        };
+        layout::ram(self.bytes).into_iter().map(slot).collect()
+    }
+
+    /// Maps `file`, which is sized if it is empty, or a new one. A page that was never written does not exist and is zero.
+    pub(crate) fn map(self, file: Option<File>) -> Result<GuestRam, MemoryError> {
+        let bytes = self.bytes;
+        let file = match file {
+            Some(file) => file,
+            None => rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
+                .map_err(fail("create", bytes))?
+                .into(),
+        };
+        match file.metadata().map_err(fail("look at", bytes))?.len() {
+            0 => rustix::fs::ftruncate(&file, bytes).map_err(fail("size", bytes))?,
+            found if found == bytes => {}
+            found => return Err(MemoryError::Size { found, expected: bytes }),
+        }
+        self.guest.map(&file).map_err(fail("map", bytes))?;
+        self.image.map(&file).map_err(fail("map", bytes))?;
+        let mut regions = Vec::new();
+        for Slot { start, len, host } in self.slots() {
+            let bitmap = AtomicBitmap::new(len as usize, std::num::NonZeroUsize::MIN.saturating_add(PAGE_SIZE - 1));
+            let builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+            // SAFETY: a slot lies within the guest mapping; `GuestRam` keeps that as long as anybody has its `GuestMemory`: the machine
+            // drops its devices first.
+            let builder = unsafe { builder.with_raw_mmap_pointer(host as *mut u8) };
+            let region = GuestRegionMmap::new(builder.build().map_err(fail("describe", bytes))?, GuestAddress(start))
+                .ok_or_else(|| fail("place", bytes)("address overflow"))?;
+            regions.push(region);
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(fail("arrange", bytes))?;
+        let Self { guest, image, .. } = self;
+        Ok(GuestRam { memory, guest, image, file, pages: bytes / PAGE_SIZE as u64 })
     }
 }
 
@@ -145,47 +227,6 @@ pub(crate) struct GuestRam {
 }
 
 impl GuestRam {
-    /// Maps `bytes` of memory: of `file` if one is given, which is sized if it is empty; of a new one otherwise. A page that was never
-    /// written does not exist and is zero.
-    pub(crate) fn new(file: Option<File>, bytes: u64) -> Result<Self, MemoryError> {
-        fn fail<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
-            what: &'static str,
-            bytes: u64,
-        ) -> impl FnOnce(E) -> MemoryError {
-            move |source| MemoryError::Map { what, bytes, source: source.into() }
-        }
-        let file = match file {
-            Some(file) => file,
-            None => rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
-                .map_err(fail("create", bytes))?
-                .into(),
-        };
-        match file.metadata().map_err(fail("look at", bytes))?.len() {
-            0 => rustix::fs::ftruncate(&file, bytes).map_err(fail("size", bytes))?,
-            found if found == bytes => {}
-            found => return Err(MemoryError::Size { found, expected: bytes }),
-        }
-        let guest = Mapping::new(&file, bytes as usize).map_err(fail("map", bytes))?;
-        let image = Mapping::new(&file, bytes as usize).map_err(fail("map", bytes))?;
-        let mut regions = Vec::new();
-        let mut at = 0;
-        for (start, len) in layout::ram(bytes) {
-            let bitmap = AtomicBitmap::new(len as usize, std::num::NonZeroUsize::MIN.saturating_add(PAGE_SIZE - 1));
-            let builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
-            // SAFETY: the parts of RAM add up to `bytes`, so this is within the guest mapping; `GuestRam` keeps that as long as anybody has
-            // its `GuestMemory`: the machine drops its devices first.
-            let builder = unsafe { builder.with_raw_mmap_pointer(guest.base.add(at as usize)) };
-            let region = GuestRegionMmap::new(builder.build().map_err(fail("describe", bytes))?, GuestAddress(start))
-                .ok_or_else(|| fail("place", bytes)("address overflow"))?;
-            regions.push(region);
-            at += len;
-        }
-        let memory = GuestMemory::from_regions(regions).map_err(fail("arrange", bytes))?;
-        Ok(Self { memory, guest, image, file, pages: bytes / PAGE_SIZE as u64 })
-    }
-
     /// The guest mapping, as devices use it. Cheap to clone.
     pub(crate) fn guest_memory(&self) -> &GuestMemory {
         &self.memory
@@ -196,9 +237,9 @@ impl GuestRam {
         self.pages
     }
 
-    /// Memslots: (guest physical start, bytes, host address in the guest mapping), in image order.
-    pub(crate) fn slots(&self) -> Vec<(u64, u64, u64)> {
-        self.memory.iter().map(|r| (r.start_addr().0, r.len(), r.as_ptr() as u64)).collect()
+    /// Memslots, in image order.
+    pub(crate) fn slots(&self) -> Vec<Slot> {
+        self.memory.iter().map(|r| Slot { start: r.start_addr().0, len: r.len(), host: r.as_ptr() as u64 }).collect()
     }
 
     /// Host addresses of `pages` in the guest mapping.

@@ -92,7 +92,7 @@ impl Core {
         let Some(current) = sandbox.head() else { return Ok(CaptureReport::default()) };
         let place = place(&sandbox.tenant, &sandbox.id)?;
         let generation = place.generation(current.head.seq + 1, current.head.epoch, self.commit_id());
-        let grants = self.grant_packs(&generation, size).await?;
+        let grants = self.grant_packs(&generation, size, !self.will_keep(&vm)).await?;
         let granted: Vec<_> = grants.objects.iter().map(|object| object.key.clone()).collect();
         let outcome = self.capture(sandbox, &vm, grants, CaptureMode::Round, &mut Timing::default()).await;
         let stored = outcome.as_ref().map_or(0, |(_, report)| report.packs as usize);

@@ -47,12 +47,19 @@ pub(super) struct Published {
 }
 
 impl Core {
-    /// Leave to write the packs of `generation`, with the local files that are to hold them as well.
-    pub(super) async fn grant_packs(&self, generation: &Generation, size: Size) -> Result<Grants, Error> {
+    /// Leave to write the packs of `generation`, with the local files that are to hold `copies` as well.
+    pub(super) async fn grant_packs(
+        &self,
+        generation: &Generation,
+        size: Size,
+        copies: bool,
+    ) -> Result<Grants, Error> {
         let n = packs_to_grant(size, self.config.limits.connections);
         let keys = (0..n).map(|n| generation.pack(n)).collect();
         let mut grants = self.store.grant_puts(keys, self.config.deadlines.capture() + GRANT_SLACK).await?;
-        self.add_cache_files(&mut grants);
+        if copies {
+            self.add_cache_files(&mut grants);
+        }
         Ok(grants)
     }
 

@@ -15,7 +15,6 @@ use crate::states::{Event, State};
 use crate::template::{Ready, Template};
 use crate::timing::Timing;
 use crate::validate::{self, FieldError, TemplateLimits};
-use bytes::Bytes;
 use serde_json::{Map, Value};
 use stasis_snapshot::commit::{Attempt, Change, HeadState};
 use stasis_snapshot::manifest::ManifestRef;
@@ -153,7 +152,7 @@ async fn make(
         async {
             match from {
                 Beginning::Template(template) => start(core, sandbox, template).await,
-                Beginning::Manifest(manifest) => clone(core, sandbox, manifest, None).await,
+                Beginning::Manifest(manifest) => clone(core, sandbox, manifest, Held::default()).await,
             }
         }
     )?;
@@ -178,7 +177,7 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
         && let Some(golden) = core.golden(shape).await
     {
         core.registry.amend(sandbox, |record| record.origin = Some(golden.manifest.clone()))?;
-        match clone(core, sandbox, &golden.manifest, Some(golden.bytes.clone())).await {
+        match clone(core, sandbox, &golden.manifest, golden.held()?).await {
             Ok(phases) => return Ok(phases),
             Err(error) => {
                 tracing::warn!(id = %sandbox.id, error = error.chain(), "it cannot start from its booted template, and boots");
@@ -204,9 +203,9 @@ async fn clone(
     core: &Arc<Core>,
     sandbox: &Arc<Sandbox>,
     manifest: &ManifestRef,
-    bytes: Option<Bytes>,
+    held: Held,
 ) -> Result<Vec<Phase>, Error> {
-    let restored = materialise(core, sandbox, manifest, Held { manifest: bytes, memory: None }).await?;
+    let restored = materialise(core, sandbox, manifest, held).await?;
     let begun = Instant::now();
     let vm = &restored.vm;
     vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;

@@ -11,6 +11,8 @@
 
 use super::Core;
 use super::capture::Size;
+use super::files::in_memory;
+use super::materialise::Held;
 use super::machine::{close_memory, vmm_error};
 use crate::error::{Error, StoreContext as _};
 use crate::ids::SandboxId;
@@ -43,6 +45,14 @@ const RETRY_AFTER: Duration = Duration::from_mins(10);
 pub(super) struct Golden {
     pub(super) manifest: ManifestRef,
     pub(super) bytes: Bytes,
+    pub(super) known: Arc<KnownPacks>,
+}
+
+impl Golden {
+    /// What of it is on this host already.
+    pub(super) fn held(&self) -> Result<Held, Error> {
+        Ok(Held { manifest: Some((in_memory("manifest", &self.bytes)?, self.known.clone())), memory: None })
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -157,7 +167,8 @@ impl Core {
         let manifest =
             Manifest::decode(&object.bytes).map_err(|e| Error::Damaged { object: key.clone(), source: e.into() })?;
         let named = ManifestRef { key, digest: Digest::of(&object.bytes) };
-        Ok(Some((Golden { manifest: named, bytes: object.bytes }, manifest)))
+        let known = Arc::new(KnownPacks::of(&manifest));
+        Ok(Some((Golden { manifest: named, bytes: object.bytes, known }, manifest)))
     }
 
     /// Makes the booted template of this shape in the background, unless somebody does or did.
@@ -194,9 +205,9 @@ fn manifest_key(owner: &Owner) -> String {
 async fn boot_and_capture(core: &Arc<Core>, template: &Template, spec: Spec, shape: Digest) -> Result<Golden, Error> {
     // A sandbox in name only: neither registry nor journal knows it, so a restarted supervisor ends its VMM.
     let sandbox = Sandbox::unlisted(Record::new(SandboxId::new(&core.sources), String::new(), spec));
-    let vm = core.idle_vmm(&core.run_dir(sandbox.id.as_str()), sandbox.id.as_str()).await?;
+    let vm = Arc::new(core.idle_vmm(&core.run_dir(sandbox.id.as_str()), &sandbox).await?);
     let outcome = capture_booted(core, &sandbox, &vm, template, shape).await;
-    vm.end_at_once().await;
+    vm.let_go();
     close_memory(vm.take_memory());
     outcome
 }
@@ -215,7 +226,7 @@ async fn capture_booted(
     let generation = owner.generation(1, 1, commit);
     let size =
         Size { packs_needed: stopped.packs_needed, pages: stopped.dirty_memory_pages + stopped.dirty_disk_blocks };
-    let grants = core.grant_packs(&generation, size).await?;
+    let grants = core.grant_packs(&generation, size, true).await?;
     let granted: Vec<_> = grants.objects.iter().map(|object| object.key.clone()).collect();
     let (draft, _) = core.capture(sandbox, vm, grants, CaptureMode::Stopped, &mut Timing::default()).await?;
     let lineage = Lineage { sandbox: sandbox.id.to_string(), seq: 1, epoch: 1, commit, parent: None };

@@ -13,7 +13,7 @@ use base64::Engine as _;
 use stasis_agent::protocol::{Identity, WakeRequest};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::ClientError;
-use stasis_vmm::control::types::{BootRequest, FdToken, MachineConfig, VmState};
+use stasis_vmm::control::types::{BootRequest, PrepareRequest, FdToken, MachineConfig, VmState};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ impl Core {
     /// Takes a VMM from the pool for a sandbox, or starts one, writes down which process it is, and watches it.
     pub(super) async fn start_vmm(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<Arc<Vmm>, Error> {
         let run_dir = self.run_dir(sandbox.id.as_str());
-        let vm = self.idle_vmm(&run_dir, sandbox.id.as_str()).await?;
+        let vm = self.idle_vmm(&run_dir, sandbox).await?;
         let vm = Arc::new(vm);
         let identity = vm.identity().clone();
         if let Err(error) = self.registry.amend(sandbox, |record| record.vmm = Some(identity)) {
@@ -40,11 +40,13 @@ impl Core {
         Ok(vm)
     }
 
-    /// A VMM without a machine, from the pool or started now.
-    pub(super) async fn idle_vmm(&self, run_dir: &Path, name: &str) -> Result<Vmm, Error> {
-        match self.pool.take(run_dir) {
+    /// A VMM without a machine for `sandbox`, from the pool or started now.
+    pub(super) async fn idle_vmm(&self, run_dir: &Path, sandbox: &Sandbox) -> Result<Vmm, Error> {
+        let spec = sandbox.record().spec;
+        let size = PrepareRequest { vcpus: spec.vcpu, memory_mib: spec.memory_mib };
+        match self.pool.take(run_dir, size) {
             Some(vm) => Ok(vm),
-            None => Vmm::spawn(&self.vmm_program, name, run_dir, self.config.deadlines.control())
+            None => Vmm::spawn(&self.vmm_program, sandbox.id.as_str(), run_dir, self.config.deadlines.control())
                 .await
                 .map_err(|source| Error::Local { action: "start a VMM".to_owned(), source }),
         }
@@ -82,10 +84,10 @@ impl Core {
         }
     }
 
-    /// The same for one that stands still, and whose state is in the store.
-    pub(super) async fn end_parked_vm(&self, sandbox: &Sandbox) {
+    /// The same for one that stands still, and whose state is in the store. Does not wait until the process is gone.
+    pub(super) fn let_go_of_vm(&self, sandbox: &Sandbox) {
         if let Some(vm) = sandbox.vm() {
-            vm.end_at_once().await;
+            vm.let_go();
             sandbox.set_vm(None);
         }
     }
@@ -198,6 +200,11 @@ impl Core {
             Ok(outcome) => outcome,
             Err(_) => Err(Error::Deadline { id: sandbox.id.clone(), what: "the boot", ms: limit.as_millis() }),
         }
+    }
+
+    /// Whether the memory of `vm` will stay on this host when its sandbox pauses, as far as there is room.
+    pub(super) fn will_keep(&self, vm: &Vmm) -> bool {
+        self.kept.is_on() && vm.has_memory()
     }
 
     /// The memory file of a new guest, where memory is kept on this host; otherwise the VMM makes its own.

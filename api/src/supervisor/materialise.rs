@@ -12,9 +12,8 @@ use crate::registry::Sandbox;
 use crate::store::Grants;
 use crate::timing::Timing;
 use crate::vmm_process::Vmm;
-use bytes::Bytes;
 use stasis_snapshot::ids::CommitId;
-use stasis_snapshot::manifest::{Manifest, ManifestRef};
+use stasis_snapshot::manifest::ManifestRef;
 use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
 use std::fs::File;
@@ -31,15 +30,15 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// What of a manifest is on this host already.
 #[derive(Default)]
 pub(super) struct Held {
-    /// The manifest, whose digest was checked.
-    pub(super) manifest: Option<Bytes>,
+    /// The manifest, whose digest was checked, and the packs that it names.
+    pub(super) manifest: Option<(File, Arc<KnownPacks>)>,
     /// A memory file that nobody else uses, and the notes that belong to it.
-    pub(super) memory: Option<(Arc<File>, Bytes)>,
+    pub(super) memory: Option<(Arc<File>, File)>,
 }
 
 impl From<Kept> for Held {
     fn from(kept: Kept) -> Self {
-        Self { manifest: Some(kept.manifest), memory: Some((kept.memory, kept.notes)) }
+        Self { manifest: Some((kept.manifest, kept.known)), memory: Some((kept.memory, kept.notes)) }
     }
 }
 
@@ -65,35 +64,38 @@ impl Restored {
 
 /// What a restore reads: the manifest and its digest, and leave to read its packs.
 struct Source {
-    bytes: Bytes,
+    manifest: File,
     grants: Grants,
     known: Arc<KnownPacks>,
     took: Duration,
 }
 
 /// The manifest, from memory or from the store.
-async fn source(core: &Core, spec: &Spec, named: &ManifestRef, held: Option<Bytes>) -> Result<Source, Error> {
+async fn source(
+    core: &Core,
+    spec: &Spec,
+    named: &ManifestRef,
+    held: Option<(File, Arc<KnownPacks>)>,
+) -> Result<Source, Error> {
     let begun = Instant::now();
-    let (manifest, bytes) = match held {
-        Some(bytes) => {
-            let manifest =
-                Manifest::decode(&bytes).map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
-            (manifest, bytes)
+    let (manifest, known) = match held {
+        Some(held) => held,
+        None => {
+            let (manifest, bytes) = core.fetch_manifest(named).await?;
+            (in_memory("manifest", &bytes)?, Arc::new(KnownPacks::of(&manifest)))
         }
-        None => core.fetch_manifest(named).await?,
     };
     let foreign = |digest: String| Some(digest.as_str()) != spec.rootfs_digest.as_deref();
-    if manifest.images.iter().filter_map(|image| image.base).any(|base| foreign(base.digest.to_string())) {
+    if known.bases().iter().any(|base| foreign(base.to_string())) {
         return Err(Error::Damaged {
             object: named.key.clone(),
             source: "it refers to a template disk that is not the sandbox's".into(),
         });
     }
-    let keys = manifest.packs.iter().map(|pack| pack.key.clone()).collect();
+    let keys = known.keys().cloned().collect();
     let mut grants = core.store.grant_gets(keys, GRANT_LIFE).await?;
     core.add_cache_files(&mut grants);
-    let known = Arc::new(KnownPacks::of(&manifest));
-    Ok(Source { bytes, grants, known, took: begun.elapsed() })
+    Ok(Source { manifest, grants, known, took: begun.elapsed() })
 }
 
 /// A VM with the sandbox in it, parked. Its pages may still be on their way.
@@ -112,12 +114,12 @@ pub(super) async fn materialise(
     let (rootfs, source, vm) = (rootfs?, source?, vm?);
     let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
     let manifest = core.store.token();
-    files.push((manifest, in_memory("manifest", &source.bytes)?));
+    files.push((manifest, source.manifest));
     files.extend(source.grants.files);
     let (memory, notes) = match held.memory {
         Some((memory, notes)) => {
             let token = core.store.token();
-            files.push((token, in_memory("notes", &notes)?));
+            files.push((token, notes));
             (Some(memory), Some(token))
         }
         None => (core.memory_to_keep()?, None),

@@ -7,20 +7,21 @@
 //! What the VMM hands over is untrusted: see `draft`. The end of it, from the head PUT on, is in `settle`.
 
 use super::capture::Size;
+use super::files::{duplicate, in_memory};
 use super::machine::vmm_error;
 use super::settle::{Answer, ReadyToCommit, answer, finish, run_again};
 use super::{Core, detached};
-use crate::error::{Error, chain};
+use crate::error::Error;
 use crate::journal::{OperationId, OperationKind};
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::{Event, State};
 use crate::store::place;
 use crate::timing::Timing;
 use crate::vmm_process::Vmm;
-use bytes::Bytes;
 use stasis_snapshot::commit::{Attempt, Change, HeadState, Sent};
 use stasis_snapshot::manifest::Lineage;
 use stasis_vmm::control::types::CaptureMode;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
@@ -55,7 +56,7 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
     let mut timing = Timing::default();
     let ready = prepare(&core, &sandbox, &vm, operation, &mut timing).await;
     let result = match ready {
-        Ok(ready) => finish(&core, &sandbox, &ready, Some(tell), &mut timing, &guard).await,
+        Ok(mut ready) => finish(&core, &sandbox, &mut ready, Some(tell), &mut timing, &guard).await,
         Err(error) => {
             // The head PUT was never sent: nothing can have been committed.
             run_again(&core, &sandbox, &error.chain(), &guard).await;
@@ -115,7 +116,8 @@ async fn prepare(
     let commit = core.commit_id();
     let generation = place.generation(current.head.seq + 1, current.head.epoch, commit);
     let size = Size { packs_needed: report.packs_needed, pages: report.dirty_memory_pages + report.dirty_disk_blocks };
-    let grants = core.grant_packs(&generation, size).await?;
+    // Packs are not copied to this host where the memory itself stays.
+    let grants = core.grant_packs(&generation, size, !core.will_keep(vm)).await?;
     let granted: Vec<_> = grants.objects.iter().map(|object| object.key.clone()).collect();
     timing.since("grant", begun);
 
@@ -136,11 +138,12 @@ async fn prepare(
         commit,
         parent: current.head.manifest.clone(),
     };
-    let (published, notes) = tokio::join!(
+    let (published, noted) = tokio::join!(
         core.publish(sandbox, &draft, lineage, (&place, &generation, generation.manifest()), &known),
         notes(core, sandbox, vm)
     );
     let published = published?;
+    let notes = noted.and_then(|notes| Some((notes, in_memory("manifest", &published.bytes).ok()?)));
     timing.bytes("sent", captured.sent_bytes + published.bytes.len() as u64);
     timing.since("manifest", begun);
 
@@ -159,19 +162,25 @@ async fn prepare(
         leftovers: published.leftovers,
         unwritten: granted.into_iter().filter(|key| !published.known.names(key)).collect(),
         known: Some(published.known),
-        notes: notes.map(|notes| (notes, published.bytes)),
+        notes,
     })
 }
 
 /// What a wake on this host will want to know of the memory file. Without them it pages in from packs, so nothing depends on them.
-async fn notes(core: &Core, sandbox: &Sandbox, vm: &Vmm) -> Option<Bytes> {
-    if !core.kept.is_on() || !vm.has_memory() {
+async fn notes(core: &Core, sandbox: &Sandbox, vm: &Vmm) -> Option<File> {
+    if !core.will_keep(vm) {
         return None;
     }
-    match vm.client.keep().await {
+    let noted = async {
+        let notes = in_memory("notes", &[])?;
+        let token = core.store.token();
+        vm.client.keep(token, duplicate(&notes)?).await.map_err(vmm_error(sandbox, vm, "note what its memory holds"))?;
+        Ok::<_, Error>(notes)
+    };
+    match noted.await {
         Ok(notes) => Some(notes),
         Err(error) => {
-            tracing::warn!(id = %sandbox.id, error = chain(&error), "its memory is not kept on this host");
+            tracing::warn!(id = %sandbox.id, error = error.chain(), "its memory is not kept on this host");
             None
         }
     }

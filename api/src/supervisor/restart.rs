@@ -125,11 +125,11 @@ async fn execute(
         Step::Adopt => let_run(core, sandbox, &guard).await,
         Step::RunAgain => settle::run_again(core, sandbox, reason, &guard).await,
         Step::Settle => {
-            if let Some(ready) = attempts {
+            if let Some(mut ready) = attempts {
                 // It may take as long as the store is away; the sandbox is `snapshotting` until then, and everything else is served.
                 let (core, sandbox) = (core.clone(), sandbox.clone());
                 tokio::spawn(async move {
-                    settle::finish(&core, &sandbox, &ready, None, &mut Timing::default(), &guard).await;
+                    settle::finish(&core, &sandbox, &mut ready, None, &mut Timing::default(), &guard).await;
                     end_operations(&core, &operations);
                 });
                 return Ok(());

@@ -9,9 +9,9 @@ use crate::record::Record;
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::Event;
 use crate::timing::Timing;
-use bytes::Bytes;
 use stasis_snapshot::commit::{Attempt, Backoff, Cancelled, Current, HeadState, PauseEnd, Sent};
 use stasis_snapshot::store::{ErrorKind, Operation, StoreError};
+use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -40,7 +40,7 @@ pub(super) struct ReadyToCommit {
     /// What the manifest names.
     pub(super) known: Option<Arc<KnownPacks>>,
     /// The VMM's notes on its memory file, and the manifest they belong to.
-    pub(super) notes: Option<(Bytes, Bytes)>,
+    pub(super) notes: Option<(File, File)>,
 }
 
 impl ReadyToCommit {
@@ -63,7 +63,7 @@ impl ReadyToCommit {
 pub(super) async fn finish(
     core: &Arc<Core>,
     sandbox: &Sandbox,
-    ready: &ReadyToCommit,
+    ready: &mut ReadyToCommit,
     mut tell: Option<oneshot::Sender<Answer>>,
     timing: &mut Timing,
     guard: &OperationGuard,
@@ -75,7 +75,7 @@ pub(super) async fn finish(
             Settled::Paused(now) => {
                 timing.since("head", begun);
                 let begun = Instant::now();
-                free(core, sandbox, ready).await;
+                free(core, sandbox, ready);
                 timing.since("free", begun);
                 committed(core, sandbox, &now)
             }
@@ -106,14 +106,14 @@ pub(super) async fn finish(
 }
 
 /// Ends the VM of a commit that has won, and keeps its memory where that is wanted.
-async fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &ReadyToCommit) {
+fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &mut ReadyToCommit) {
     let memory = sandbox.vm().and_then(|vm| vm.take_memory());
-    core.end_parked_vm(sandbox).await;
+    core.let_go_of_vm(sandbox);
     sandbox.set_known_packs(ready.known.clone());
     let digest = ready.attempt.head().manifest.as_ref().map(|manifest| manifest.digest);
-    match (memory, ready.notes.clone(), digest) {
-        (Some(memory), Some((notes, manifest)), Some(digest)) => {
-            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest });
+    match (memory, ready.notes.take(), ready.known.clone(), digest) {
+        (Some(memory), Some((notes, manifest)), Some(known), Some(digest)) => {
+            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest, known });
         }
         (memory, ..) => close_memory(memory),
     }

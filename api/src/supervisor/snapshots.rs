@@ -171,7 +171,7 @@ async fn take(
     let size = dirty(core, sandbox, &vm).await?;
     let commit = core.commit_id();
     let generation = place(&sandbox.tenant, &sandbox.id)?.generation(current.head.seq + 1, current.head.epoch, commit);
-    let grants = core.grant_packs(&generation, size).await?;
+    let grants = core.grant_packs(&generation, size, true).await?;
     let granted: Vec<_> = grants.objects.iter().map(|object| object.key.clone()).collect();
     let origin = sandbox.record().origin;
     let (captured, known) = tokio::join!(

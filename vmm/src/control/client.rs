@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::types::{
+    KeepRequest, PrepareRequest,
     BootRequest, CaptureReport, CaptureRequest, Connections, DirtyReport, ErrorBody, FdToken, Metrics, PauseReport,
     RestoreReport, RestoreRequest, VmStatus,
 };
@@ -149,9 +150,17 @@ impl Client {
         self.json(Method::GET, "/v1/vm/dirty", None::<&()>, SHORT).await
     }
 
-    /// `PUT /v1/vm/keep`: notes that belong to the memory file.
-    pub async fn keep(&self) -> Result<Bytes, ClientError> {
-        self.call(Method::PUT, "/v1/vm/keep", Bytes::new(), SHORT, MAX_DRAFT).await.map(|(_, notes)| notes)
+    /// `PUT /v1/vm/keep`: writes the notes that belong to the memory file into `notes`, an empty file, and sends it under `token`.
+    pub async fn keep(&self, token: FdToken, notes: std::fs::File) -> Result<(), ClientError> {
+        self.send_files(vec![(token, notes)]).await?;
+        let body = to_json("PUT /v1/vm/keep", &KeepRequest { notes: token })?;
+        self.call(Method::PUT, "/v1/vm/keep", body, SHORT, MAX_JSON).await.map(drop)
+    }
+
+    /// `PUT /v1/vm/prepare`.
+    pub async fn prepare(&self, request: PrepareRequest) -> Result<(), ClientError> {
+        let body = to_json("PUT /v1/vm/prepare", &request)?;
+        self.call(Method::PUT, "/v1/vm/prepare", body, SHORT, MAX_JSON).await.map(drop)
     }
 
     /// `PUT /v1/vm/capture/connections`.

@@ -32,13 +32,13 @@ use tokio_util::sync::CancellationToken;
 use super::fds::Inbox;
 use super::types::{
     BootRequest, CaptureMode, CaptureReport, CaptureRequest, Connections, DirtyReport, DiskConfig, ErrorBody, FdToken,
-    Metrics, PauseReport, RestoreReport, RestoreRequest, VmState, VmStatus,
+    KeepRequest, Metrics, PauseReport, PrepareRequest, RestoreReport, RestoreRequest, VmState, VmStatus,
 };
 use crate::machine::capture::{Order, SavedState};
 use crate::machine::kept::Kept;
 use crate::machine::restore::{self, RestoreFailed};
 use crate::machine::staging::Staging;
-use crate::machine::{BootFiles, Disk, Host, Machine, MachineError};
+use crate::machine::{self, Bare, BootFiles, Disk, Host, Machine, MachineError};
 use crate::vcpu::Ended;
 
 /// Longest request body: a capture with a grant for each pack of the largest machine.
@@ -129,6 +129,8 @@ struct Server {
     settings: Settings,
     files: Inbox,
     machine: Mutex<Option<Box<Machine>>>,
+    /// What was made ahead of the machine. Locked after `machine`.
+    ready: Mutex<Option<Bare>>,
     /// The running capture, if any. Locked after `machine`.
     capture: Mutex<Option<Running>>,
     ended: mpsc::Sender<Ended>,
@@ -170,6 +172,7 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
         settings,
         files,
         machine: Mutex::new(None),
+        ready: Mutex::new(None),
         capture: Mutex::new(None),
         ended: ended_tx,
         shutdown,
@@ -231,6 +234,10 @@ async fn route(
     Ok(match (&head.method, head.uri.path()) {
         (&Method::GET, "/v1/vm") => json(&server.status().await),
         (&Method::GET, "/v1/metrics") => json(&server.metrics().await),
+        (&Method::PUT, "/v1/vm/prepare") => {
+            server.prepare_for(parse(&body)?).await?;
+            empty()
+        }
         (&Method::PUT, "/v1/vm/boot") => json(&server.boot(parse(&body)?).await?),
         (&Method::PUT, "/v1/vm/restore") => json(&server.restore(parse(&body)?).await?),
         (&Method::PUT, "/v1/vm/pause") => json(&server.pause().await?),
@@ -257,9 +264,10 @@ async fn route(
             empty()
         }
         (&Method::GET, "/v1/vm/dirty") => json(&server.dirty().await?),
-        (&Method::PUT, "/v1/vm/keep") => Response::builder()
-            .header("content-type", "application/octet-stream")
-            .body(Full::from(server.keep().await?)),
+        (&Method::PUT, "/v1/vm/keep") => {
+            server.keep(parse(&body)?).await?;
+            empty()
+        }
         (&Method::PUT, "/v1/vm/console") => {
             server.console(&body).await?;
             empty()
@@ -359,6 +367,16 @@ impl Server {
         configs.into_iter().map(disk).collect()
     }
 
+    async fn prepare_for(&self, request: PrepareRequest) -> Result<(), Refusal> {
+        let slot = self.machine.lock().await;
+        self.only_in(VmState::Empty, slot.as_deref(), "a preparation").await?;
+        let bare = tokio::task::block_in_place(|| machine::make_ready(request.vcpus, request.memory_mib));
+        *self.ready.lock().await = Some(bare.map_err(failed)?);
+        // The first request to a store needs a client, whose making takes a millisecond, too.
+        GrantedPacks::new(Vec::new(), &mut HashMap::new(), Patience::default()).map_err(failed)?;
+        Ok(())
+    }
+
     async fn boot(&self, request: BootRequest) -> Result<VmStatus, Refusal> {
         let mut slot = self.machine.lock().await;
         self.only_in(VmState::Empty, slot.as_deref(), "a boot").await?;
@@ -369,7 +387,8 @@ impl Server {
             memory: request.memory.map(|token| self.take("memory", token)).transpose()?,
         };
         let disks = self.disks(request.disks)?;
-        let machine = tokio::task::block_in_place(|| Machine::boot(&request.machine, files, disks, self.host()))
+        let ready = self.ready.lock().await.take();
+        let machine = tokio::task::block_in_place(|| Machine::boot(&request.machine, ready, files, disks, self.host()))
             .map_err(failed)?;
         *slot = Some(Box::new(machine));
         Ok(self.describe(slot.as_deref()).await)
@@ -396,13 +415,10 @@ impl Server {
         let cache_files = packs.cache_files();
         let kept = match request.kept {
             None => None,
-            Some(token) => {
-                let mut notes = Vec::new();
-                self.take("kept notes", token)?.take(MAX_NOTES).read_to_end(&mut notes).map_err(failed)?;
-                Some(Kept::decode(&notes).map_err(failed)?)
-            }
+            Some(token) => Some(Kept::read(&mut self.take("kept notes", token)?.take(MAX_NOTES)).map_err(failed)?),
         };
         let input = restore::Input {
+            ready: self.ready.lock().await.take(),
             packs: Arc::new(packs),
             cache: (!cache_files.is_empty()).then(|| Arc::new(PackCache::new(cache_files))),
             memory: request.memory.map(|token| self.take("memory", token)).transpose()?,
@@ -482,13 +498,14 @@ impl Server {
         })
     }
 
-    async fn keep(&self) -> Result<Vec<u8>, Refusal> {
+    async fn keep(&self, request: KeepRequest) -> Result<(), Refusal> {
         let slot = self.machine.lock().await;
         self.only_in(VmState::Paused, slot.as_deref(), "keeping its memory").await?;
         let Some(machine) = slot.as_deref() else {
             return Err(Refusal::WrongState { state: VmState::Empty, what: "keeping its memory" });
         };
-        tokio::task::block_in_place(|| machine.keep()).map_err(failed)
+        let mut notes = self.take("kept notes", request.notes)?;
+        tokio::task::block_in_place(|| machine.keep(&mut notes)).map_err(failed)
     }
 
     async fn resume(self: &Arc<Self>) -> Result<VmStatus, Refusal> {

@@ -3,6 +3,7 @@
 //! | request | body | answer | when |
 //! | --- | --- | --- | --- |
 //! | `GET /v1/vm` | – | [`VmStatus`] | always |
+//! | `PUT /v1/vm/prepare` | [`PrepareRequest`] | 204 | state `empty`: makes ahead what any machine of this size needs |
 //! | `PUT /v1/vm/boot` | [`BootRequest`] | [`VmStatus`] | state `empty` |
 //! | `PUT /v1/vm/restore` | [`RestoreRequest`] | [`RestoreReport`] | state `empty`; leaves the VM `paused`. Pages arrive later, on demand |
 //! | `PUT /v1/vm/pause` | – | [`PauseReport`] | state `running` (idempotent when `paused`) |
@@ -11,7 +12,7 @@
 //! | `POST /v1/vm/capture` | [`CaptureRequest`] | a [manifest](stasis_snapshot) draft as octets (none for a round), [`CaptureReport`] in the `stasis-report` header | see [`CaptureMode`] |
 //! | `PUT /v1/vm/capture/connections` | [`Connections`] | 204 | changes the share of the capture that runs, if one does |
 //! | `DELETE /v1/vm/capture` | – | 204 | cancels a running capture; the capture call answers 409 |
-//! | `PUT /v1/vm/keep` | – | notes as octets | state `paused`: what a restore on this host needs, besides the memory file, to find memory in place |
+//! | `PUT /v1/vm/keep` | [`KeepRequest`] | 204 | state `paused`: writes down what a restore on this host needs, besides the memory file, to find memory in place |
 //! | `PUT /v1/vm/console` | octets | 204 | state `running`: input for the guest's serial port, as many bytes as fit |
 //! | `PUT /v1/vm/shutdown` | – | 204, then the process exits 0 | always |
 //! | `GET /v1/metrics` | – | [`Metrics`] | always |
@@ -58,6 +59,24 @@ pub struct DiskConfig {
     pub read_only: bool,
 }
 
+/// Body of `PUT /v1/vm/prepare`: the machine that will probably be asked for. Another one may be asked for all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareRequest {
+    /// Virtual CPUs, 1 to 8.
+    pub vcpus: u8,
+    /// Guest memory, MiB, 16 to 8192.
+    pub memory_mib: u32,
+}
+
+/// Body of `PUT /v1/vm/keep`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeepRequest {
+    /// An empty file for the notes.
+    pub notes: FdToken,
+}
+
 /// Body of `PUT /v1/vm/boot`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -99,7 +118,7 @@ pub struct RestoreRequest {
     /// The memory file: an empty memfd, or the one of the VMM that made this very snapshot on this host (then with `kept`).
     #[serde(default)]
     pub memory: Option<FdToken>,
-    /// The notes that `PUT /v1/vm/keep` answered for `memory`. Without them `memory` must be empty.
+    /// The notes that `PUT /v1/vm/keep` wrote for `memory`. Without them `memory` must be empty.
     #[serde(default)]
     pub kept: Option<FdToken>,
     /// How pages arrive.

@@ -2,6 +2,7 @@
 //! the last time, handed to the supervisor with the snapshot, and given back with the file when that very snapshot is restored on this
 //! host. They never leave the host, and are of no use to another build: an unknown version is no notes.
 
+use std::io::{self, Read, Seek, Write};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -12,27 +13,28 @@ use crate::pages::PageSet;
 
 const VERSION: u16 = 1;
 
-/// The notes as bytes.
+/// What the notes begin with, after its own length (u32, little endian). The digests follow it, to the end.
 #[derive(Serialize, Deserialize)]
-struct Notes {
+struct Head {
     version: u16,
     pages: u64,
     /// Pages in place, as runs: first, count.
     present: Vec<(u64, u64)>,
-    digests: Vec<u8>,
 }
 
 /// Why notes are refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KeptError {
-    #[error("the notes on kept memory cannot be read")]
+    #[error("the notes on kept memory cannot be read or written")]
+    File(#[source] io::Error),
+    #[error("the notes on kept memory cannot be understood")]
     Encoding(#[source] postcard::Error),
     #[error("the notes on kept memory are of version {0}; this build reads {VERSION}")]
     Version(u16),
     #[error("the notes on kept memory name pages past its end")]
     Beyond,
     #[error("the digests of kept memory cannot be taken over")]
-    Digests(#[source] std::io::Error),
+    Digests(#[source] io::Error),
 }
 
 /// What is in a memory file.
@@ -47,9 +49,14 @@ impl Kept {
         Self { present: PageSet::new(pages), digests: None }
     }
 
-    /// From notes.
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, KeptError> {
-        let notes: Notes = postcard::from_bytes(bytes).map_err(KeptError::Encoding)?;
+    /// From notes, read to their end.
+    pub(crate) fn read(from: &mut impl Read) -> Result<Self, KeptError> {
+        let mut bytes = Vec::new();
+        from.read_to_end(&mut bytes).map_err(KeptError::File)?;
+        let cut_off = || KeptError::File(io::ErrorKind::UnexpectedEof.into());
+        let (len, rest) = bytes.split_first_chunk().ok_or_else(cut_off)?;
+        let (head, digests) = rest.split_at_checked(u32::from_le_bytes(*len) as usize).ok_or_else(cut_off)?;
+        let notes: Head = postcard::from_bytes(head).map_err(KeptError::Encoding)?;
         if notes.version != VERSION {
             return Err(KeptError::Version(notes.version));
         }
@@ -61,18 +68,23 @@ impl Kept {
             let end = first.checked_add(count).filter(|end| *end <= notes.pages).ok_or(KeptError::Beyond)?;
             present.insert(first..end);
         }
-        let digests = PageDigests::import(notes.pages, &notes.digests).map_err(KeptError::Digests)?;
+        let digests = PageDigests::import(notes.pages, digests).map_err(KeptError::Digests)?;
         Ok(Self { present, digests: Some(Arc::new(digests)) })
     }
 }
 
 impl Machine {
-    /// Notes on this machine's memory file, for a restore of what was captured last. The machine stands still and does not run again.
-    pub(crate) fn keep(&self) -> Result<Vec<u8>, KeptError> {
+    /// Writes notes on this machine's memory file, for a restore of what was captured last, from the start of `file`, where the next reader
+    /// begins. The machine stands still and does not run again.
+    pub(crate) fn keep(&self, file: &mut (impl Write + Seek)) -> Result<(), KeptError> {
         let present = self.presence.present();
         let runs = present.runs().into_iter().map(|run| (run.start, run.end - run.start)).collect();
-        let digests = self.memory_digests().export();
-        let notes = Notes { version: VERSION, pages: self.ram.pages(), present: runs, digests };
-        postcard::to_stdvec(&notes).map_err(KeptError::Encoding)
+        let head = Head { version: VERSION, pages: self.ram.pages(), present: runs };
+        let head = postcard::to_stdvec(&head).map_err(KeptError::Encoding)?;
+        let len = u32::try_from(head.len()).map_err(|e| KeptError::File(io::Error::other(e)))?;
+        for part in [&len.to_le_bytes()[..], &head, &self.memory_digests().export()] {
+            file.write_all(part).map_err(KeptError::File)?;
+        }
+        file.rewind().map_err(KeptError::File)
     }
 }

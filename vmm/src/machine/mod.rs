@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
+//! | `bare` | VM, memslots and vCPUs, which can be made before the rest is known |
 //! | `spec` | the machine's shape and the codec of its parts' states |
 //! | `disk` | one disk, as the block device, the capture and the restore share it |
 //! | `devices` | the device set, its place on the bus, its interrupts |
@@ -13,6 +14,7 @@
 //! One thread at a time uses a [`Machine`] (the control server's lock). It stops in the order vCPUs, then device thread, and starts in the
 //! reverse order: devices may still raise interrupts while vCPUs stand, but no vCPU may ring a device that is being saved.
 
+pub(crate) mod bare;
 pub(crate) mod capture;
 mod devices;
 pub(crate) mod disk;
@@ -26,23 +28,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    kvm_enable_cap, kvm_pit_config,
-};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::boot::{self, BootError};
 use crate::control::types::{ExitCounts, MachineConfig, Metrics};
-use crate::dirty::{self, DirtyError, DirtyTracker};
+use crate::dirty::{DirtyError, DirtyTracker};
 use crate::io_thread::{Closed, IoThread, IoThreadError};
-use crate::kvm::{self, During, KvmError};
-use crate::layout;
+use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{Paging, PagingError, WorkingSet};
 use crate::presence::Presence;
 use crate::vcpu::registers::CpuidLeaf;
 use crate::vcpu::{self, Ended, Vcpu, VcpuError, cpuid};
+pub(crate) use bare::Bare;
+use bare::BareMachine;
 pub use devices::DeviceError;
 use devices::DeviceSet;
 pub use disk::{Disk, DiskError};
@@ -122,15 +121,6 @@ pub struct Machine {
     offered: Vec<CpuidLeaf>,
 }
 
-/// The parts that booting and restoring make alike.
-struct BareMachine {
-    kvm: Kvm,
-    vm: VmFd,
-    ram: Arc<GuestRam>,
-    presence: Arc<Presence>,
-    supported: Vec<CpuidLeaf>,
-}
-
 /// What a machine goes on from.
 struct Origin {
     dirty: DirtyTracker,
@@ -139,57 +129,22 @@ struct Origin {
     paging: Option<Arc<Paging>>,
 }
 
-impl BareMachine {
-    fn new(spec: &MachineSpec, memory: Option<File>) -> Result<Self, MachineError> {
-        let kvm = kvm::open()?;
-        let supported = cpuid::supported(&kvm)?;
-        let vm = create_vm(&kvm)?;
-        vm.set_tss_address(layout::KVM_TSS as usize).during("place the TSS")?;
-        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).during("place the identity map")?;
-        vm.create_irq_chip().during("create the interrupt controllers")?;
-        vm.create_pit2(kvm_pit_config::default()).during("create the interval timer")?;
-        let manual = kvm_enable_cap {
-            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            args: [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET), 0, 0, 0],
-            ..Default::default()
-        };
-        vm.enable_cap(&manual).during("clear the dirty log by hand")?;
-        let ram = Arc::new(GuestRam::new(memory, spec.memory_bytes())?);
-        let presence = Arc::new(Presence::new(ram.clone()));
-        Ok(Self { kvm, vm, ram, presence, supported })
-    }
-
-    /// vCPUs with their CPUID.
-    fn vcpu_fds(&self, spec: &MachineSpec) -> Result<Vec<VcpuFd>, MachineError> {
-        let mut fds = Vec::new();
-        for index in 0..spec.vcpus {
-            let fd = self.vm.create_vcpu(u64::from(index)).during("create a vCPU")?;
-            fd.set_cpuid2(&cpuid::for_vcpu(&self.supported, index, spec.vcpus)?).during("write cpuid")?;
-            fds.push(fd);
-        }
-        Ok(fds)
-    }
-}
-
-/// Creates the VM. A pending signal makes the kernel answer EINTR here, which means nothing but "again".
-fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
-    const TRIES: usize = 5;
-    let mut last = None;
-    for _ in 0..TRIES {
-        match kvm.create_vm() {
-            Err(e) if e.errno() == libc::EINTR => last = Some(e),
-            other => return other.during("create a VM"),
-        }
-    }
-    Err(last.unwrap_or_else(|| kvm_ioctls::Error::new(libc::EINTR))).during("create a VM")
+/// Makes what a machine of this size needs before anything else of it is known.
+pub(crate) fn make_ready(vcpus: u8, memory_mib: u32) -> Result<Bare, MachineError> {
+    Bare::new(MachineSpec::size(vcpus, memory_mib)?)
 }
 
 impl Machine {
-    /// Boots a machine; its vCPUs run when this returns.
-    pub fn boot(config: &MachineConfig, files: BootFiles, disks: Vec<Disk>, host: Host) -> Result<Self, MachineError> {
+    /// Boots a machine, in `ready` if that fits; its vCPUs run when this returns.
+    pub(crate) fn boot(
+        config: &MachineConfig,
+        ready: Option<Bare>,
+        files: BootFiles,
+        disks: Vec<Disk>,
+        host: Host,
+    ) -> Result<Self, MachineError> {
         let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
-        let bare = BareMachine::new(&spec, files.memory)?;
-        let fds = bare.vcpu_fds(&spec)?;
+        let (bare, fds) = spec.bare(ready)?.with_memory(files.memory)?;
         let devices = DeviceSet::new(&spec, disks, &bare.ram, &bare.vm, &host.run_dir)?;
         let memory = bare.ram.guest_memory();
         crate::acpi::write(memory, spec.vcpus, devices.windows())
@@ -199,7 +154,6 @@ impl Machine {
             boot::set_entry(first, memory, entry)?;
         }
         let dirty = DirtyTracker::for_boot(bare.ram.pages());
-        dirty::set_memslots(&bare.vm, &bare.ram, false)?;
         let base = capture::Parent::none(&bare.ram, &devices)?;
         let working_set = Arc::new(WorkingSet::unknown(bare.ram.pages()));
         let origin = Origin { dirty, base, working_set, paging: None };

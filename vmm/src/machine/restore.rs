@@ -21,7 +21,8 @@ use super::devices::DeviceSet;
 use super::disk::Disk;
 use super::kept::Kept;
 use super::spec::{self, MachineSpec, SpecError};
-use super::{BareMachine, Host, Machine, MachineError, Origin};
+use super::bare::{Bare, BareMachine};
+use super::{Host, Machine, MachineError, Origin};
 use crate::control::types::{Paging as PagingOptions, RestoreReport};
 use crate::dirty::DirtyTracker;
 use crate::kvm;
@@ -62,6 +63,8 @@ impl From<SpecError> for RestoreFailed {
 
 /// What a restore needs besides the manifest.
 pub(crate) struct Input {
+    /// Made before; used if it fits.
+    pub(crate) ready: Option<Bare>,
     pub(crate) packs: Arc<dyn PackSource>,
     pub(crate) cache: Option<Arc<PackCache>>,
     pub(crate) disks: Vec<Disk>,
@@ -78,8 +81,7 @@ pub(crate) struct Input {
 pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine, RestoreReport), RestoreFailed> {
     let spec = MachineSpec::decode(&manifest.spec)?;
     check_images(&manifest, &spec, &input.disks)?;
-    let bare = BareMachine::new(&spec, input.memory)?;
-    let fds = bare.vcpu_fds(&spec)?;
+    let (bare, fds) = spec.bare(input.ready)?.with_memory(input.memory)?;
     check_cpu(&manifest, &fds)?;
     let mut report = RestoreReport::default();
 

@@ -7,6 +7,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stasis_snapshot::manifest::{StateBlob, Versioned};
 
+use super::MachineError;
+use super::bare::{Bare, Size};
 use crate::control::types::MachineConfig;
 use crate::layout::LAYOUT_VERSION;
 
@@ -106,6 +108,26 @@ impl MachineSpec {
             vsock_cid: self.vsock_cid,
             exit_counter: self.exit_counter,
         }
+    }
+
+    /// The bare machine that this one is made of: `ready`, if that is of its size.
+    pub(super) fn bare(&self, ready: Option<Bare>) -> Result<Bare, MachineError> {
+        let size = Size { vcpus: self.vcpus, memory_bytes: self.memory_bytes() };
+        match ready {
+            Some(ready) if ready.size() == size => Ok(ready),
+            other => {
+                // Its end takes the kernel some milliseconds that nobody has to wait for.
+                drop(std::thread::Builder::new().name("discard".to_owned()).spawn(move || drop(other)));
+                Bare::new(size)
+            }
+        }
+    }
+
+    /// The size of a machine that is not known further.
+    pub(super) fn size(vcpus: u8, memory_mib: u32) -> Result<Size, SpecError> {
+        let config = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: false };
+        let spec = Self::new(&config, Vec::new())?;
+        Ok(Size { vcpus: spec.vcpus, memory_bytes: spec.memory_bytes() })
     }
 
     pub(crate) fn memory_bytes(&self) -> u64 {

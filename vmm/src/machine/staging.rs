@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn staged_pages_are_what_memory_was() {
-        let ram = GuestRam::new(None, 8 << 20).unwrap();
+        let ram = ReservedRam::new(8 << 20).unwrap().map(None).unwrap();
         let mut pages = PageSet::new(ram.pages());
         for (first, fill) in [(3, 1), (4, 2), (700, 3), (2047, 4)] {
             ram.write(first, &[fill; PAGE_SIZE]).unwrap();
