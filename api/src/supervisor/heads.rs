@@ -41,10 +41,13 @@ impl Core {
         Ok(serde_json::json!({ "version": versioned.version, "body": body }))
     }
 
-    /// The head as it is, from memory or from the store.
+    /// The head as it is, from memory or from the store. What another supervisor may change at any time, having the sandbox live, is not
+    /// believed from memory: once it sleeps there, it may be woken here.
     pub(super) async fn current_head(&self, sandbox: &Sandbox) -> Result<Option<Current>, Error> {
-        if let Some(head) = sandbox.head() {
-            return Ok(Some(head));
+        if let Some(Current { head, etag }) = sandbox.head()
+            && (head.owner == self.owner || head.state.at_rest())
+        {
+            return Ok(Some(Current { head, etag }));
         }
         let head = self.register(sandbox)?.read().await.doing("read the head")?;
         sandbox.set_head(head.clone());
