@@ -52,6 +52,33 @@ pub struct Service {
     http: reqwest::Client,
 }
 
+/// Another supervisor over the same bucket, with a data directory of its own. It and its VMMs end when it is dropped.
+pub struct Second {
+    /// `http://…` of its API.
+    pub url: String,
+    data: PathBuf,
+    supervisor: Child,
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.supervisor.kill();
+        let _ = self.supervisor.wait();
+        kill_all(&vmm_pids_under(&self.data.join("run")));
+    }
+}
+
+/// What a program said.
+#[derive(Debug)]
+pub struct Ran {
+    /// Exit code.
+    pub code: i32,
+    /// What it wrote to stdout, as JSON; null when it is none.
+    pub json: Value,
+    /// What it wrote to stderr.
+    pub stderr: String,
+}
+
 /// An answer of the API.
 #[derive(Debug)]
 pub struct Reply {
@@ -103,7 +130,7 @@ impl Service {
         let url = format!("http://127.0.0.1:{port}");
         let data = dir.path().join("d");
         let key = make_key(&data, "test")?;
-        let supervisor = spawn(&dir, &options, &proxy.endpoint(), port)?;
+        let supervisor = spawn(dir.path(), &data, &options, &proxy.endpoint(), port)?;
         let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
         let service = Self { proxy, url, key, dir, options, s3, supervisor, http };
         service.ready().await?;
@@ -111,8 +138,12 @@ impl Service {
     }
 
     async fn ready(&self) -> Result<(), Error> {
+        self.ready_at(&self.url).await
+    }
+
+    async fn ready_at(&self, url: &str) -> Result<(), Error> {
         for _ in 0..3000 {
-            if let Ok(answer) = self.http.get(format!("{}/healthz", self.url)).send().await
+            if let Ok(answer) = self.http.get(format!("{url}/healthz")).send().await
                 && answer.status().is_success()
             {
                 return Ok(());
@@ -137,6 +168,11 @@ impl Service {
         make_key(&self.dir.path().join("d"), "test")
     }
 
+    /// A key of the tenant `test` in the data directory `name`.
+    pub fn key_in(&self, name: &str) -> Result<String, Error> {
+        make_key(&self.dir.path().join(name), "test")
+    }
+
     /// Another tenant's key.
     pub fn other_key(&self) -> Result<String, Error> {
         make_key(&self.dir.path().join("d"), "other")
@@ -152,8 +188,40 @@ impl Service {
     /// Starts the supervisor again on the same data and address.
     pub async fn start_supervisor(&mut self) -> Result<(), Error> {
         let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
-        self.supervisor = spawn(&self.dir, &self.options, &self.proxy.endpoint(), port)?;
+        let data = self.dir.path().join("d");
+        self.supervisor = spawn(self.dir.path(), &data, &self.options, &self.proxy.endpoint(), port)?;
         self.ready().await
+    }
+
+    /// Process id of the supervisor.
+    pub fn supervisor_pid(&self) -> u32 {
+        self.supervisor.id()
+    }
+
+    /// Starts another supervisor on the data directory `name`, past the proxy.
+    pub async fn start_second(&self, name: &str) -> Result<Second, Error> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let data = self.dir.path().join(name);
+        let supervisor = spawn(self.dir.path(), &data, &self.options, &self.s3_endpoint(), port)?;
+        let second = Second { url: format!("http://127.0.0.1:{port}"), data, supervisor };
+        self.ready_at(&second.url).await?;
+        Ok(second)
+    }
+
+    /// Runs `stasis --json ARGUMENTS` with the supervisor's configuration.
+    #[expect(clippy::disallowed_methods, reason = "a program run as an operator runs it")]
+    pub fn stasis(&self, arguments: &[&str]) -> Result<Ran, Error> {
+        let data = self.dir.path().join("d");
+        let ran = std::process::Command::new(host::program("stasis"))
+            .arg("--json")
+            .args(arguments)
+            .envs(environment(&data, &self.options, &self.s3_endpoint(), 0))
+            .output()?;
+        Ok(Ran {
+            code: ran.status.code().unwrap_or(-1),
+            json: serde_json::from_slice(&ran.stdout).unwrap_or(Value::Null),
+            stderr: String::from_utf8_lossy(&ran.stderr).into_owned(),
+        })
     }
 
     /// One request as the tenant `test`.
@@ -163,7 +231,19 @@ impl Service {
 
     /// One request with this key and this body, well-formed or not.
     pub async fn call_as(&self, key: &str, method: &str, path: &str, body: Option<String>) -> Result<Reply, Error> {
-        let mut request = self.http.request(method.parse()?, format!("{}{path}", self.url));
+        self.call_at(&self.url, key, method, path, body).await
+    }
+
+    /// The same to any supervisor.
+    pub async fn call_at(
+        &self,
+        url: &str,
+        key: &str,
+        method: &str,
+        path: &str,
+        body: Option<String>,
+    ) -> Result<Reply, Error> {
+        let mut request = self.http.request(method.parse()?, format!("{url}{path}"));
         if !key.is_empty() {
             request = request.header("authorization", format!("Bearer {key}"));
         }
@@ -237,16 +317,7 @@ impl Service {
 
     /// Process ids of VMMs that run from this service's data directory.
     pub fn vmm_pids(&self) -> Vec<u32> {
-        let marker = self.dir.path().join("d/run").to_string_lossy().into_owned();
-        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-        processes
-            .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
-            .filter(|pid| {
-                let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let cmdline = String::from_utf8_lossy(&cmdline);
-                cmdline.contains("stasis-vmm") && cmdline.contains(&marker)
-            })
-            .collect()
+        vmm_pids_under(&self.dir.path().join("d/run"))
     }
 
     /// Objects in the bucket below `prefix`, by their paths in the S3 server's folder.
@@ -274,29 +345,54 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
         let _ = self.supervisor.wait();
-        for pid in self.vmm_pids() {
-            if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+        kill_all(&self.vmm_pids());
+    }
+}
+
+fn kill_all(pids: &[u32]) {
+    for pid in pids {
+        if let Some(pid) = i32::try_from(*pid).ok().and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
-fn spawn(dir: &tempfile::TempDir, options: &Options, s3: &str, port: u16) -> Result<Child, Error> {
-    let log = File::options().create(true).append(true).open(dir.path().join("supervisor.log"))?;
+/// Process ids of VMMs whose run directories are below `root`.
+fn vmm_pids_under(root: &Path) -> Vec<u32> {
+    let marker = root.to_string_lossy().into_owned();
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
+        .filter(|pid| {
+            let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let cmdline = String::from_utf8_lossy(&cmdline);
+            cmdline.contains("stasis-vmm") && cmdline.contains(&marker)
+        })
+        .collect()
+}
+
+fn environment(data: &Path, options: &Options, s3: &str, port: u16) -> Vec<(String, std::ffi::OsString)> {
     let images = options.images.clone().unwrap_or_default();
+    let ours: [(&str, std::ffi::OsString); 8] = [
+        ("STASIS_LISTEN", format!("127.0.0.1:{port}").into()),
+        ("STASIS_DATA_DIR", data.into()),
+        ("STASIS_IMAGES_DIR", images.into()),
+        ("STASIS_STORE_KIND", "s3".into()),
+        ("STASIS_STORE_ENDPOINT", s3.into()),
+        ("STASIS_STORE_BUCKET", BUCKET.into()),
+        ("STASIS_STORE_ACCESS_KEY", ACCESS_KEY.into()),
+        ("STASIS_STORE_SECRET_KEY", SECRET_KEY.into()),
+    ];
+    let ours = ours.into_iter().map(|(name, value)| (name.to_owned(), value));
+    ours.chain(options.environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
+fn spawn(dir: &Path, data: &Path, options: &Options, s3: &str, port: u16) -> Result<Child, Error> {
+    let log = File::options().create(true).append(true).open(dir.join("supervisor.log"))?;
     let child = std::process::Command::new(host::program("stasis"))
         .arg("serve")
-        .env("STASIS_LISTEN", format!("127.0.0.1:{port}"))
-        .env("STASIS_DATA_DIR", dir.path().join("d"))
-        .env("STASIS_IMAGES_DIR", images)
-        .env("STASIS_STORE_KIND", "s3")
-        .env("STASIS_STORE_ENDPOINT", s3)
-        .env("STASIS_STORE_BUCKET", BUCKET)
-        .env("STASIS_STORE_ACCESS_KEY", ACCESS_KEY)
-        .env("STASIS_STORE_SECRET_KEY", SECRET_KEY)
-        .envs(options.environment.iter().map(|(k, v)| (k, v)))
+        .envs(environment(data, options, s3, port))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
