@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all demo test test-native test-linux lint images build setup clean
+.PHONY: all bench demo test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -27,6 +27,13 @@ demo: build images
 # Everything: unit and property tests, pulse guests on this machine's /dev/kvm, Debian guests here or in the rig.
 test: build images test-native test-linux
 	@$(STEP) --summary
+
+# The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 15 minutes, into BENCHMARKS.md.
+bench: ARGS ?= --markdown BENCHMARKS.md --svg benchmarks $(if $(shell command -v qemu-system-x86_64),--peer qemu)
+bench: setup
+	$(STEP) build-bench cargo build --release --workspace --bins
+	$(STEP) pulse guest-images/pulse/build
+	$(STEP) bench target/release/stasis-bench $(ARGS)
 
 lint: setup
 	$(STEP) format cargo fmt --all --check

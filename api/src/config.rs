@@ -14,6 +14,12 @@
 //! # access_key, secret_key: better in STASIS_STORE_ACCESS_KEY and STASIS_STORE_SECRET_KEY
 //! ```
 
+mod run_ahead;
+mod warm;
+
+pub use run_ahead::RunAhead;
+pub use warm::Warm;
+
 use serde::Deserialize;
 use std::fmt;
 use std::net::SocketAddr;
@@ -44,6 +50,12 @@ pub struct Config {
     /// Deadlines.
     #[serde(default)]
     pub deadlines: Deadlines,
+    /// What is kept ready for wakes.
+    #[serde(default)]
+    pub warm: Warm,
+    /// What is sent ahead of a pause.
+    #[serde(default)]
+    pub run_ahead: RunAhead,
 }
 
 /// The object store.
@@ -106,13 +118,15 @@ pub struct Limits {
     pub sandboxes: usize,
     /// Bytes kept of each of stdout and stderr of a command.
     pub output_bytes: usize,
-    /// PUTs in flight of one capture.
+    /// Requests in flight of one capture or wake at most.
     pub connections: u16,
+    /// Requests in flight of all captures and wakes together: shared evenly between them.
+    pub host_connections: u16,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 16 }
+        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 32, host_connections: 64 }
     }
 }
 
@@ -235,6 +249,21 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_LIMITS_SANDBOXES", "limits.sandboxes"),
     ("STASIS_LIMITS_OUTPUT_BYTES", "limits.output_bytes"),
     ("STASIS_LIMITS_CONNECTIONS", "limits.connections"),
+    ("STASIS_LIMITS_HOST_CONNECTIONS", "limits.host_connections"),
+    ("STASIS_KEEP_MEMORY_MIB", "warm.keep_memory_mib"),
+    ("STASIS_VMM_POOL", "warm.vmm_pool"),
+    ("STASIS_PACK_CACHE_MIB", "warm.pack_cache_mib"),
+    ("STASIS_GOLDEN", "warm.golden"),
+    ("STASIS_SWEEP_MIB_PER_SECOND", "warm.sweep_mib_per_second"),
+    ("STASIS_HUGE_PAGES", "warm.huge_pages"),
+    ("STASIS_RUN_AHEAD", "run_ahead.enabled"),
+    ("STASIS_RUN_AHEAD_INTERVAL_MS", "run_ahead.interval_ms"),
+    ("STASIS_RUN_AHEAD_IDLE_MS", "run_ahead.idle_ms"),
+    ("STASIS_RUN_AHEAD_NEAR_MS", "run_ahead.near_ms"),
+    ("STASIS_RUN_AHEAD_LEAST_KIB", "run_ahead.least_kib"),
+    ("STASIS_RUN_AHEAD_MIB_PER_MINUTE", "run_ahead.mib_per_minute"),
+    ("STASIS_RUN_AHEAD_CORE_PERCENT", "run_ahead.core_percent"),
+    ("STASIS_RUN_AHEAD_CONNECTIONS", "run_ahead.connections"),
     ("STASIS_DEADLINES_BOOT_MS", "deadlines.boot_ms"),
     ("STASIS_DEADLINES_CONTROL_MS", "deadlines.control_ms"),
     ("STASIS_DEADLINES_CAPTURE_MS", "deadlines.capture_ms"),
@@ -303,6 +332,7 @@ impl Config {
             ("limits.sandboxes", self.limits.sandboxes, 1, 100_000),
             ("limits.output_bytes", self.limits.output_bytes, 1024, 64 << 20),
             ("limits.connections", usize::from(self.limits.connections), 1, 256),
+            ("limits.host_connections", usize::from(self.limits.host_connections), 2, 4096),
         ] {
             if !(low..=high).contains(&value) {
                 return wrong(field, format!("must be between {low} and {high}, not {value}"));
@@ -313,7 +343,8 @@ impl Config {
                 return wrong(&format!("deadlines.{field}"), format!("must be between 10 and 3600000 ms, not {value}"));
             }
         }
-        Ok(())
+        self.warm.check()?;
+        self.run_ahead.check()
     }
 }
 
@@ -331,15 +362,24 @@ fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError
     let wrong = |kind: &str| {
         ConfigError::Syntax(format!("{} ({}): {:?} is not {kind}", setting.field, setting.origin, setting.text))
     };
-    let value = if setting.field.starts_with("limits.") || setting.field.starts_with("deadlines.") {
+    let value = if ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled"].contains(&setting.field)
+    {
+        toml::Value::Boolean(switch(&setting.text).ok_or_else(|| wrong("true or false"))?)
+    } else if ["limits.", "deadlines.", "warm.", "run_ahead."].iter().any(|part| setting.field.starts_with(part)) {
         toml::Value::Integer(setting.text.parse().map_err(|_| wrong("a whole number"))?)
-    } else if setting.field == "store.path_style" {
-        toml::Value::Boolean(setting.text.parse().map_err(|_| wrong("true or false"))?)
     } else {
         toml::Value::String(setting.text.clone())
     };
     section.insert(name.to_owned(), value);
     Ok(())
+}
+
+fn switch(text: &str) -> Option<bool> {
+    match text {
+        "true" | "on" | "1" => Some(true),
+        "false" | "off" | "0" => Some(false),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -375,6 +415,9 @@ mod tests {
             (vec![("limits.sandboxes", "many")], "limits.sandboxes"),
             (vec![("deadlines.commit_ms", "1")], "deadlines.commit_ms"),
             (vec![("store.kind", "tape")], "kind"),
+            (vec![("warm.golden", "perhaps")], "warm.golden"),
+            (vec![("warm.vmm_pool", "1000")], "warm.vmm_pool"),
+            (vec![("run_ahead.core_percent", "0")], "run_ahead.core_percent"),
             (vec![("data_dir", long.as_str())], "data_dir"),
         ] {
             let error = load(DIRECTORY, &settings).unwrap_err();

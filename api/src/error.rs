@@ -53,6 +53,12 @@ pub enum Error {
         /// How many.
         limit: usize,
     },
+    /// The tenant has no snapshot of that name or id.
+    #[error("there is no snapshot {0:?}")]
+    NoSnapshot(String),
+    /// The tenant has a snapshot of that name, or is making one.
+    #[error("there is a snapshot {0:?} already")]
+    SnapshotExists(String),
     /// The guest of this sandbox has no agent.
     #[error("sandbox {id}: template {template:?} has no agent, so it runs no commands")]
     NoAgent {
@@ -209,10 +215,12 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::NotFound(_) | Self::NoSnapshot(_) => StatusCode::NOT_FOUND,
             Self::BadJson(_) | Self::Invalid(_) | Self::Command(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::State { .. } | Self::Limit { .. } | Self::Fenced { .. } => StatusCode::CONFLICT,
+            Self::State { .. } | Self::Limit { .. } | Self::Fenced { .. } | Self::SnapshotExists(_) => {
+                StatusCode::CONFLICT
+            }
             Self::Template(e) => match e {
                 TemplateError::Unknown { .. } => StatusCode::BAD_REQUEST,
                 TemplateError::File { .. }
@@ -242,7 +250,8 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
-            Self::NotFound(_) => "not-found",
+            Self::NotFound(_) | Self::NoSnapshot(_) => "not-found",
+            Self::SnapshotExists(_) => "exists",
             Self::BadJson(_) => "bad-json",
             Self::TooLarge { .. } => "too-large",
             Self::Invalid(_) => "invalid",
@@ -289,22 +298,6 @@ fn store_status(kind: ErrorKind) -> StatusCode {
         | ErrorKind::Corrupt
         | ErrorKind::Other => StatusCode::BAD_GATEWAY,
     }
-}
-
-/// What the store did, read off the words of a process that only passes words on: kinds print the same on both sides.
-pub fn store_kind_in(message: &str) -> Option<ErrorKind> {
-    [
-        ErrorKind::Unauthorized,
-        ErrorKind::Forbidden,
-        ErrorKind::Unavailable,
-        ErrorKind::Full,
-        ErrorKind::NoSuchBucket,
-        ErrorKind::NotFound,
-        ErrorKind::Corrupt,
-        ErrorKind::Conflict,
-    ]
-    .into_iter()
-    .find(|kind| message.contains(&kind.to_string()))
 }
 
 /// The [`Error::code`] of an operation whose outcome is not known.

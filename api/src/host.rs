@@ -111,6 +111,21 @@ pub fn raise_file_limit() {
     }
 }
 
+/// Where the host says whether memory files get huge pages.
+const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// Lets memory files that ask for huge pages have them, where nobody gets any yet. Needs root; without it the operator may do the same.
+pub fn offer_huge_pages() {
+    match fs::read_to_string(SHMEM_HUGE_PAGES) {
+        Ok(setting) if setting.contains("[never]") => match fs::write(SHMEM_HUGE_PAGES, "advise") {
+            Ok(()) => tracing::info!("{SHMEM_HUGE_PAGES} is advise now, it was never (warm.huge_pages)"),
+            Err(error) => tracing::warn!(%error, "guests get no huge pages; write advise to {SHMEM_HUGE_PAGES}"),
+        },
+        Ok(_) => {}
+        Err(error) => tracing::info!(%error, "this host has no huge pages for memory files"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,13 +5,17 @@
 //! | [`config`] | file, environment, flags; checked before anything starts |
 //! | [`states`] | the state machine of a sandbox, as a table |
 //! | [`record`], [`ids`], [`network_policy`] | what a sandbox is |
-//! | [`validate`] | requests from JSON to checked values |
+//! | [`validate`], [`snapshot_request`] | requests from JSON to checked values |
 //! | [`journal`] | SQLite: keys, records, operations, transitions |
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
 //! | [`store`] | the object store, heads and grants as the supervisor uses them |
 //! | [`template`], [`host`] | what sandboxes boot from; what this host can run |
-//! | [`vmm_process`], [`agent_client`] | VMM processes; the agent in a guest |
+//! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
+//! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
+//! | [`run_ahead`] | whether pages are sent ahead of a pause |
+//! | [`known_packs`] | packs that are in the store for certain |
+//! | [`fair_share`] | how captures and wakes share the connections of a host |
 //! | [`routes`] | the REST API |
 //! | [`error`] | every failure, and the one conversion to HTTP |
 //! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
@@ -26,13 +30,19 @@ pub mod cli;
 pub mod config;
 pub mod dev;
 pub mod error;
+pub mod fair_share;
 pub mod host;
 pub mod ids;
 pub mod journal;
+pub mod kept_memory;
+pub mod known_packs;
+pub mod memory_pressure;
 pub mod network_policy;
 pub mod record;
 pub mod registry;
 pub mod routes;
+pub mod run_ahead;
+pub mod snapshot_request;
 pub mod sources;
 pub mod states;
 pub mod store;
@@ -41,4 +51,5 @@ pub mod template;
 mod template_digest;
 pub mod timing;
 pub mod validate;
+pub mod vmm_pool;
 pub mod vmm_process;

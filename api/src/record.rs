@@ -112,6 +112,9 @@ pub struct Record {
     pub seq: u64,
     /// The manifest that the head names, if it was ever paused.
     pub commit: Option<ManifestRef>,
+    /// The booted template that it was started from.
+    #[serde(default)]
+    pub origin: Option<ManifestRef>,
     /// The process that runs it.
     pub vmm: Option<VmmIdentity>,
     /// Why it was lost or deleted, or why its last operation failed.
@@ -133,6 +136,7 @@ impl Record {
             epoch: 0,
             seq: 0,
             commit: None,
+            origin: None,
             vmm: None,
             reason: None,
         }

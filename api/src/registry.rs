@@ -7,12 +7,15 @@
 use crate::error::Error;
 use crate::ids::SandboxId;
 use crate::journal::{Journal, Move};
+use crate::known_packs::KnownPacks;
 use crate::record::Record;
-use crate::sources::Sources;
+use crate::run_ahead::Spent;
+use crate::sources::{Sources, UnixMs};
 use crate::states::{self, Event, State};
 use crate::vmm_process::Vmm;
 use stasis_snapshot::commit::Current;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::{Notify, OwnedMutexGuard, watch};
 
@@ -46,12 +49,21 @@ pub struct Sandbox {
     head: Mutex<Option<Current>>,
     wakes: Mutex<Wakes>,
     phase: Mutex<Option<&'static str>>,
+    known_packs: Mutex<Option<Arc<KnownPacks>>>,
+    last_request: AtomicI64,
+    rounds: Arc<tokio::sync::Mutex<()>>,
+    ahead: Mutex<Spent>,
 }
 
 /// The operation lock of a sandbox, held.
 pub type OperationGuard = OwnedMutexGuard<()>;
 
 impl Sandbox {
+    /// One that neither registry nor journal knows: for a guest that is nobody's sandbox.
+    pub fn unlisted(record: Record) -> Self {
+        Self::new(record)
+    }
+
     fn new(record: Record) -> Self {
         Self {
             id: record.id.clone(),
@@ -62,6 +74,10 @@ impl Sandbox {
             head: Mutex::default(),
             wakes: Mutex::default(),
             phase: Mutex::default(),
+            known_packs: Mutex::default(),
+            last_request: AtomicI64::new(0),
+            rounds: Arc::default(),
+            ahead: Mutex::default(),
         }
     }
 
@@ -115,6 +131,41 @@ impl Sandbox {
         let mut wakes = locked(&self.wakes);
         wakes.ended += 1;
         wakes.failure = failure;
+    }
+
+    /// The packs of the manifest that it was last committed or restored as; `None` when that must be read first.
+    pub fn known_packs(&self) -> Option<Arc<KnownPacks>> {
+        locked(&self.known_packs).clone()
+    }
+
+    /// Remembers them.
+    pub fn set_known_packs(&self, known: Option<Arc<KnownPacks>>) {
+        *locked(&self.known_packs) = known;
+    }
+
+    /// A request has reached its guest.
+    pub fn touched(&self, at: UnixMs) {
+        self.last_request.fetch_max(at, Ordering::Relaxed);
+    }
+
+    /// When the last request reached its guest; 0 when none did.
+    pub fn last_request(&self) -> UnixMs {
+        self.last_request.load(Ordering::Relaxed)
+    }
+
+    /// The right to run a round ahead of a pause, if nobody has it.
+    pub fn try_round(&self) -> Option<OwnedMutexGuard<()>> {
+        self.rounds.clone().try_lock_owned().ok()
+    }
+
+    /// The same, once nobody else has it.
+    pub async fn next_round(&self) -> OwnedMutexGuard<()> {
+        self.rounds.clone().lock_owned().await
+    }
+
+    /// What rounds ahead of a pause have done, to be read or changed.
+    pub fn ahead<T>(&self, with: impl FnOnce(&mut Spent) -> T) -> T {
+        with(&mut locked(&self.ahead))
     }
 
     /// What its operation is doing, for people who watch.

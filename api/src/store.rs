@@ -156,7 +156,7 @@ impl Store {
                 Access::Fd(token.0)
             }
         };
-        grants.objects.push(GrantedObject { key, access });
+        grants.objects.push(GrantedObject { key, access, cache: None });
     }
 
     /// Every object below `prefix` with its size.

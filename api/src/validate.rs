@@ -47,7 +47,8 @@ impl FieldErrors {
         self.0
     }
 
-    fn or<T>(self, value: T) -> Result<T, Vec<FieldError>> {
+    /// `value`, if there are none.
+    pub(crate) fn or<T>(self, value: T) -> Result<T, Vec<FieldError>> {
         if self.is_empty() { Ok(value) } else { Err(self.0) }
     }
 }
@@ -125,7 +126,8 @@ pub fn create(body: &Map<String, Value>, limits: TemplateLimits) -> Result<Creat
     })
 }
 
-fn timeout(body: &Map<String, Value>, errors: &mut FieldErrors) -> u32 {
+/// The life of a sandbox, seconds.
+pub(crate) fn timeout(body: &Map<String, Value>, errors: &mut FieldErrors) -> u32 {
     let seconds = integer(body, &["timeout"], 1..=28_800, errors);
     let minutes = integer(body, &["timeout_min"], 1..=480, errors).map(|m| m * 60);
     if let (Some(s), Some(m)) = (seconds, minutes)
@@ -277,7 +279,7 @@ fn whole(f: f64) -> i64 {
     f as i64
 }
 
-fn boolean(body: &Map<String, Value>, name: &str, errors: &mut FieldErrors) -> Option<bool> {
+pub(crate) fn boolean(body: &Map<String, Value>, name: &str, errors: &mut FieldErrors) -> Option<bool> {
     match body.get(name) {
         None | Some(Value::Null) => None,
         Some(Value::Bool(b)) => Some(*b),

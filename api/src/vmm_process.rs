@@ -3,7 +3,6 @@
 //! A VMM outlives its supervisor: it has its own process group, no inherited descriptors, and an empty environment (so no credentials).
 //! It is watched through a pidfd, which works for our own child and for one that was adopted after a restart. One task watches each.
 
-use crate::ids::SandboxId;
 use crate::record::VmmIdentity;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use stasis_vmm::control::client::Client;
@@ -16,8 +15,8 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -40,12 +39,14 @@ pub struct Vmm {
     pidfd: Arc<OwnedFd>,
     ended: watch::Receiver<bool>,
     dismissed: AtomicBool,
+    /// Our descriptor of the guest's memory file. Not there for one that was adopted.
+    memory: Mutex<Option<Arc<fs::File>>>,
 }
 
 impl Vmm {
-    /// Starts `program` for `id` with a fresh run directory, and waits until its control socket is there.
+    /// Starts `program` under the name `id` with a fresh run directory, and waits until its control socket is there.
     #[expect(clippy::disallowed_methods, reason = "this is the place that starts processes")]
-    pub async fn spawn(program: &Path, id: &SandboxId, run_dir: &Path, within: Duration) -> io::Result<Self> {
+    pub async fn spawn(program: &Path, id: &str, run_dir: &Path, within: Duration) -> io::Result<Self> {
         if run_dir.exists() {
             fs::remove_dir_all(run_dir)?;
         }
@@ -53,7 +54,7 @@ impl Vmm {
         let log = fs::File::create(run_dir.join(LOG))?;
         let child = Command::new(program)
             .arg("--id")
-            .arg(id.as_str())
+            .arg(id)
             .arg("--run-dir")
             .arg(run_dir)
             .current_dir(run_dir)
@@ -116,7 +117,40 @@ impl Vmm {
             pidfd,
             ended,
             dismissed: AtomicBool::new(false),
+            memory: Mutex::default(),
         })
+    }
+
+    /// The same process with its run directory moved to `run_dir`, over what may be there; or the process as it was.
+    #[expect(clippy::result_large_err, reason = "the process itself: it goes on in either case")]
+    pub fn renamed(mut self, run_dir: &Path) -> Result<Self, (Self, io::Error)> {
+        let moved = match fs::remove_dir_all(run_dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => fs::rename(&self.run_dir, run_dir),
+        };
+        match moved {
+            Ok(()) => {
+                self.client = Client::new(run_dir);
+                run_dir.clone_into(&mut self.run_dir);
+                Ok(self)
+            }
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Remembers the guest's memory file, which outlives the process with whoever holds it.
+    pub fn hold_memory(&self, memory: Arc<fs::File>) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
+    }
+
+    /// Whether we hold the guest's memory file.
+    pub fn has_memory(&self) -> bool {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// The guest's memory file, given away.
+    pub fn take_memory(&self) -> Option<Arc<fs::File>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Which process it is.
@@ -129,9 +163,11 @@ impl Vmm {
         &self.run_dir
     }
 
-    /// The process is gone.
+    /// The process is gone. Asks the kernel: the task that watches it may not have run yet.
     pub fn has_ended(&self) -> bool {
-        *self.ended.borrow()
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut pidfd = [rustix::event::PollFd::new(&*self.pidfd, rustix::event::PollFlags::IN)];
+        *self.ended.borrow() || rustix::event::poll(&mut pidfd, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// Waits until the process is gone.
@@ -169,6 +205,17 @@ impl Vmm {
                 self.kill();
             }
         }
+        self.clear_away().await;
+    }
+
+    /// Kills the process, waits until it is gone and removes its run directory: for one that has nothing left to say.
+    pub async fn end_at_once(&self) {
+        self.dismissed.store(true, Ordering::Release);
+        self.kill();
+        self.clear_away().await;
+    }
+
+    async fn clear_away(&self) {
         if tokio::time::timeout(KILL, self.wait_ended()).await.is_err() {
             tracing::error!(
                 pid = self.identity.pid,
@@ -207,16 +254,17 @@ impl Vmm {
 }
 
 /// VMM processes of this host whose run directory lies under `root`, by looking at every process. For what a killed supervisor left behind.
+/// A VMM works in its run directory, which may have another name by now than the one on its command line.
 pub fn find_under(root: &Path) -> io::Result<Vec<(VmmIdentity, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         // A process that ends while it is looked at is not there.
+        let Ok(dir) = fs::read_link(format!("/proc/{pid}/cwd")) else { continue };
         let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        let args = command.split(|b| *b == 0).map(String::from_utf8_lossy).collect::<Vec<_>>();
-        let Some(dir) = args.iter().position(|arg| arg == "--run-dir").and_then(|i| args.get(i + 1)) else { continue };
-        let dir = PathBuf::from(dir.as_ref());
+        // Somebody's shell in a run directory is no VMM.
         if dir.parent() == Some(root)
+            && command.split(|b| *b == 0).any(|arg| arg == b"--run-dir")
             && let Ok(started_ticks) = start_ticks(pid)
         {
             found.push((VmmIdentity { pid, started_ticks }, dir));
@@ -260,9 +308,33 @@ mod tests {
         fs::write(&program, "#!/bin/sh\necho no such luck >&2\nexit 1\n").unwrap();
         fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let run = dir.path().join("run");
-        let error = Vmm::spawn(&program, &SandboxId::parse("sbx-a").unwrap(), &run, GRACE).await.unwrap_err();
+        let error = Vmm::spawn(&program, "sbx-a", &run, GRACE).await.unwrap_err();
         assert!(error.to_string().contains("no such luck"), "{error}");
         assert!(!run.exists());
+    }
+
+    #[tokio::test]
+    #[expect(
+        clippy::disallowed_methods,
+        clippy::zombie_processes,
+        reason = "a stand-in for a VMM: the watch waits for it"
+    )]
+    async fn a_vmm_is_found_under_the_name_that_its_run_directory_has_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        let (run, renamed) = (root.join("pool-0"), root.join("sbx-a"));
+        fs::create_dir(&run).unwrap();
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", "read x", "--run-dir", "."])
+            .current_dir(&run)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let vmm = Vmm::watch(i32::try_from(child.id()).unwrap(), &run).unwrap().renamed(&renamed).unwrap();
+        assert_eq!(find_under(&root).unwrap(), [(vmm.identity().clone(), renamed.clone())]);
+        drop(child.stdin.take());
+        vmm.end().await;
+        assert!(find_under(&root).unwrap().is_empty() && !renamed.exists());
     }
 
     #[tokio::test]

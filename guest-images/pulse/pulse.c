@@ -41,6 +41,7 @@ static struct {
 	u64 low_pages, pages;	/* filled from `base` up; the same and those above 4 GiB */
 	u64 hot_pages;
 	u64 gap;		/* spins */
+	u64 beat;		/* polls of a gap; 0 for none */
 	u64 cpus;
 	enum mix mix;
 	u8 full, ticks, count;
@@ -166,6 +167,7 @@ static void configure(const char *line)
 	conf.pages = conf.low_pages + number(line, "high=", 0) * per_mib;
 	conf.hot_pages = at_most(number(line, "hot=", 4) * per_mib, conf.pages);
 	conf.gap = number(line, "gap=", 2000000);
+	conf.beat = number(line, "beat=", 0);
 	conf.cpus = at_most(number(line, "cpus=", 1), MAX_CPUS);
 	if (!conf.cpus)
 		conf.cpus = 1;
@@ -452,10 +454,16 @@ void pulse_main(const char *command_line)
 		else if (conf.ticks)
 			put('.');
 		obey();
+		u64 beats = 0;
 		for (u64 spun = 0; spun < conf.gap; spun += SPINS_PER_POLL) {
 			spin(at_most(SPINS_PER_POLL, conf.gap - spun));
 			count_exit();
 			obey();
+			/* The last one of a gap is at its end: from there to the next tick is one pass. */
+			if (conf.beat && (++beats == conf.beat || spun + SPINS_PER_POLL >= conf.gap)) {
+				put(',');
+				beats = 0;
+			}
 		}
 	}
 }

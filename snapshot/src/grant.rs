@@ -10,6 +10,10 @@ pub struct GrantedObject {
     pub key: String,
     /// How to reach it.
     pub access: Access,
+    /// A descriptor sent beforehand under this token: of a file on this host that holds, or is to hold, the same bytes. Only ever a hint:
+    /// what is read from it is checked by the frames' digests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<u64>,
 }
 
 /// How a granted object is reached.

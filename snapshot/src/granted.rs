@@ -1,9 +1,19 @@
 //! Packs read and written over grants: what a VMM uses instead of a store.
 //!
 //! Pack PUTs are idempotent (the name belongs to one commit, the body is fixed), so they are retried on time-outs, lost connections and
-//! 5xx; refusals (401, 403, 404, 507) are not. All URLs share one client, so that connections are reused.
+//! 5xx; refusals (401, 403, 404, 507) are not. One that takes much longer than its siblings is sent a second time (`pace`): the first
+//! success counts, the other is cut off. All URLs share one client, so that connections are reused. Nothing here looks at a payload:
+//! the URLs are signed beforehand, for any body.
 
-use std::{collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -18,15 +28,31 @@ use crate::{
     },
 };
 
+mod pace;
+
+use pace::{Pace, jittered};
+
 /// Bytes of an error document that are read for its code.
 const ERROR_BODY: usize = 4096;
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// Where finished packs go.
 #[async_trait]
 pub trait PackSink: Send + Sync {
     /// Stores pack `n` of this capture, counted from 0, and returns its key once it is durable. Called once for each `n`, concurrently for several.
     async fn put(&self, n: u32, bytes: Bytes) -> Result<String, StoreError>;
+
+    /// Whether [`keep_copy`](Self::keep_copy) does anything.
+    fn keeps_copies(&self) -> bool {
+        false
+    }
+
+    /// Keeps a copy of pack `n` on this host, if there is a place for one. Called after the pack became durable, beside other PUTs; the
+    /// capture waits for it a while. Whether it succeeds is nobody's concern.
+    async fn keep_copy(&self, n: u32, bytes: Bytes) {
+        let _ = (n, bytes);
+    }
 }
 
 /// Where pack bytes come from.
@@ -61,6 +87,10 @@ pub struct GrantedPacks {
     /// In the order given.
     objects: Vec<(String, Way)>,
     by_key: HashMap<String, usize>,
+    /// Local files for the same bytes.
+    caches: HashMap<String, Arc<File>>,
+    puts: Mutex<Pace>,
+    gets: Mutex<Pace>,
 }
 
 #[derive(Clone)]
@@ -86,13 +116,15 @@ impl GrantedPacks {
         files: &mut HashMap<u64, File>,
         patience: Patience,
     ) -> Result<Self, StoreError> {
-        let client = reqwest::Client::builder()
-            .redirect(redirect::Policy::none())
-            .build()
-            .map_err(|error| unanswered(Operation::Grant, "", error))?;
+        let client = client()?;
         let mut ways = Vec::with_capacity(objects.len());
         let mut by_key = HashMap::with_capacity(objects.len());
-        for GrantedObject { key, access } in objects {
+        let mut caches = HashMap::new();
+        for GrantedObject { key, access, cache } in objects {
+            // Only a hint, and so is its absence.
+            if let Some(file) = cache.and_then(|token| files.remove(&token)) {
+                caches.insert(key.clone(), Arc::new(file));
+            }
             let way = match access {
                 Access::Url(url) => Way::Url(url),
                 Access::Fd(token) => Way::File(Arc::new(files.remove(&token).ok_or_else(|| {
@@ -103,12 +135,18 @@ impl GrantedPacks {
             by_key.insert(key.clone(), ways.len());
             ways.push((key, way));
         }
-        Ok(Self { client, patience, objects: ways, by_key })
+        Ok(Self { client, patience, objects: ways, by_key, caches, puts: Mutex::default(), gets: Mutex::default() })
     }
 
     /// How many grants there are.
     pub fn len(&self) -> usize {
         self.objects.len()
+    }
+
+    /// The local files that came with the grants, by key. What a file holds, if anything, is only known by the frames' digests.
+    pub fn cache_files(&self) -> HashMap<String, File> {
+        let file = |(key, file): (&String, &Arc<File>)| Some((key.clone(), file.try_clone().ok()?));
+        self.caches.iter().filter_map(file).collect()
     }
 
     /// Whether there are none.
@@ -128,12 +166,46 @@ impl GrantedPacks {
             match attempt().await {
                 Err(error) if error.is_retryable() && left > 0 => {
                     tracing::debug!(key = error.key, error = %error, "trying again");
-                    tokio::time::sleep(wait).await;
+                    tokio::time::sleep(jittered(wait)).await;
                     wait = (wait * 2).min(MAX_BACKOFF);
                 }
                 done => return done,
             }
         }
+    }
+
+    /// Makes an attempt, and a second one beside it when the first takes too long; what succeeds first counts.
+    async fn hedged<T, F>(
+        &self,
+        pace: &Mutex<Pace>,
+        bytes: u64,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let started = Instant::now();
+        let limit = locked(pace).begin(bytes);
+        let mut first = pin!(attempt());
+        let early = match limit {
+            Some(limit) => tokio::time::timeout(limit, &mut first).await.ok(),
+            None => None,
+        };
+        let result = match early {
+            Some(result) => result,
+            None if limit.is_some() && locked(pace).hedge() => {
+                let mut second = pin!(attempt());
+                tokio::select! {
+                    result = &mut first => if result.is_ok() { result } else { second.await },
+                    result = &mut second => if result.is_ok() { result } else { first.await },
+                }
+            }
+            None => first.await,
+        };
+        if result.is_ok() {
+            locked(pace).succeeded(started.elapsed(), bytes);
+        }
+        result
     }
 
     async fn put_url(&self, key: &str, url: &str, bytes: Bytes) -> Result<(), StoreError> {
@@ -172,6 +244,27 @@ impl GrantedPacks {
     }
 }
 
+/// The client of this process, made at its first use.
+fn client() -> Result<reqwest::Client, StoreError> {
+    static CLIENT: OnceLock<reqwest::Client> = OnceLock::new();
+    if let Some(client) = CLIENT.get() {
+        return Ok(client.clone());
+    }
+    let client = reqwest::Client::builder()
+        .redirect(redirect::Policy::none())
+        // A hedge needs a connection of its own, and bulk transfers gain nothing from sharing one.
+        .http1_only()
+        .tcp_nodelay(true)
+        .connect_timeout(CONNECT)
+        .build()
+        .map_err(|error| unanswered(Operation::Grant, "", error))?;
+    Ok(CLIENT.get_or_init(|| client).clone())
+}
+
+fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
+    pace.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The error for an answer that is no success; reads the start of its body.
 async fn refusal(operation: Operation, key: &str, mut answer: reqwest::Response) -> StoreError {
     let mut body = Vec::new();
@@ -206,7 +299,8 @@ impl PackSink for GrantedPacks {
         };
         match way {
             Way::Url(url) => {
-                self.patiently(|| self.put_url(key, url, bytes.clone())).await?;
+                let put = || self.put_url(key, url, bytes.clone());
+                self.patiently(|| self.hedged(&self.puts, bytes.len() as u64, put)).await?;
             }
             Way::File(file) => {
                 self.patiently(|| {
@@ -222,6 +316,23 @@ impl PackSink for GrantedPacks {
         }
         Ok(key.clone())
     }
+
+    fn keeps_copies(&self) -> bool {
+        !self.caches.is_empty()
+    }
+
+    async fn keep_copy(&self, n: u32, bytes: Bytes) {
+        let Some((key, _)) = self.objects.get(n as usize) else { return };
+        let Some(file) = self.caches.get(key) else { return };
+        // Readers check the frames' digests: neither a sync nor an order is needed.
+        let kept = with_file(Operation::Put, key, file, move |file| {
+            file.set_len(0)?;
+            file.write_all_at(&bytes, 0)
+        });
+        if let Err(error) = kept.await {
+            tracing::debug!(key, error = %error, "no local copy of a pack");
+        }
+    }
 }
 
 #[async_trait]
@@ -235,7 +346,10 @@ impl PackSource for GrantedPacks {
             return Ok(Bytes::new());
         }
         match way {
-            Way::Url(url) => self.patiently(|| self.get_url(key, url, &range)).await,
+            Way::Url(url) => {
+                let get = || self.get_url(key, url, &range);
+                self.patiently(|| self.hedged(&self.gets, range.end - range.start, get)).await
+            }
             Way::File(file) => {
                 self.patiently(|| {
                     let Range { start, end } = range;

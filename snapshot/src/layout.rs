@@ -12,7 +12,7 @@
 
 use crate::ids::{CommitId, Digest};
 
-/// Whose heads and generations: a sandbox's or a named snapshot's.
+/// Whose heads and generations: a sandbox's, a named snapshot's or a template's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     prefix: String,
@@ -43,6 +43,11 @@ impl Owner {
     /// The named snapshot `id` of `tenant`.
     pub fn snapshot(tenant: &str, id: &str) -> Result<Self, BadName> {
         Ok(Self { prefix: format!("v1/{}/snapshot/{}/", name(tenant)?, name(id)?) })
+    }
+
+    /// The booted template of this shape: no head, one manifest beside its generations.
+    pub fn template(digest: Digest) -> Self {
+        Self { prefix: template(digest) }
     }
 
     /// What every key of this owner begins with; ends with a slash.
@@ -192,6 +197,7 @@ mod tests {
         assert_eq!(generation.manifest(), format!("v1/acme/sandbox/sb-1/3-2-{commit}/manifest"));
         assert_eq!(generation.pack(7), format!("v1/acme/sandbox/sb-1/3-2-{commit}/pack/7"));
         assert_eq!(Owner::snapshot("acme", "s").unwrap().prefix(), "v1/acme/snapshot/s/");
+        assert_eq!(Owner::template(Digest([1; 32])).prefix(), template(Digest([1; 32])));
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! | [`grant`], [`granted`] | what a VMM may touch, and packs read and written over it |
 //! | [`commit`] | the head register: compare-and-swap, settled by content |
 //! | [`capture`], [`restore`], [`verify`] | pages to packs, packs to pages, every digest checked |
+//! | [`pager`] | packs to pages lazily; the pack cache on local disk |
 //! | [`gc`], [`repair`], [`compact`] | what no head needs is deleted; heads are set right; old packs are written anew |
 //!
 //! This crate knows no KVM, no devices and no HTTP server. Random ids come in from outside.
@@ -25,6 +26,7 @@ pub mod layout;
 pub mod manifest;
 pub mod pack;
 pub mod page;
+pub mod pager;
 pub mod repair;
 pub mod restore;
 pub mod store;

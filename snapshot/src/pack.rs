@@ -9,12 +9,14 @@
 //! A pack does not describe its frames: the manifest does, and its digests are checked before anything is decoded.
 
 use bytes::Bytes;
+use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use serde::{Deserialize, Serialize};
 
 use crate::{ids::Digest, page::PAGE_SIZE};
 
 const MAGIC: &[u8; 8] = b"stasispk";
 const VERSION: u16 = 1;
+const ZSTD_LEVEL: i32 = 1;
 
 /// Bytes of the pack header.
 pub const HEADER_LEN: u64 = 16;
@@ -106,16 +108,54 @@ pub struct EncodedFrame {
 
 /// Compresses whole pages into a frame; stores them raw where `codec` gains less than 12 %, or fails.
 pub fn encode_frame(codec: Codec, pages: &[u8]) -> EncodedFrame {
-    let compressed = match codec {
-        Codec::Raw => None,
-        Codec::Lz4 => Some(lz4_flex::block::compress(pages)),
-        Codec::Zstd => zstd::bulk::compress(pages, 1).ok(),
-    };
-    let (codec, bytes) = match compressed {
-        Some(bytes) if bytes.len() * 100 <= pages.len() * 88 => (codec, bytes),
-        _ => (Codec::Raw, pages.to_vec()),
-    };
-    EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest: Digest::of(&bytes), bytes }
+    FrameEncoder::default().encode(codec, pages, Vec::new())
+}
+
+/// What compressing takes, kept from frame to frame: allocating it for each would cost more than the compression.
+#[derive(Default)]
+pub(crate) struct FrameEncoder {
+    lz4: CompressTable,
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+}
+
+impl FrameEncoder {
+    /// As [`encode_frame`], into `buffer`, whose content is lost.
+    pub(crate) fn encode(&mut self, codec: Codec, pages: &[u8], mut buffer: Vec<u8>) -> EncodedFrame {
+        let done = match codec {
+            Codec::Raw => false,
+            Codec::Lz4 => self.lz4(pages, &mut buffer),
+            Codec::Zstd => self.zstd(pages, &mut buffer),
+        };
+        let codec = if done && buffer.len() * 100 <= pages.len() * 88 {
+            codec
+        } else {
+            buffer.clear();
+            buffer.extend_from_slice(pages);
+            Codec::Raw
+        };
+        let digest = Digest::of(&buffer);
+        EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest, bytes: buffer }
+    }
+
+    fn lz4(&mut self, pages: &[u8], buffer: &mut Vec<u8>) -> bool {
+        buffer.resize(get_maximum_output_size(pages.len()), 0);
+        let len = compress_into_with_table(pages, buffer, &mut self.lz4);
+        buffer.truncate(len.as_ref().map_or(0, |len| *len));
+        len.is_ok()
+    }
+
+    fn zstd(&mut self, pages: &[u8], buffer: &mut Vec<u8>) -> bool {
+        let compressor = match &mut self.zstd {
+            Some(compressor) => compressor,
+            none => match zstd::bulk::Compressor::new(ZSTD_LEVEL) {
+                Ok(compressor) => none.insert(compressor),
+                Err(_) => return false,
+            },
+        };
+        buffer.clear();
+        buffer.reserve(zstd::zstd_safe::compress_bound(pages.len()));
+        compressor.compress_to_buffer(pages, buffer).is_ok()
+    }
 }
 
 /// The pages of a frame from its stored bytes: length and digest are checked first, the decoded length after.
@@ -161,17 +201,23 @@ pub(crate) struct PackBuilder {
 }
 
 impl PackBuilder {
+    /// With a buffer that grows.
+    #[cfg(test)]
     pub(crate) fn new() -> Self {
-        let mut bytes = Vec::with_capacity(MIN_PACK as usize);
+        Self::within(Vec::new())
+    }
+
+    /// In `bytes`, which is empty.
+    pub(crate) fn within(mut bytes: Vec<u8>) -> Self {
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.resize(HEADER_LEN as usize, 0);
         Self { bytes, frames: Vec::new() }
     }
 
-    /// Bytes so far, the header included.
-    pub(crate) fn len(&self) -> u64 {
-        self.bytes.len() as u64
+    /// Stored bytes of frames so far.
+    pub(crate) fn stored(&self) -> u64 {
+        self.bytes.len() as u64 - HEADER_LEN
     }
 
     /// Adds a frame and returns its position.
@@ -187,12 +233,16 @@ impl PackBuilder {
         self.frames.len() as u32 - 1
     }
 
-    /// The object, and its entry without a key.
-    pub(crate) fn finish(self) -> (Bytes, PackEntry) {
+    /// The object, and its entry without key and digest: both can wait until the object is on its way.
+    pub(crate) fn finish(mut self) -> (Bytes, PackEntry) {
+        // A small pack must not hold the memory of a full one; nearly full ones keep theirs for the next.
+        if self.bytes.len() < self.bytes.capacity() / 2 {
+            self.bytes.shrink_to_fit();
+        }
         let entry = PackEntry {
             key: String::new(),
             size: self.bytes.len() as u32,
-            digest: Digest::of(&self.bytes),
+            digest: Digest([0; 32]),
             frames: self.frames,
         };
         (self.bytes.into(), entry)
@@ -207,7 +257,8 @@ pub(crate) fn test_entry(key: &str, frames: &[u32]) -> PackEntry {
         let bytes: Vec<u8> = (0..pages as usize * PAGE_SIZE).map(|i| (i / 7 % 251) as u8).collect();
         pack.push(&encode_frame(Codec::Lz4, &bytes));
     }
-    let mut entry = pack.finish().1;
+    let (bytes, mut entry) = pack.finish();
+    entry.digest = Digest::of(&bytes);
     key.clone_into(&mut entry.key);
     entry
 }
@@ -244,6 +295,21 @@ mod tests {
             assert_eq!(frame.codec, codec);
             assert_eq!(frame.pages, 8);
             assert_eq!(decode_frame(&entry(&frame), &frame.bytes), Ok(compressible.clone()));
+        }
+    }
+
+    #[test]
+    fn an_encoder_leaves_nothing_of_the_frame_before() {
+        let mut encoder = FrameEncoder::default();
+        let mut buffer = Vec::new();
+        let long: Vec<u8> = (0..64 * PAGE_SIZE).map(|i| (i / 64) as u8).collect();
+        for codec in [Codec::Lz4, Codec::Zstd, Codec::Raw, Codec::Zstd, Codec::Lz4] {
+            for pages in [&long[..], &noise(3 * PAGE_SIZE), &long[PAGE_SIZE..2 * PAGE_SIZE]] {
+                let frame = encoder.encode(codec, pages, buffer);
+                assert_eq!(decode_frame(&entry(&frame), &frame.bytes).as_deref(), Ok(pages));
+                assert_eq!(frame, encode_frame(codec, pages));
+                buffer = frame.bytes;
+            }
         }
     }
 

@@ -101,7 +101,7 @@ pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Res
         report.checked.bytes += object.bytes.len() as u64;
         match Manifest::decode_checked(&object.bytes, digest) {
             Ok(manifest) => {
-                packs.extend(manifest.packs.into_iter().map(|pack| ((pack.key.clone(), pack.digest), pack)))
+                packs.extend(manifest.packs.into_iter().map(|pack| ((pack.key.clone(), pack.digest), pack)));
             }
             Err(error) => report.checked.problem(&key, error.to_string()),
         }

@@ -21,7 +21,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use stasis_snapshot::{
-    capture::{BaseInput, BlockIndex, CaptureRequest, Captured, ImageInput, Options, capture},
+    capture::{BaseInput, BlockIndex, CaptureRequest, Captured, CodecChoice, ImageInput, Options, capture},
     commit::{Head, HeadState},
     granted::{PackSink, PackSource},
     ids::{CommitId, Digest},
@@ -198,9 +198,10 @@ async fn make() {
             images: inputs,
             parent_packs: parent.as_ref().map_or(Vec::new(), |(parent, _)| parent.packs.clone()),
             sink: Arc::new(Bucket { store: store.clone(), generation: Some(generation.clone()) }),
-            options: Options { codec, boot_pages: 6, ..Options::default() },
+            options: Options { codec: CodecChoice::Fixed(codec), boot_pages: 6, ..Options::default() },
             cancel: CancellationToken::new(),
             progress: None,
+            connections: None,
         })
         .await
         .unwrap();
@@ -233,11 +234,11 @@ async fn make() {
     let text = serde_json::to_string_pretty(&json!({"memory": digests[0], "disk": digests[1]})).unwrap();
     std::fs::write(folder.join("digests.json"), text + "\n").unwrap();
     let _ = std::fs::remove_file(folder.join(".lock"));
-    seed_the_fuzzers(&folder, &named).await;
+    seed_the_fuzzers(&folder, &named);
 }
 
 /// What the fuzz targets `manifest` and `frame` begin with.
-async fn seed_the_fuzzers(folder: &Path, named: &ManifestRef) {
+fn seed_the_fuzzers(folder: &Path, named: &ManifestRef) {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     let bytes = std::fs::read(folder.join(&named.key)).unwrap();
     std::fs::write(fuzz.join("manifest").join(NEW), &bytes).unwrap();

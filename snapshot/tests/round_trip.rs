@@ -6,22 +6,29 @@ mod support;
 
 use std::{
     ops::Range,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stasis_snapshot::{
     capture::{
-        BaseInput, BlockIndex, CaptureError, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, Partial,
-        Stats, capture, packs_needed,
+        BaseInput, BlockIndex, CaptureError, CaptureFailed, CaptureRequest, Captured, CodecChoice, ImageInput, Options,
+        PageReader, Partial, Stats, capture, packs_needed,
     },
+    granted::PackSink,
     image::PageRef,
     manifest::{ImageKind, Manifest},
     pack::{BOOT_FRAME_PAGES, Codec, HEADER_LEN, PackEntry},
     page::PAGE_SIZE,
     restore::{self, PageWriter, RestoreError, restore},
-    store::ErrorKind,
+    store::{ErrorKind, StoreError},
 };
 use support::{Fault, Packs, Pages, content, first_capture, manifest, manifest_of, noise};
 use tokio::{runtime::Runtime, sync::watch};
@@ -37,6 +44,7 @@ fn request(images: Vec<ImageInput>, parent_packs: Vec<PackEntry>, packs: &Arc<Pa
         options: Options { connections: 3, ..Options::default() },
         cancel: CancellationToken::new(),
         progress: None,
+        connections: None,
     }
 }
 
@@ -114,7 +122,7 @@ proptest! {
                 packs.begin(&format!("{generation}/"));
                 let before = parent.map_or(Vec::new(), |parent| parent.packs);
                 let mut request = request(inputs, before.clone(), &packs);
-                request.options.codec = [Codec::Lz4, Codec::Zstd, Codec::Raw][usize::from(codec)];
+                request.options.codec = CodecChoice::Fixed([Codec::Lz4, Codec::Zstd, Codec::Raw][usize::from(codec)]);
                 request.options.boot_pages = boot_pages;
                 let options = request.options;
                 let captured = capture(request).await.unwrap();
@@ -245,7 +253,7 @@ async fn no_reader_is_called_after_the_end() {
     capture(stuck).await.unwrap_err();
     let reads = memory.reads.load(Ordering::SeqCst);
     assert!(reads < 8000 / 64, "the capture went on to the end");
-    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(memory.reads.load(Ordering::SeqCst), reads);
 }
 
@@ -266,6 +274,104 @@ async fn memory_and_connections_are_bounded() {
     bounded.options.connections = 3;
     capture(bounded).await.unwrap();
     assert_eq!(*packs.most_in_flight.borrow(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_change_while_a_capture_runs() {
+    let memory = Arc::new(Pages::from_bytes(noise(6, 8192)));
+    let packs = Arc::new(Packs::default());
+    // No PUT is answered before three are in flight, and one is allowed.
+    packs.gate.store(3, Ordering::SeqCst);
+    let (connections, allowed) = watch::channel(1);
+    let mut throttled = request(vec![first_capture(KINDS[0], &memory, None)], Vec::new(), &packs);
+    throttled.connections = Some(allowed);
+    let mut most = packs.most_in_flight.subscribe();
+    let running = tokio::spawn(capture(throttled));
+    most.wait_for(|most| *most == 1).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(*most.borrow_and_update(), 1);
+    connections.send(3).unwrap();
+    most.wait_for(|most| *most == 3).await.unwrap();
+    connections.send(0).unwrap();
+    drop(connections);
+    running.await.unwrap().unwrap();
+    assert_eq!(*packs.most_in_flight.borrow(), 3);
+}
+
+/// Pages that are slow to read: a chunk takes a second.
+struct Slow(AtomicU64);
+
+impl PageReader for Slow {
+    fn read(&self, first_page: u64, into: &mut [u8]) -> std::io::Result<()> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        #[expect(clippy::disallowed_methods, reason = "the time it takes is the point")]
+        std::thread::sleep(Duration::from_millis(20 * (into.len() / PAGE_SIZE) as u64 / 10));
+        into.fill(first_page as u8 | 1);
+        Ok(())
+    }
+}
+
+/// Cancels after a while; what is called afterwards shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancellation_is_prompt_whatever_is_going_on() {
+    let slow = Arc::new(Slow(AtomicU64::new(0)));
+    let memory = Arc::new(Pages::from_bytes(noise(6, 8192)));
+    for (after, reading) in [(0, true), (300, true), (0, false), (5, false), (40, false), (200, false)] {
+        let packs = Arc::new(Packs::default());
+        // PUTs are never answered.
+        packs.gate.store(1000, Ordering::SeqCst);
+        let mut input = first_capture(KINDS[0], &memory, None);
+        if reading {
+            input.reader = slow.clone();
+        }
+        let request = request(vec![input], Vec::new(), &packs);
+        let cancel = request.cancel.clone();
+        let cancelled = tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            cancel.cancel();
+            Instant::now()
+        });
+        let failed = capture(request).await.unwrap_err();
+        let took = cancelled.await.unwrap().elapsed();
+        assert!(matches!(failed.error, CaptureError::Cancelled), "{}", failed.error);
+        // Milliseconds, and 128 for a read that cannot be interrupted; but a busy machine may not run us at once. All reads take 8 s.
+        println!("{took:?} after {after} ms, reading slowly: {reading}");
+        assert!(took < Duration::from_secs(1), "{took:?} after {after} ms");
+        let reads = slow.0.load(Ordering::SeqCst) + memory.reads.load(Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        assert_eq!(slow.0.load(Ordering::SeqCst) + memory.reads.load(Ordering::SeqCst), reads);
+    }
+}
+
+/// Takes 300 ms for each pack.
+struct SlowSink(Arc<Packs>);
+
+#[async_trait]
+impl PackSink for SlowSink {
+    async fn put(&self, n: u32, bytes: Bytes) -> Result<String, StoreError> {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        self.0.put(n, bytes).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_store_makes_the_codec_zstd() {
+    // Words of a small vocabulary: lz4 leaves more of them than zstd does.
+    let mut rng = SmallRng::seed_from_u64(1);
+    let words: Vec<[u8; 6]> = (0..500).map(|_| rng.random()).collect();
+    let bytes = std::iter::repeat_with(|| words[rng.random_range(0..500)]).flatten().take(8192 * PAGE_SIZE).collect();
+    let memory = Arc::new(Pages::from_bytes(bytes));
+    let packs = Arc::new(Packs::default());
+    let mut slow = request(vec![first_capture(KINDS[0], &memory, None)], Vec::new(), &packs);
+    slow.options.connections = 2;
+    slow.options.memory = 0;
+    slow.sink = Arc::new(SlowSink(packs.clone()));
+    let captured = capture(slow).await.unwrap();
+    let codecs: Vec<_> = captured.packs.iter().flat_map(|pack| &pack.frames).map(|frame| frame.codec).collect();
+    assert_eq!(codecs[0], Codec::Lz4);
+    assert!(codecs.contains(&Codec::Zstd), "{codecs:?}");
+    let back = restored(&manifest_of(&captured, &KINDS[..1], 0), &packs, &memory).await;
+    assert!(back[0] == memory.snapshot());
 }
 
 #[tokio::test]

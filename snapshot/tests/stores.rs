@@ -205,7 +205,7 @@ async fn granted(store: &dyn ObjectStore, keys: &[&str], what: Grant) -> Granted
                 Access::Fd(token)
             }
         };
-        objects.push(GrantedObject { key: (*key).to_owned(), access });
+        objects.push(GrantedObject { key: (*key).to_owned(), access, cache: None });
     }
     let packs = GrantedPacks::new(objects, &mut files, Patience::default()).unwrap();
     assert!(files.is_empty());
@@ -351,7 +351,7 @@ async fn s3_answers_become_kinds() {
 
 fn url_grant(address: SocketAddr, patience: Patience) -> GrantedPacks {
     let url = format!("http://{address}/bucket/pack?X-Amz-Signature=geheim");
-    let object = GrantedObject { key: "pack".into(), access: Access::Url(url) };
+    let object = GrantedObject { key: "pack".into(), access: Access::Url(url), cache: None };
     GrantedPacks::new(vec![object], &mut HashMap::new(), patience).unwrap()
 }
 
@@ -390,6 +390,77 @@ async fn granted_packs_are_retried_unless_refused() {
 }
 
 #[tokio::test]
+async fn a_request_that_is_stuck_is_sent_again_on_another_connection() {
+    // Number 25 is never answered, nor is its hedge refused.
+    let (address, count) = scripted(|n| (n != 25).then_some((200, ""))).await;
+    let objects = (0..40).map(|n| GrantedObject {
+        key: format!("pack/{n}"),
+        access: Access::Url(format!("http://{address}/pack/{n}")),
+        cache: None,
+    });
+    let packs = GrantedPacks::new(objects.collect(), &mut HashMap::new(), Patience::default()).unwrap();
+    let start = Instant::now();
+    for n in 0..40 {
+        assert_eq!(packs.put(n, Bytes::from_static(b"x")).await.unwrap(), format!("pack/{n}"));
+    }
+    assert!(start.elapsed() < Patience::default().attempt, "it was the time-out that helped");
+    // A busy machine may have stalled another one.
+    let asked = count.load(Ordering::SeqCst);
+    assert!((41..=45).contains(&asked), "{asked} requests");
+
+    // Ranged GETs alike; a store that is slow as a whole is not asked twice for everything.
+    let (address, count) = scripted(|n| (n < 20 || n % 2 == 0).then_some((206, "abcd"))).await;
+    let packs = url_grant(address, Patience { attempt: Duration::from_millis(400), ..HASTY });
+    for _ in 0..30 {
+        packs.get_range("pack", 0..4).await.unwrap();
+    }
+    let asked = count.load(Ordering::SeqCst);
+    assert!((31..=50).contains(&asked), "{asked} requests");
+}
+
+#[tokio::test]
+async fn packs_are_copied_to_the_local_files_that_come_with_their_grants() {
+    let bucket = tempfile::tempdir().unwrap();
+    let store = S3Store::new(settings(s3_server(bucket.path()).await)).unwrap();
+    let cache = tempfile::tempdir().unwrap();
+    let mut files = HashMap::new();
+    let mut objects = Vec::new();
+    for token in 0..8 {
+        let key = format!("p/{token}");
+        let RawGrant::Url(url) = store.grant_put(&key, TTL).await.unwrap() else { panic!("no URL") };
+        // One that cannot be written, one that was not sent.
+        let path = cache.path().join(token.to_string());
+        std::fs::write(&path, vec![7; 3 << 20]).unwrap();
+        if token != 1 {
+            files.insert(token, File::options().read(true).write(token != 0).open(path).unwrap());
+        }
+        objects.push(GrantedObject { key, access: Access::Url(url), cache: Some(token) });
+    }
+    let sink = GrantedPacks::new(objects, &mut files, Patience::default()).unwrap();
+    assert!(files.is_empty());
+    assert_eq!(sink.cache_files().len(), 7);
+    let memory = Arc::new(Pages::from_bytes(noise(1, 1100)));
+    let captured = capture(CaptureRequest {
+        images: vec![first_capture(ImageKind::Memory, &memory, None)],
+        parent_packs: Vec::new(),
+        sink: Arc::new(sink),
+        options: Options::default(),
+        cancel: CancellationToken::new(),
+        progress: None,
+        connections: None,
+    })
+    .await
+    .unwrap();
+    assert!(captured.packs.len() >= 4);
+    for (n, pack) in captured.packs.iter().enumerate() {
+        let copy = std::fs::read(cache.path().join(n.to_string())).unwrap();
+        let same = copy == store.get(&pack.key).await.unwrap().bytes;
+        assert_eq!(same, n > 1, "pack {n}");
+        assert_eq!(Digest::of(&copy) == pack.digest, n > 1);
+    }
+}
+
+#[tokio::test]
 async fn a_server_that_sends_another_length_is_not_believed() {
     for (status, body) in [(206, "abc"), (206, "abcde"), (200, "abcd")] {
         let (address, _) = scripted(move |_| Some((status, body))).await;
@@ -400,7 +471,7 @@ async fn a_server_that_sends_another_length_is_not_believed() {
 
 #[tokio::test]
 async fn a_grant_without_its_descriptor_is_an_error() {
-    let object = GrantedObject { key: "pack".into(), access: Access::Fd(7) };
+    let object = GrantedObject { key: "pack".into(), access: Access::Fd(7), cache: None };
     let error = GrantedPacks::new(vec![object], &mut HashMap::new(), HASTY).unwrap_err();
     assert_eq!(error.key, "pack");
 }
@@ -527,6 +598,7 @@ async fn verify_names_every_damaged_and_missing_object() {
         options: Options::default(),
         cancel: CancellationToken::new(),
         progress: None,
+        connections: None,
     })
     .await
     .unwrap();

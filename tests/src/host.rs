@@ -19,15 +19,20 @@ pub fn no_kvm() -> Option<String> {
 
 /// A file that the build or the image scripts make, relative to the target folder.
 pub fn built(relative: &str) -> PathBuf {
-    // The test binary is in target/<profile>/deps.
-    let target = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.parent()?.to_owned()));
+    let target = profile().and_then(|folder| Some(folder.parent()?.to_owned()));
     target.unwrap_or_else(|| PathBuf::from("target")).join(relative)
 }
 
-/// A program of this build (`stasis`, `stasis-vmm`), beside the test binary.
+/// A program of this build (`stasis`, `stasis-vmm`), of the same profile as the running one.
 pub fn program(name: &str) -> PathBuf {
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.join(name)));
-    beside.unwrap_or_else(|| PathBuf::from(name))
+    profile().map_or_else(|| PathBuf::from(name), |folder| folder.join(name))
+}
+
+/// `target/<profile>`: the folder of this program, or above it when this is a test in `deps`.
+fn profile() -> Option<PathBuf> {
+    let exe = std::env::current_exe().ok()?;
+    let folder = exe.parent()?;
+    Some(if folder.ends_with("deps") { folder.parent()? } else { folder }.to_owned())
 }
 
 /// A fresh directory for scratch: in the rig on its tmpfs, elsewhere under the system's.

@@ -1,14 +1,19 @@
 //! A whole service: an S3 server on loopback, a proxy in front of it that can break things on the wire, `stasis serve` as a process, and a
 //! client. The supervisor is a process of its own so that tests can kill it.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use stasis_api::dev::{EmbeddedS3, FaultProxy};
+use stasis_snapshot::store::ObjectStore;
+use stasis_snapshot::store::directory::DirectoryStore;
+use stasis_snapshot::store::s3::{S3Settings, S3Store};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::Client;
 
@@ -31,9 +36,29 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         // Short deadlines: a test that waits for one should not wait for long.
-        let environment = [("STASIS_DEADLINES_STORE_MS", "3000"), ("STASIS_DEADLINES_CAPTURE_MS", "20000")];
+        // What happens by itself in the background would take the faults that are meant for a request.
+        let environment = [
+            ("STASIS_DEADLINES_STORE_MS", "3000"),
+            ("STASIS_DEADLINES_CAPTURE_MS", "20000"),
+            ("STASIS_GOLDEN", "off"),
+            ("STASIS_RUN_AHEAD", "off"),
+        ];
         Self { images: None, environment: environment.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec() }
     }
+}
+
+/// Where a service's sandboxes sleep, and by which way it gets there.
+#[derive(Clone, Debug, Default)]
+pub enum Sleep {
+    /// In the embedded S3 server, behind the proxy.
+    #[default]
+    Proxied,
+    /// In the embedded S3 server, without a proxy in between, which would cost as much as the server.
+    Direct,
+    /// In a directory store.
+    Directory,
+    /// In a bucket elsewhere.
+    Bucket(S3Settings),
 }
 
 /// A running service. Everything of it ends when it is dropped.
@@ -47,7 +72,9 @@ pub struct Service {
     /// Everything on disk.
     pub dir: tempfile::TempDir,
     options: Options,
-    s3: EmbeddedS3,
+    /// The embedded S3 server.
+    pub s3: EmbeddedS3,
+    sleep: Sleep,
     supervisor: Child,
     http: reqwest::Client,
 }
@@ -64,7 +91,7 @@ impl Drop for Second {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
         let _ = self.supervisor.wait();
-        kill_all(&vmm_pids_under(&self.data.join("run")));
+        kill_all(&vmms(&self.data.join("run"), |_| true));
     }
 }
 
@@ -96,6 +123,11 @@ impl Reply {
         if self.status == status { Ok(self) } else { Err(format!("expected {status}, got {self:?}").into()) }
     }
 
+    /// This reply, or an error when it is no success.
+    pub fn expect_success(self) -> Result<Self, Error> {
+        if (200..300).contains(&self.status) { Ok(self) } else { Err(format!("expected success, got {self:?}").into()) }
+    }
+
     /// A string field, empty when it is not there.
     pub fn text(&self, field: &str) -> String {
         self.json[field].as_str().unwrap_or_default().to_owned()
@@ -118,8 +150,19 @@ impl Service {
     /// Starts everything and waits until the API answers.
     pub async fn start(options: Options) -> Result<Self, Error> {
         let dir = host::scratch()?;
+        let objects = dir.path().join("s3");
+        Self::start_with(options, Sleep::default(), dir, &objects).await
+    }
+
+    /// The same with another store, in a directory of the caller's, with the S3 server's objects in `objects`.
+    pub async fn start_with(
+        options: Options,
+        sleep: Sleep,
+        dir: tempfile::TempDir,
+        objects: &Path,
+    ) -> Result<Self, Error> {
         let loopback = "127.0.0.1:0".parse()?;
-        let s3 = EmbeddedS3::start(&dir.path().join("s3"), loopback, BUCKET, ACCESS_KEY, SECRET_KEY).await?;
+        let s3 = EmbeddedS3::start(objects, loopback, BUCKET, ACCESS_KEY, SECRET_KEY).await?;
         let proxy = FaultProxy::start(s3.addr()).await?;
         let images = match &options.images {
             Some(images) => images.clone(),
@@ -130,9 +173,10 @@ impl Service {
         let url = format!("http://127.0.0.1:{port}");
         let data = dir.path().join("d");
         let key = make_key(&data, "test")?;
-        let supervisor = spawn(dir.path(), &data, &options, &proxy.endpoint(), port)?;
         let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
-        let service = Self { proxy, url, key, dir, options, s3, supervisor, http };
+        let place = store_of(&sleep, &s3, &proxy, dir.path());
+        let supervisor = spawn(dir.path(), &data, &options, &place, port)?;
+        let service = Self { proxy, url, key, dir, options, s3, sleep, supervisor, http };
         service.ready().await?;
         Ok(service)
     }
@@ -189,7 +233,8 @@ impl Service {
     pub async fn start_supervisor(&mut self) -> Result<(), Error> {
         let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
         let data = self.dir.path().join("d");
-        self.supervisor = spawn(self.dir.path(), &data, &self.options, &self.proxy.endpoint(), port)?;
+        let place = store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path());
+        self.supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
         self.ready().await
     }
 
@@ -202,7 +247,8 @@ impl Service {
     pub async fn start_second(&self, name: &str) -> Result<Second, Error> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let data = self.dir.path().join(name);
-        let supervisor = spawn(self.dir.path(), &data, &self.options, &self.s3_endpoint(), port)?;
+        let place = self.direct_place();
+        let supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
         let second = Second { url: format!("http://127.0.0.1:{port}"), data, supervisor };
         self.ready_at(&second.url).await?;
         Ok(second)
@@ -215,12 +261,29 @@ impl Service {
         let ran = std::process::Command::new(host::program("stasis"))
             .arg("--json")
             .args(arguments)
-            .envs(environment(&data, &self.options, &self.s3_endpoint(), 0))
+            .envs(environment(&data, &self.options, &self.direct_place(), 0))
             .output()?;
         Ok(Ran {
             code: ran.status.code().unwrap_or(-1),
             json: serde_json::from_slice(&ran.stdout).unwrap_or(Value::Null),
             stderr: String::from_utf8_lossy(&ran.stderr).into_owned(),
+        })
+    }
+
+    /// Where the sandboxes sleep, past the proxy: its faults are for the first supervisor alone.
+    fn direct_place(&self) -> Place {
+        let sleep = match &self.sleep {
+            Sleep::Proxied => &Sleep::Direct,
+            other => other,
+        };
+        store_of(sleep, &self.s3, &self.proxy, self.dir.path())
+    }
+
+    /// The store that the supervisor uses, reached the same way.
+    pub fn store(&self) -> Result<Arc<dyn ObjectStore>, Error> {
+        Ok(match store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path()) {
+            Place::Directory(path) => Arc::new(DirectoryStore::open(&path)?),
+            Place::S3(settings) => Arc::new(S3Store::new(settings)?),
         })
     }
 
@@ -315,9 +378,14 @@ impl Service {
         if console.contains('!') { Err(format!("pulse lost something: {console}").into()) } else { Ok(()) }
     }
 
-    /// Process ids of VMMs that run from this service's data directory.
+    /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them.
     pub fn vmm_pids(&self) -> Vec<u32> {
-        vmm_pids_under(&self.dir.path().join("d/run"))
+        vmms(&self.dir.path().join("d/run"), |name| !name.starts_with("pool-"))
+    }
+
+    /// Process ids of this service's VMMs that were started ahead and are used by nobody.
+    pub fn idle_vmm_pids(&self) -> Vec<u32> {
+        vmms(&self.dir.path().join("d/run"), |name| name.starts_with("pool-"))
     }
 
     /// Objects in the bucket below `prefix`, by their paths in the S3 server's folder.
@@ -357,42 +425,83 @@ fn kill_all(pids: &[u32]) {
     }
 }
 
-/// Process ids of VMMs whose run directories are below `root`.
-fn vmm_pids_under(root: &Path) -> Vec<u32> {
-    let marker = root.to_string_lossy().into_owned();
+/// Process ids of VMMs whose run directory is one of `root` with a name that is `wanted`.
+fn vmms(root: &Path, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     processes
         .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
         .filter(|pid| {
             let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let cmdline = String::from_utf8_lossy(&cmdline);
-            cmdline.contains("stasis-vmm") && cmdline.contains(&marker)
+            let run_dir = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+            String::from_utf8_lossy(&cmdline).contains("stasis-vmm")
+                && run_dir.strip_prefix(root).is_ok_and(|name| wanted(&name.to_string_lossy()))
         })
         .collect()
 }
 
-fn environment(data: &Path, options: &Options, s3: &str, port: u16) -> Vec<(String, std::ffi::OsString)> {
+enum Place {
+    Directory(PathBuf),
+    S3(S3Settings),
+}
+
+fn store_of(sleep: &Sleep, s3: &EmbeddedS3, proxy: &FaultProxy, dir: &Path) -> Place {
+    let embedded = |endpoint| {
+        Place::S3(S3Settings {
+            endpoint,
+            region: "us-east-1".to_owned(),
+            bucket: BUCKET.to_owned(),
+            access_key: ACCESS_KEY.to_owned(),
+            secret_key: SECRET_KEY.to_owned(),
+            path_style: true,
+            request_timeout: Duration::from_mins(1),
+            commit_timeout: Duration::from_mins(1),
+        })
+    };
+    match sleep {
+        Sleep::Proxied => embedded(proxy.endpoint()),
+        Sleep::Direct => embedded(s3.endpoint()),
+        Sleep::Directory => Place::Directory(dir.join("store")),
+        Sleep::Bucket(settings) => Place::S3(settings.clone()),
+    }
+}
+
+fn store_environment(place: &Place) -> Vec<(&'static str, OsString)> {
+    match place {
+        Place::Directory(path) => {
+            vec![("STASIS_STORE_KIND", "directory".into()), ("STASIS_STORE_PATH", path.into())]
+        }
+        Place::S3(settings) => [
+            ("STASIS_STORE_KIND", "s3"),
+            ("STASIS_STORE_ENDPOINT", &settings.endpoint),
+            ("STASIS_STORE_BUCKET", &settings.bucket),
+            ("STASIS_STORE_REGION", &settings.region),
+            ("STASIS_STORE_ACCESS_KEY", &settings.access_key),
+            ("STASIS_STORE_SECRET_KEY", &settings.secret_key),
+            ("STASIS_STORE_PATH_STYLE", if settings.path_style { "true" } else { "false" }),
+        ]
+        .map(|(name, value)| (name, value.into()))
+        .to_vec(),
+    }
+}
+
+/// What tells a program of ours its data, its images and its store.
+fn environment(data: &Path, options: &Options, place: &Place, port: u16) -> Vec<(String, OsString)> {
     let images = options.images.clone().unwrap_or_default();
-    let ours: [(&str, std::ffi::OsString); 8] = [
+    let ours = [
         ("STASIS_LISTEN", format!("127.0.0.1:{port}").into()),
         ("STASIS_DATA_DIR", data.into()),
         ("STASIS_IMAGES_DIR", images.into()),
-        ("STASIS_STORE_KIND", "s3".into()),
-        ("STASIS_STORE_ENDPOINT", s3.into()),
-        ("STASIS_STORE_BUCKET", BUCKET.into()),
-        ("STASIS_STORE_ACCESS_KEY", ACCESS_KEY.into()),
-        ("STASIS_STORE_SECRET_KEY", SECRET_KEY.into()),
     ];
-    let ours = ours.into_iter().map(|(name, value)| (name.to_owned(), value));
+    let ours = ours.into_iter().chain(store_environment(place)).map(|(name, value)| (name.to_owned(), value));
     ours.chain(options.environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
-fn spawn(dir: &Path, data: &Path, options: &Options, s3: &str, port: u16) -> Result<Child, Error> {
+fn spawn(dir: &Path, data: &Path, options: &Options, place: &Place, port: u16) -> Result<Child, Error> {
     let log = File::options().create(true).append(true).open(dir.join("supervisor.log"))?;
     let child = std::process::Command::new(host::program("stasis"))
         .arg("serve")
-        .envs(environment(data, options, s3, port))
+        .envs(environment(data, options, place, port))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

@@ -12,7 +12,8 @@ use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::store::{ObjectStore, RawGrant};
 use stasis_vmm::control::client::Client;
 use stasis_vmm::control::types::{
-    BootRequest, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, RestoreReport, RestoreRequest,
+    BootRequest, CaptureMode, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, Paging, RestoreReport,
+    RestoreRequest,
 };
 use stasis_vmm::control::{CONSOLE_LOG, CONTROL_SOCKET, EXIT_NOTE};
 
@@ -93,9 +94,30 @@ impl Vmm {
 
     /// Boots a kernel without disks.
     pub async fn boot(&mut self, kernel: File, vcpus: u8, memory_mib: u32, cmdline: &str) -> Result<(), Error> {
-        let kernel = self.send(vec![kernel]).await?[0];
+        self.boot_with(kernel, None, vcpus, memory_mib, cmdline).await
+    }
+
+    /// The same with a memory file of the caller's.
+    pub async fn boot_with(
+        &mut self,
+        kernel: File,
+        memory: Option<File>,
+        vcpus: u8,
+        memory_mib: u32,
+        cmdline: &str,
+    ) -> Result<(), Error> {
+        let tokens = self.send(std::iter::once(kernel).chain(memory).collect()).await?;
+        let (kernel, memory) = (tokens[0], tokens.get(1).copied());
         let machine = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: true };
-        let request = BootRequest { machine, kernel, initramfs: None, cmdline: cmdline.to_owned(), disks: vec![] };
+        let request = BootRequest {
+            machine,
+            kernel,
+            initramfs: None,
+            cmdline: cmdline.to_owned(),
+            disks: vec![],
+            memory,
+            id: None,
+        };
         self.client.boot(&request).await?;
         Ok(())
     }
@@ -114,35 +136,76 @@ impl Vmm {
     /// Pauses and captures into `store` under `prefix`. The machine stays paused.
     pub async fn capture(&mut self, store: &dyn ObjectStore, prefix: &str) -> Result<Stored, Error> {
         let paused = self.client.pause().await?;
-        let keys: Vec<String> = (0..paused.packs_needed).map(|n| format!("{prefix}/pack/{n}")).collect();
+        self.capture_in(store, prefix, CaptureMode::Stopped, paused.packs_needed).await
+    }
+
+    /// Captures a running machine into `store` under `prefix`: a round, or staged.
+    pub async fn capture_running(
+        &mut self,
+        store: &dyn ObjectStore,
+        prefix: &str,
+        mode: CaptureMode,
+    ) -> Result<Stored, Error> {
+        // The guest goes on writing after the estimate.
+        let packs = self.client.dirty().await?.packs_needed * 2 + 8;
+        self.capture_in(store, prefix, mode, packs).await
+    }
+
+    /// Captures into at most `packs` packs.
+    pub async fn capture_in(
+        &mut self,
+        store: &dyn ObjectStore,
+        prefix: &str,
+        mode: CaptureMode,
+        packs: u32,
+    ) -> Result<Stored, Error> {
+        let keys: Vec<String> = (0..packs).map(|n| format!("{prefix}/pack/{n}")).collect();
         let mut grants = Vec::new();
         for key in &keys {
             grants.push(store.grant_put(key, PATIENCE).await?);
         }
         let packs = self.grant(keys, grants).await?;
-        let request = CaptureRequest { packs, connections: 4, deadline_ms: 600_000 };
+        let request = CaptureRequest { packs, connections: 4, deadline_ms: 600_000, mode, memory_bytes: None };
         let (draft, report) = self.client.capture(&request).await?;
         Ok(Stored { manifest: draft.to_vec(), report })
     }
 
-    /// Restores a capture and leaves the machine paused.
+    /// Restores a capture and leaves the machine paused. Pages arrive when they are needed.
     pub async fn restore(&mut self, store: &dyn ObjectStore, manifest: &[u8]) -> Result<RestoreReport, Error> {
+        self.restore_with(store, manifest, None, None, Paging::default()).await
+    }
+
+    /// The same with a memory file of the caller's: empty, or holding what its notes say.
+    pub async fn restore_with(
+        &mut self,
+        store: &dyn ObjectStore,
+        manifest: &[u8],
+        memory: Option<File>,
+        notes: Option<&[u8]>,
+        paging: Paging,
+    ) -> Result<RestoreReport, Error> {
         let keys: Vec<String> = Manifest::decode(manifest)?.packs.into_iter().map(|p| p.key).collect();
         let mut grants = Vec::new();
         for key in &keys {
             grants.push(store.grant_get(key, PATIENCE).await?);
         }
         let packs = self.grant(keys, grants).await?;
-        let mut file = tempfile::tempfile()?;
-        std::io::Write::write_all(&mut file, manifest)?;
-        std::io::Seek::rewind(&mut file)?;
-        let token = self.send(vec![file]).await?[0];
+        let mut files = vec![filled(manifest)?];
+        files.extend(memory);
+        if let Some(notes) = notes {
+            files.push(filled(notes)?);
+        }
+        let tokens = self.send(files).await?;
         let request = RestoreRequest {
-            manifest: token,
+            manifest: tokens[0],
             manifest_digest: Digest::of(manifest).to_string(),
             packs,
             disks: vec![],
             generation_id: format!("{:032x}", rand::random::<u128>()),
+            memory: tokens.get(1).copied(),
+            kept: tokens.get(2).copied(),
+            paging,
+            id: None,
         };
         Ok(self.client.restore(&request).await?)
     }
@@ -158,7 +221,7 @@ impl Vmm {
                     Access::Fd(self.next_token + files.len() as u64 - 1)
                 }
             };
-            objects.push(GrantedObject { key, access });
+            objects.push(GrantedObject { key, access, cache: None });
         }
         self.send(files).await?;
         Ok(objects)
@@ -231,6 +294,18 @@ pub async fn until<T>(what: &str, mut check: impl FnMut() -> std::io::Result<Opt
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
+}
+
+/// An empty memory file, as a supervisor makes it.
+pub fn memory_file() -> Result<File, Error> {
+    Ok(rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)?.into())
+}
+
+fn filled(bytes: &[u8]) -> Result<File, Error> {
+    let mut file = tempfile::tempfile()?;
+    std::io::Write::write_all(&mut file, bytes)?;
+    std::io::Seek::rewind(&mut file)?;
+    Ok(file)
 }
 
 /// A store in a directory.

@@ -1,12 +1,17 @@
 //! A machine restored in a new process equals the machine that was captured: pulse on this machine's own `/dev/kvm`.
 
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
+use stasis_snapshot::manifest::Manifest;
+use stasis_snapshot::store::{ObjectStore, Precondition};
 use stasis_tests::host;
 use stasis_tests::suite::{Outcome, Suite};
-use stasis_tests::vmm::{Vmm, directory_store, no_pulse};
-use stasis_vmm::control::types::VmState;
+use stasis_tests::vmm::{Error, Vmm, directory_store, memory_file, no_pulse, pulse};
+use stasis_vmm::control::types::{CaptureMode, Paging, VmState};
 
 /// Runs what follows where `/dev` is empty.
 const HIDE_DEV: &[&str] = &["unshare", "-m", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh"];
@@ -22,6 +27,11 @@ fn main() {
         suite = suite.test(&name, no_pulse(), move || three_generations(vcpus, memory_mib, more));
     }
     suite
+        .test("random_histories_restore_what_was_live_1_vcpu", no_pulse(), || random_history(1))
+        .test("random_histories_restore_what_was_live_2_vcpu", no_pulse(), || random_history(2))
+        .test("a_guest_runs_before_its_memory_is_there", no_pulse(), lazy)
+        .test("memory_that_stayed_is_not_fetched_again", no_pulse(), kept)
+        .test("a_page_that_cannot_be_had_ends_the_machine", no_pulse(), page_lost)
         .test("no_port_exit_is_lost_or_doubled_across_1000_pauses", no_pulse(), || thousand_pauses(1000))
         .test("a_guest_that_dies_ends_its_process_with_the_reason", no_pulse(), dead_guest)
         .test("a_file_that_is_no_kernel_is_refused", no_pulse(), no_kernel)
@@ -63,6 +73,187 @@ async fn three_generations(vcpus: u8, memory_mib: u32, more: &str) -> Outcome {
     assert_eq!(digests.len(), 3, "each generation had something of its own");
     vmm.shutdown().await?;
     Ok(())
+}
+
+/// Captures of every kind in random order, some of which fail or are cancelled, while the guest dirties other pages in each step; whatever
+/// the way back, the restored guest has the memory of the one that was stopped.
+async fn random_history(vcpus: u8) -> Outcome {
+    const STEPS: u32 = 24;
+    let dir = host::scratch()?;
+    let store = directory_store(&dir.path().join("store"))?;
+    let mut memory = memory_file()?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    let cmdline = format!("mix=real fill=48 hot=3 cpus={vcpus}");
+    vmm.boot_with(File::open(pulse())?, Some(memory.try_clone()?), vcpus, 128, &cmdline).await?;
+    vmm.console_until("R\n").await?;
+    let mut wakes = 0;
+    for step in 1..=STEPS {
+        let (what, seed) = (rand::rng().random_range(0..6), rand::rng().random_range(0..10_u8));
+        vmm.ask_pulse(b'0' + seed, "P").await?;
+        vmm.console_until(".").await?;
+        let prefix = format!("v1/t/sandbox/p/{step}");
+        match what {
+            0 => drop(vmm.capture_running(&*store, &prefix, CaptureMode::Round).await?),
+            1 => {
+                // The clone has what the original had when it stood still; the original goes on.
+                let stored = vmm.capture_running(&*store, &prefix, CaptureMode::Staged).await?;
+                let mut clone = Vmm::start(&dir.path().join(format!("clone{step}"))).await?;
+                clone.restore(&*store, &stored.manifest).await?;
+                clone.client.resume().await?;
+                clone.console_until("..").await?;
+                clone.shutdown().await?;
+            }
+            2 => {
+                // Fewer packs than are needed: the capture fails, some of its packs are stored.
+                vmm.client.pause().await?;
+                let failed = vmm.capture_in(&*store, &prefix, CaptureMode::Stopped, 0).await;
+                assert!(failed.is_err(), "step {step}: a capture without grants");
+                vmm.client.resume().await?;
+            }
+            3 => {
+                // Cancelled while it runs, or too late for that.
+                let paused = vmm.client.pause().await?;
+                let client = vmm.client.clone();
+                let after = rand::rng().random_range(0..20_000);
+                let cancel = async {
+                    tokio::time::sleep(Duration::from_micros(after)).await;
+                    client.cancel_capture().await
+                };
+                let capture = vmm.capture_in(&*store, &prefix, CaptureMode::Stopped, paused.packs_needed);
+                let (_, cancelled) = tokio::join!(capture, cancel);
+                cancelled?;
+                vmm.client.resume().await?;
+            }
+            _ => {
+                vmm.ask_pulse(b's', "S").await?;
+                let before = vmm.digest().await?;
+                let stored = vmm.capture(&*store, &prefix).await?;
+                let notes = vmm.client.keep().await?.to_vec();
+                vmm.shutdown().await?;
+                vmm = Vmm::start(&dir.path().join(step.to_string())).await?;
+                let stays = what == 4;
+                if !stays {
+                    memory = memory_file()?;
+                }
+                let notes = stays.then_some(&notes[..]);
+                let file = Some(memory.try_clone()?);
+                let report = vmm.restore_with(&*store, &stored.manifest, file, notes, Paging::default()).await?;
+                assert_eq!(report.kept, stays, "step {step}");
+                vmm.client.resume().await?;
+                assert_eq!(before, vmm.digest().await?, "step {step}: the way was {what}");
+                vmm.ask_pulse(b'g', "G").await?;
+                wakes += 1;
+            }
+        }
+        assert!(
+            !vmm.console_until("..").await?.contains('!'),
+            "step {step}: a hot page lost what the pass before wrote"
+        );
+    }
+    println!("{wakes} wakes in {STEPS} steps");
+    vmm.shutdown().await?;
+    Ok(())
+}
+
+/// The guest answers while most of its memory is still in the store, and in the end all of it is right.
+async fn lazy() -> Outcome {
+    let dir = host::scratch()?;
+    let store = directory_store(&dir.path().join("store"))?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    vmm.boot_pulse(1, 256, "mix=rand fill=128 hot=2").await?;
+    vmm.console_until("R\n").await?;
+    vmm.ask_pulse(b's', "S").await?;
+    let before = vmm.digest().await?;
+    let stored = vmm.capture(&*store, "v1/t/sandbox/p/1").await?;
+    vmm.shutdown().await?;
+    let mut vmm = Vmm::start(&dir.path().join("1")).await?;
+    let none = Paging { sweep_mib_per_second: 0, ..Paging::default() };
+    let report = vmm.restore_with(&*store, &stored.manifest, None, None, none).await?;
+    if report.absent_pages == 0 {
+        return Err("this host cannot page memory in: no userfaultfd with shared memory".into());
+    }
+    vmm.client.resume().await?;
+    vmm.ask_pulse(b'g', "G").await?;
+    vmm.console_until("...").await?;
+    let paging = vmm.client.metrics().await?.paging.unwrap_or_default();
+    assert!(paging.absent_pages > 64 << 8, "most is not there: {paging:?}");
+    assert!(paging.faults > 0 && paging.resident_us.is_none(), "{paging:?}");
+    // A capture now refers to what is absent, and reads nothing of it.
+    vmm.ask_pulse(b's', "S").await?;
+    let again = vmm.capture(&*store, "v1/t/sandbox/p/2").await?;
+    assert!(again.report.scanned_pages < 16 << 8, "{:?}", again.report);
+    let absent = vmm.client.metrics().await?.paging.unwrap_or_default().absent_pages;
+    assert!(absent > 64 << 8, "the capture brought memory in: {absent} pages are absent");
+    vmm.client.resume().await?;
+    // The digest reads all of it.
+    let live = vmm.digest().await?;
+    assert_ne!(live, before, "passes went by");
+    vmm.shutdown().await?;
+    let mut vmm = Vmm::start(&dir.path().join("2")).await?;
+    vmm.restore(&*store, &again.manifest).await?;
+    vmm.client.resume().await?;
+    assert_eq!(live, vmm.digest().await?);
+    vmm.shutdown().await?;
+    Ok(())
+}
+
+/// A restore over the memory file of the VMM that made the snapshot fetches nothing, and sends only what changed afterwards.
+async fn kept() -> Outcome {
+    let dir = host::scratch()?;
+    let store = directory_store(&dir.path().join("store"))?;
+    let memory = memory_file()?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    vmm.boot_with(File::open(pulse())?, Some(memory.try_clone()?), 1, 128, "mix=rand fill=64 hot=2").await?;
+    vmm.console_until("R\n").await?;
+    vmm.ask_pulse(b's', "S").await?;
+    let before = vmm.digest().await?;
+    let stored = vmm.capture(&*store, "v1/t/sandbox/p/1").await?;
+    let notes = vmm.client.keep().await?.to_vec();
+    vmm.shutdown().await?;
+    // Without its packs: whatever was fetched would fail.
+    std::fs::remove_dir_all(dir.path().join("store/v1"))?;
+    std::fs::create_dir_all(dir.path().join("store/v1"))?;
+    let mut vmm = Vmm::start(&dir.path().join("1")).await?;
+    let empty = directory_with(&dir.path().join("other"), &stored.manifest).await?;
+    let report = vmm.restore_with(&*empty, &stored.manifest, Some(memory), Some(&notes), Paging::default()).await?;
+    assert!(report.kept && report.absent_pages == 0 && report.fetched_bytes == 0, "{report:?}");
+    vmm.client.resume().await?;
+    assert_eq!(before, vmm.digest().await?);
+    let again = vmm.capture(&*store, "v1/t/sandbox/p/2").await?;
+    assert!(again.report.sent_pages < 64, "it stood still: {:?}", again.report);
+    assert!(again.report.unchanged_pages > 0, "what was only touched is told by its digest: {:?}", again.report);
+    vmm.shutdown().await?;
+    Ok(())
+}
+
+/// Packs that are gone from the store: the machine ends and says which, it does not hang nor show other memory.
+async fn page_lost() -> Outcome {
+    let dir = host::scratch()?;
+    let store = directory_store(&dir.path().join("store"))?;
+    let mut vmm = Vmm::start(&dir.path().join("0")).await?;
+    vmm.boot_pulse(1, 128, "mix=rand fill=64 hot=2").await?;
+    vmm.console_until("R\n").await?;
+    let stored = vmm.capture(&*store, "v1/t/sandbox/p/1").await?;
+    vmm.shutdown().await?;
+    let mut vmm = Vmm::start(&dir.path().join("1")).await?;
+    let broken = directory_with(&dir.path().join("other"), &stored.manifest).await?;
+    // The end may come before either answer.
+    if vmm.restore(&*broken, &stored.manifest).await.is_ok() {
+        let _ = vmm.client.resume().await;
+    }
+    let note = vmm.ended().await?;
+    assert_eq!(note.status, 4, "{note:?}");
+    assert!(note.reason.contains("pack"), "{note:?}");
+    Ok(())
+}
+
+/// A store that has every pack of the manifest, each cut to nothing.
+async fn directory_with(root: &Path, manifest: &[u8]) -> Result<Arc<dyn ObjectStore>, Error> {
+    let store = directory_store(root)?;
+    for pack in Manifest::decode(manifest)?.packs {
+        store.put(&pack.key, bytes::Bytes::from_static(b"nothing"), &Precondition::None).await?;
+    }
+    Ok(store)
 }
 
 /// Pulse counts its port accesses, the device counts them too. Each restored machine is a new process.

@@ -41,13 +41,16 @@ async fn sleeps_and_wakes() -> Outcome {
         service.pulse_is_well(&id).await?;
         let paused = service.pause(&id).await?.expect(201)?;
         assert_eq!(paused.text("state"), "paused");
-        for phase in ["stop", "upload", "commit", "sent"] {
+        for phase in ["stop", "state", "upload", "manifest", "head", "sent"] {
             assert!(paused.timing.contains(phase), "{phase} in {:?}", paused.timing);
         }
         assert!(service.vmm_pids().is_empty(), "no VMM process is left");
         assert!(!service.run_dir(&id).exists(), "no socket is left");
-        let scratch = walk(&service.dir.path().join("d"));
-        assert!(scratch.iter().all(|f| f.contains("journal") || f.contains("lock")), "no file is left: {scratch:?}");
+        let left = walk(&service.dir.path().join("d"));
+        let ours = |f: &String| {
+            ["/journal.db", "/lock", "/owner", "/packs/", "/run/pool-"].iter().any(|part| f.contains(part))
+        };
+        assert!(left.iter().all(ours), "no file is left: {left:?}");
         assert!(service.objects("v1/test/sandbox").iter().any(|o| o.ends_with("head")));
         let resumed = service.resume(&id).await?.expect(200)?;
         assert_eq!(resumed.text("state"), "running");
@@ -58,12 +61,10 @@ async fn sleeps_and_wakes() -> Outcome {
     }
     service.call("DELETE", &format!("/v1/sandbox/{id}"), None).await?.expect(204)?;
     assert!(service.vmm_pids().is_empty());
+    // What it had stays until `stasis gc` takes it after the grace (house.rs); the tombstone stays for ever.
     let head =
         service.objects("v1/test/sandbox").into_iter().find(|o| o.ends_with("head")).ok_or("the head is gone")?;
-    assert!(
-        std::fs::read_to_string(head)?.contains("\"deleted\""),
-        "a tombstone; the rest is the collector's, see house.rs"
-    );
+    assert!(std::fs::read_to_string(head)?.contains("\"deleted\""), "a tombstone is left");
     Ok(())
 }
 
@@ -74,7 +75,7 @@ fn walk(dir: &std::path::Path) -> Vec<String> {
         if path.is_dir() {
             found.extend(walk(&path));
         } else {
-            found.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            found.push(path.to_string_lossy().into_owned());
         }
     }
     found
@@ -178,7 +179,7 @@ async fn other_tenant() -> Outcome {
 }
 
 async fn damaged_objects() -> Outcome {
-    let service = Service::start(Options::default()).await?;
+    let service = Service::start(cold()).await?;
     let id = service.create_pulse().await?;
     service.pause(&id).await?.expect(201)?;
     for (part, fault) in [
@@ -190,15 +191,42 @@ async fn damaged_objects() -> Outcome {
         ("/pack/", Fault::Refuse(404)),
     ] {
         service.proxy.add(Rule::every(http::Method::GET, part, fault.clone()));
-        let failed = service.resume(&id).await?;
-        assert!(failed.status >= 500, "{part} {fault:?}: {failed:?}");
-        assert!(failed.text("message").contains(part.trim_matches('/')), "{part} {fault:?}: {failed:?}");
-        assert_eq!(service.state(&id).await?, "paused", "{part} {fault:?}");
+        let woken = service.resume(&id).await?;
+        if woken.status == 200 {
+            // Pages come when they are touched: the guest runs until it touches one that cannot be had.
+            assert_eq!(part, "/pack/", "{fault:?}: {woken:?}");
+            if fault == Fault::FlipBit {
+                // Only one frame of each answer is damaged: the guest may never need it, but must never see it.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                if service.state(&id).await? == "running" {
+                    service.pulse_is_well(&id).await?;
+                    service.proxy.clear();
+                    service.pause(&id).await?.expect(201)?;
+                    continue;
+                }
+            }
+            service.await_state(&id, "paused").await?;
+        } else {
+            assert!(woken.status >= 500, "{part} {fault:?}: {woken:?}");
+            assert!(woken.text("message").contains(part.trim_matches('/')), "{part} {fault:?}: {woken:?}");
+            assert_eq!(service.state(&id).await?, "paused", "{part} {fault:?}");
+        }
         assert!(service.vmm_pids().is_empty(), "{part} {fault:?}");
         service.proxy.clear();
     }
     service.resume(&id).await?.expect(200)?;
     service.pulse_is_well(&id).await
+}
+
+/// Nothing is kept on the host: every wake reads the store.
+fn cold() -> Options {
+    with(&[("STASIS_KEEP_MEMORY_MIB", "0"), ("STASIS_PACK_CACHE_MIB", "0")])
+}
+
+fn with(environment: &[(&str, &str)]) -> Options {
+    let mut options = Options::default();
+    options.environment.extend(environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+    options
 }
 
 async fn bucket_is_the_catalogue() -> Outcome {

@@ -1,11 +1,15 @@
 //! Which pages of memory a capture has to look at.
 //!
-//! Three sources, never one without the others: KVM's dirty log (what vCPUs wrote), the devices' bitmap (what this process wrote on their
-//! behalf), and the **carry-over**: pages of an earlier capture that never became durable. A page leaves the carry-over only when its bytes
-//! are in a confirmed pack, and the memory then is compared against that pack, not against the parent.
+//! Three sources, never one without the others: what vCPUs wrote, what this process wrote on behalf of devices, and the **carry-over**:
+//! pages of an earlier capture that never became durable. A page leaves the carry-over only when its bytes are in a confirmed pack, and
+//! the memory then is compared against that pack, not against the parent.
 //!
-//! The log is off until the first capture: a guest that was never captured is dirty wherever it exists. It is switched on while the vCPUs
-//! stand still, so that no write falls between the first look and the log.
+//! What vCPUs wrote is told by the host's page tables where the kernel can ([`Presence`]), else by KVM's dirty log, which costs the guest
+//! a fault for each 4 KiB page it writes and every huge page. Neither runs before the first capture: a guest that was never captured is
+//! dirty wherever it exists. Both are superset trackers: digests tell which pages changed.
+//!
+//! With the guest running ([`DirtyTracker::collect`] in a round), a page is taken out of the tracker before it is read, so that a write
+//! that the reader misses is found by the next collection.
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -14,6 +18,10 @@ use stasis_snapshot::page::PAGE_SIZE;
 use crate::kvm::{self, During, KvmError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::pages::PageSet;
+use crate::presence::{Presence, PresenceError};
+
+/// Pages of the dirty log cleared with one call (64 MiB): KVM holds its lock for one call.
+const CLEAR_STEP: u64 = 16384;
 
 /// The dirty set cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -21,14 +29,26 @@ pub enum DirtyError {
     /// From KVM.
     #[error("cannot read KVM's dirty log")]
     Kvm(#[from] KvmError),
+    /// From the page tables.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
     /// From the memory file.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
-/// Tracks the pages that differ from the last durable ones.
+/// What tells which pages vCPUs wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// Nothing yet: all that exists is dirty.
+    Existence,
+    PageTables,
+    KvmLog,
+}
+
+/// Tracks the pages that may differ from the last durable ones.
 pub(crate) struct DirtyTracker {
-    logging: bool,
+    source: Source,
     carry_over: PageSet,
 }
 
@@ -49,55 +69,112 @@ pub(crate) fn set_memslots(vm: &VmFd, ram: &GuestRam, log: bool) -> Result<(), K
 }
 
 impl DirtyTracker {
-    /// For a machine that boots: everything that exists is dirty, nothing is logged.
+    /// For a machine that boots: everything that exists is dirty, nothing is tracked.
     pub(crate) fn for_boot(pages: u64) -> Self {
-        Self { logging: false, carry_over: PageSet::new(pages) }
+        Self { source: Source::Existence, carry_over: PageSet::new(pages) }
     }
 
-    /// For a machine that was restored and has not run: nothing is dirty, all further writes are logged.
-    pub(crate) fn for_restored(vm: &VmFd, ram: &GuestRam) -> Result<Self, DirtyError> {
-        set_memslots(vm, ram, true)?;
-        // The restore itself wrote through the devices' mapping.
+    /// For a machine that was restored and has not run: nothing is dirty, all further writes are tracked. Memory has its slots when this
+    /// returns.
+    pub(crate) fn for_restored(vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<Self, DirtyError> {
+        let source = if presence.tracks_writes() {
+            set_memslots(vm, ram, false)?;
+            presence.start_tracking()?;
+            Source::PageTables
+        } else {
+            set_memslots(vm, ram, true)?;
+            // The log begins with every bit set.
+            clear_all(vm, ram)?;
+            Source::KvmLog
+        };
         ram.take_device_writes();
-        Ok(Self { logging: true, carry_over: PageSet::new(ram.pages()) })
+        Ok(Self { source, carry_over: PageSet::new(ram.pages()) })
     }
 
-    /// Pages that differ from the last durable ones, as of the last [`collect`](Self::collect).
+    /// Pages that may differ from the last durable ones, as of the last [`collect`](Self::collect).
     pub(crate) fn pages(&self) -> &PageSet {
         &self.carry_over
     }
 
-    /// Adds what was written since the last call. vCPUs and devices stand still.
-    pub(crate) fn collect(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<(), DirtyError> {
-        if self.logging {
-            self.harvest_log(vm, ram)?;
-        } else {
-            set_memslots(vm, ram, true)?;
-            self.logging = true;
-            self.carry_over.union(&ram.existing_pages()?);
+    /// Adds what was written since the last call, and begins to track where nothing was tracked yet. The guest may run.
+    pub(crate) fn collect(&mut self, vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<(), DirtyError> {
+        match self.source {
+            Source::Existence if presence.tracks_writes() => {
+                presence.start_tracking()?;
+                self.source = Source::PageTables;
+                self.carry_over.union(&ram.existing_pages()?);
+            }
+            Source::Existence => {
+                set_memslots(vm, ram, true)?;
+                clear_all(vm, ram)?;
+                self.source = Source::KvmLog;
+                self.carry_over.union(&ram.existing_pages()?);
+            }
+            Source::PageTables => self.carry_over.union(&presence.take_written()?),
+            Source::KvmLog => {
+                let mut logged = PageSet::new(ram.pages());
+                harvest_log(vm, ram, true, &mut logged)?;
+                // KVM logs a page that a read maps writable, also one that was never there.
+                logged.intersect(&ram.existing_pages()?);
+                self.carry_over.union(&logged);
+            }
         }
         self.carry_over.union(&ram.take_device_writes());
         Ok(())
+    }
+
+    /// What [`collect`](Self::collect) would lead to, leaving all as it is. Device writes of this moment may be missing.
+    pub(crate) fn estimate(&self, vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<PageSet, DirtyError> {
+        let mut pages = match self.source {
+            Source::Existence => ram.existing_pages()?,
+            Source::PageTables => presence.written()?,
+            Source::KvmLog => {
+                let mut logged = PageSet::new(ram.pages());
+                harvest_log(vm, ram, false, &mut logged)?;
+                logged.intersect(&ram.existing_pages()?);
+                logged
+            }
+        };
+        pages.union(&self.carry_over);
+        Ok(pages)
     }
 
     /// These pages are in confirmed packs now.
     pub(crate) fn settled(&mut self, pages: std::ops::Range<u64>) {
         self.carry_over.remove(pages);
     }
+}
 
-    /// Reads and clears the log slot by slot. Clearing write-protects the pages again; nothing runs, so nothing is lost between the two.
-    fn harvest_log(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
-        let mut first = 0;
-        for (slot, (_, bytes, _)) in ram.slots().into_iter().enumerate() {
-            let pages = bytes / PAGE_SIZE as u64;
-            let words = vm.get_dirty_log(slot as u32, bytes as usize).during("read the dirty log")?;
-            if words.iter().any(|w| *w != 0) {
-                // At most 3 GiB or 5 GiB a slot: the count fits.
-                kvm::clear_dirty_log(vm, slot as u32, 0, pages as u32, &words)?;
-                self.carry_over.union_words(first, &words);
-            }
-            first += pages;
+/// Reads the log slot by slot and, if asked to, clears what it read in steps: clearing write-protects the pages again, so a write after it is
+/// logged anew.
+fn harvest_log(vm: &VmFd, ram: &GuestRam, clear: bool, into: &mut PageSet) -> Result<(), KvmError> {
+    let mut first = 0;
+    for (slot, (_, bytes, _)) in ram.slots().into_iter().enumerate() {
+        let pages = bytes / PAGE_SIZE as u64;
+        let words = vm.get_dirty_log(slot as u32, bytes as usize).during("read the dirty log")?;
+        if clear {
+            clear_slot(vm, slot as u32, pages, &words)?;
         }
-        Ok(())
+        into.union_words(first, &words);
+        first += pages;
     }
+    Ok(())
+}
+
+fn clear_all(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
+    for (slot, (_, bytes, _)) in ram.slots().into_iter().enumerate() {
+        let pages = bytes / PAGE_SIZE as u64;
+        clear_slot(vm, slot as u32, pages, &vec![u64::MAX; pages.div_ceil(64) as usize])?;
+    }
+    Ok(())
+}
+
+fn clear_slot(vm: &VmFd, slot: u32, pages: u64, words: &[u64]) -> Result<(), KvmError> {
+    for (step, words) in words.chunks((CLEAR_STEP / 64) as usize).enumerate() {
+        if words.iter().any(|word| *word != 0) {
+            let first = step as u64 * CLEAR_STEP;
+            kvm::clear_dirty_log(vm, slot, first, CLEAR_STEP.min(pages - first) as u32, words)?;
+        }
+    }
+    Ok(())
 }

@@ -8,12 +8,15 @@
 //! | [`vcpu`] | vCPU threads, their state and the orders in which it is saved and restored |
 //! | `vm_state` | interrupt controllers, timer, clock |
 //! | `boot`, `acpi`, `layout` | what the guest finds when it starts |
-//! | `memory`, `dirty`, `pages` | guest memory and which of it changed |
+//! | `memory`, `pages` | guest memory: one file, mapped for the guest and for ourselves |
+//! | `presence`, `dirty` | which of it is there, which of it was written (`uffd`, `pagemap`: the kernel's side) |
+//! | `paging` | memory that arrives after a restore, and the working set |
 //! | `bus`, `io_thread`, `console` | devices as vCPUs reach them; the thread that works for them |
 //! | [`kvm`], `mirror` | KVM calls that kvm-ioctls lacks; our own persisted twins of kernel structs |
 //!
 //! Threads: one for each vCPU, one for all devices, one that receives descriptors, two workers of the control server's runtime and its
-//! blocking pool. Unsafe code is in `kvm`, `vcpu`, `vm_state`, `dirty`, each block with its argument.
+//! blocking pool, and after a restore those that serve faults. Unsafe code is in `kvm`, `vcpu`, `vm_state`, `dirty`, `memory`, `uffd`,
+//! `pagemap`, `paging::faults`, each block with its argument.
 
 mod acpi;
 mod boot;
@@ -27,6 +30,10 @@ mod layout;
 pub mod machine;
 mod memory;
 mod mirror;
+mod pagemap;
 mod pages;
+mod paging;
+mod presence;
+mod uffd;
 pub mod vcpu;
 mod vm_state;

@@ -39,7 +39,13 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    // From here on it is ".": a run directory may get another name when a VMM that was started ahead is given a sandbox.
+    if let Err(error) = enter(&arguments.run_dir) {
+        tracing::error!(run_dir = %arguments.run_dir.display(), %error, "cannot use the run directory");
+        return ExitCode::FAILURE;
+    }
+    arguments.run_dir = PathBuf::from(".");
     let run_dir = arguments.run_dir.clone();
     let note = match start(arguments) {
         Ok(Finished::Shutdown) => ExitNote { status: 0, reason: "shutdown was asked for".to_owned() },
@@ -47,11 +53,19 @@ fn main() -> ExitCode {
             ExitNote { status: 2, reason: format!("the guest ended: {reason}") }
         }
         Ok(Finished::Machine(Ended::Failed(reason))) => ExitNote { status: 3, reason },
+        Ok(Finished::Machine(Ended::PageLost(reason))) => {
+            ExitNote { status: 4, reason: format!("a page of the snapshot cannot be had: {reason}") }
+        }
         Err(error) => ExitNote { status: 1, reason: format!("cannot start: {}", chain(&*error)) },
     };
     tracing::info!(status = note.status, reason = note.reason, "ends");
     leave_note(&run_dir, &note);
     ExitCode::from(u8::try_from(note.status).unwrap_or(u8::MAX))
+}
+
+fn enter(run_dir: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(run_dir)?;
+    std::env::set_current_dir(run_dir)
 }
 
 /// Leaves the note in one step, so that nobody reads half of it.
@@ -67,7 +81,6 @@ fn leave_note(run_dir: &Path, note: &ExitNote) {
 }
 
 fn start(arguments: Arguments) -> Result<Finished, Box<dyn std::error::Error>> {
-    std::fs::create_dir_all(&arguments.run_dir)?;
     let files = Inbox::default();
     files.listen(std::os::unix::net::UnixListener::bind(arguments.run_dir.join(FDS_SOCKET))?)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

@@ -1,23 +1,33 @@
-//! Guest memory: one memfd, mapped once, given to KVM as one or two memslots around the MMIO gap.
+//! Guest memory: one memfd, given to KVM as one or two memslots around the MMIO gap.
 //!
-//! The **memory image** of a snapshot is the memfd's content: image page `i` is bytes `i * 4096..` of the file, whatever its GPA.
-//! [`GuestRam`] is shared by the vCPU set-up, the devices (through [`GuestMemory`]) and the capture; nobody else maps it.
+//! The **memory image** of a snapshot is the memfd's content: image page `i` is bytes `i * 4096..` of the file, whatever its GPA. It is
+//! mapped twice, each time whole and in image order:
+//!
+//! - the **guest mapping** is what KVM and the devices use ([`GuestMemory`]). Its page tables are what write tracking reads and where a
+//!   page that is not there yet faults;
+//! - the **image mapping** is what restores fill and captures read. It leaves no trace in the guest mapping's page tables, and never
+//!   faults on a page that is not there yet.
+//!
+//! Both are aligned to 2 MiB and ask for huge pages: where the host gives them to memory files (`shmem_enabled` is `advise`), a granule
+//! of the guest is one entry in every page table on its way.
 
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use stasis_devices::GuestMemory;
 use stasis_snapshot::page::PAGE_SIZE;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
-    MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileSlice};
 
 use crate::layout;
 use crate::pages::PageSet;
+
+/// Pages of a granule: 2 MiB, the huge page of x86-64, and the unit in which memory arrives after a restore.
+pub(crate) const GRANULE_PAGES: u64 = 512;
+const GRANULE_BYTES: usize = GRANULE_PAGES as usize * PAGE_SIZE;
 
 /// Why guest memory could not be made, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -33,48 +43,150 @@ pub enum MemoryError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The memory file that was given is not one that fits.
+    #[error("the memory file has {found} bytes, the machine {expected}")]
+    Size {
+        /// Of the file.
+        found: u64,
+        /// Of the machine.
+        expected: u64,
+    },
     /// The memory file cannot be searched for data.
     #[error("cannot look for written pages in guest memory")]
     Seek(#[source] std::io::Error),
 }
 
+/// One mapping of the whole memory file, unmapped when dropped.
+struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: plain memory at a fixed place; what is done with it is up to the methods that use it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `file`, shared, aligned to a granule.
+    fn new(file: &File, len: usize) -> rustix::io::Result<Self> {
+        let room = len + GRANULE_BYTES;
+        // SAFETY: a new private mapping at a place of the kernel's choice; nothing else uses it.
+        let reserved = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                room,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        let skip = reserved.cast::<u8>().align_offset(GRANULE_BYTES);
+        // SAFETY: at most a granule further, and the reservation is a granule longer than what is mapped.
+        let base = unsafe { reserved.cast::<u8>().add(skip) };
+        // SAFETY: replaces a part of the reservation made above, which nobody uses.
+        let mapped = unsafe {
+            rustix::mm::mmap(
+                base.cast(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+                file,
+                0,
+            )
+        };
+        // What is left of the reservation on both sides goes; the middle too when it could not be mapped.
+        let (head, tail) = (skip, room - skip - len);
+        if head > 0 {
+            // SAFETY: this part of the reservation is not used.
+            unsafe { rustix::mm::munmap(reserved, head) }?;
+        }
+        // SAFETY: as above; `tail` may be 0 only if `skip` is a whole granule, which it never is.
+        unsafe { rustix::mm::munmap(base.add(len).cast(), tail) }?;
+        mapped?;
+        let mapping = Self { base, len };
+        // SAFETY: the mapping is ours. Advice only: a kernel without huge pages refuses it, and small ones do.
+        if let Err(error) = unsafe { rustix::mm::madvise(base.cast(), len, Advice::LinuxHugepage) } {
+            tracing::debug!(%error, "no huge pages");
+        }
+        // SAFETY: as above. A core dump of the VMM is not to hold the guest.
+        let _ = unsafe { rustix::mm::madvise(base.cast(), len, Advice::LinuxDontDump) };
+        Ok(mapping)
+    }
+
+    /// The bytes of `range`, checked to lie within.
+    fn slice(&self, range: Range<u64>) -> std::io::Result<VolatileSlice<'_>> {
+        let past = || std::io::Error::other("pages past the end of guest memory");
+        let (start, end) =
+            (usize::try_from(range.start).map_err(|_| past())?, usize::try_from(range.end).map_err(|_| past())?);
+        if start > end || end > self.len {
+            return Err(past());
+        }
+        // SAFETY: within the mapping, which lives as long as the borrow; a volatile slice may be written to by others meanwhile.
+        Ok(unsafe { VolatileSlice::new(self.base.add(start), end - start) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`; whoever was given addresses in it holds the owner of this.
+        if let Err(error) = unsafe { rustix::mm::munmap(self.base.cast(), self.len) } {
+            tracing::error!(%error, "cannot unmap guest memory");
+        }
+    }
+}
+
 /// The guest's RAM.
 pub(crate) struct GuestRam {
     memory: GuestMemory,
-    file: Arc<File>,
+    guest: Mapping,
+    image: Mapping,
+    file: File,
     pages: u64,
 }
 
 impl GuestRam {
-    /// Maps `bytes` of zero memory. No page exists until it is written.
-    pub(crate) fn new(bytes: u64) -> Result<Self, MemoryError> {
-        let fail = |what, source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map { what, bytes, source };
-        let fd = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
-            .map_err(|e| fail("create", e.into()))?;
-        rustix::fs::ftruncate(&fd, bytes).map_err(|e| fail("size", e.into()))?;
-        let file = Arc::new(File::from(fd));
-        let mut offset = 0;
-        let mut regions = Vec::new();
-        for (start, len) in layout::ram(bytes) {
-            let mapping = MmapRegionBuilder::new_with_bitmap(
-                len as usize,
-                AtomicBitmap::new(len as usize, std::num::NonZeroUsize::MIN.saturating_add(PAGE_SIZE - 1)),
-            )
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|e| fail("map", e.into()))?;
-            let region = GuestRegionMmap::new(mapping, GuestAddress(start))
-                .ok_or_else(|| fail("place", "address overflow".into()))?;
-            regions.push(region);
-            offset += len;
+    /// Maps `bytes` of memory: of `file` if one is given, which is sized if it is empty; of a new one otherwise. A page that was never
+    /// written does not exist and is zero.
+    pub(crate) fn new(file: Option<File>, bytes: u64) -> Result<Self, MemoryError> {
+        fn fail<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+            what: &'static str,
+            bytes: u64,
+        ) -> impl FnOnce(E) -> MemoryError {
+            move |source| MemoryError::Map { what, bytes, source: source.into() }
         }
-        let memory = GuestMemory::from_regions(regions).map_err(|e| fail("arrange", e.into()))?;
-        Ok(Self { memory, file, pages: bytes / PAGE_SIZE as u64 })
+        let file = match file {
+            Some(file) => file,
+            None => rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
+                .map_err(fail("create", bytes))?
+                .into(),
+        };
+        match file.metadata().map_err(fail("look at", bytes))?.len() {
+            0 => rustix::fs::ftruncate(&file, bytes).map_err(fail("size", bytes))?,
+            found if found == bytes => {}
+            found => return Err(MemoryError::Size { found, expected: bytes }),
+        }
+        let guest = Mapping::new(&file, bytes as usize).map_err(fail("map", bytes))?;
+        let image = Mapping::new(&file, bytes as usize).map_err(fail("map", bytes))?;
+        let mut regions = Vec::new();
+        let mut at = 0;
+        for (start, len) in layout::ram(bytes) {
+            let bitmap = AtomicBitmap::new(len as usize, std::num::NonZeroUsize::MIN.saturating_add(PAGE_SIZE - 1));
+            let builder = MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+            // SAFETY: the parts of RAM add up to `bytes`, so this is within the guest mapping; `GuestRam` keeps that as long as anybody has
+            // its `GuestMemory`: the machine drops its devices first.
+            let builder = unsafe { builder.with_raw_mmap_pointer(guest.base.add(at as usize)) };
+            let region = GuestRegionMmap::new(builder.build().map_err(fail("describe", bytes))?, GuestAddress(start))
+                .ok_or_else(|| fail("place", bytes)("address overflow"))?;
+            regions.push(region);
+            at += len;
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(fail("arrange", bytes))?;
+        Ok(Self { memory, guest, image, file, pages: bytes / PAGE_SIZE as u64 })
     }
 
-    /// The mapping, as devices use it. Cheap to clone.
+    /// The guest mapping, as devices use it. Cheap to clone.
     pub(crate) fn guest_memory(&self) -> &GuestMemory {
         &self.memory
     }
@@ -84,12 +196,24 @@ impl GuestRam {
         self.pages
     }
 
-    /// Memslots: (guest physical start, bytes, host address), in image order.
+    /// Memslots: (guest physical start, bytes, host address in the guest mapping), in image order.
     pub(crate) fn slots(&self) -> Vec<(u64, u64, u64)> {
         self.memory.iter().map(|r| (r.start_addr().0, r.len(), r.as_ptr() as u64)).collect()
     }
 
-    /// The image pages that exist in the memfd. All others are zero.
+    /// Host addresses of `pages` in the guest mapping.
+    pub(crate) fn guest_addresses(&self, pages: Range<u64>) -> Range<u64> {
+        let at = |page: u64| self.guest.base as u64 + page.min(self.pages) * PAGE_SIZE as u64;
+        at(pages.start)..at(pages.end)
+    }
+
+    /// The image page at a host address of the guest mapping.
+    pub(crate) fn page_at(&self, address: u64) -> Option<u64> {
+        let page = address.checked_sub(self.guest.base as u64)? / PAGE_SIZE as u64;
+        (page < self.pages).then_some(page)
+    }
+
+    /// The image pages that exist in the memory file. All others are zero.
     pub(crate) fn existing_pages(&self) -> Result<PageSet, MemoryError> {
         use rustix::fs::{SeekFrom, seek};
         let end = self.pages * PAGE_SIZE as u64;
@@ -120,41 +244,43 @@ impl GuestRam {
         set
     }
 
-    /// Writes whole pages from `first_page` of the image on.
+    /// Writes whole pages from `first_page` of the image on, past the guest mapping.
     pub(crate) fn write(&self, first_page: u64, bytes: &[u8]) -> std::io::Result<()> {
-        self.parts(first_page, bytes.len(), |region, at, range| {
-            region.write_slice(&bytes[range], at).map_err(std::io::Error::other)
-        })
+        let start = first_page * PAGE_SIZE as u64;
+        self.image.slice(start..start + bytes.len() as u64)?.copy_from(bytes);
+        Ok(())
     }
 
-    /// Splits a range of image bytes at region borders and hands each part to `f` as (region, offset in it, range of the caller's buffer).
-    fn parts(
-        &self,
-        first_page: u64,
-        len: usize,
-        mut f: impl FnMut(&GuestRegionMmap<AtomicBitmap>, MemoryRegionAddress, Range<usize>) -> std::io::Result<()>,
-    ) -> std::io::Result<()> {
-        let mut at = first_page * PAGE_SIZE as u64;
-        let mut done = 0;
-        let mut base = 0;
-        for region in self.memory.iter() {
-            let end = base + region.len();
-            if at >= base && at < end && done < len {
-                let part = ((end - at) as usize).min(len - done);
-                f(region, MemoryRegionAddress(at - base), done..done + part)?;
-                done += part;
-                at += part as u64;
-            }
-            base = end;
-        }
-        if done == len { Ok(()) } else { Err(std::io::Error::other("pages past the end of guest memory")) }
+    /// Reads whole pages from `first_page` of the image on, past the guest mapping.
+    pub(crate) fn read(&self, first_page: u64, into: &mut [u8]) -> std::io::Result<()> {
+        let start = first_page * PAGE_SIZE as u64;
+        self.image.slice(start..start + into.len() as u64)?.copy_to(into);
+        Ok(())
     }
 }
 
-impl stasis_snapshot::capture::PageReader for GuestRam {
-    fn read(&self, first_page: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.parts(first_page, buf.len(), |region, at, range| {
-            region.read_slice(&mut buf[range], at).map_err(std::io::Error::other)
-        })
+/// Reads memory for a capture while the guest runs: what it reads may be torn, and is then found dirty again.
+pub(crate) struct RunningRam(pub(crate) Arc<GuestRam>);
+
+impl stasis_snapshot::capture::PageReader for RunningRam {
+    fn read(&self, first_page: u64, into: &mut [u8]) -> std::io::Result<()> {
+        self.0.read(first_page, into)
+    }
+}
+
+/// Reads memory for a capture while the guest stands still, from start to end of the capture.
+pub(crate) struct StoppedRam(pub(crate) Arc<GuestRam>);
+
+impl stasis_snapshot::capture::PageReader for StoppedRam {
+    fn read(&self, first_page: u64, into: &mut [u8]) -> std::io::Result<()> {
+        self.0.read(first_page, into)
+    }
+
+    fn view(&self, first_page: u64, pages: u64) -> Option<&[u8]> {
+        let start = first_page.checked_mul(PAGE_SIZE as u64)?;
+        let slice = self.0.image.slice(start..start.checked_add(pages.checked_mul(PAGE_SIZE as u64)?)?).ok()?;
+        // SAFETY: within the image mapping, which `self` keeps. vCPUs and devices are parked as long as this reader is used, and the pager
+        // only writes pages that do not exist for the guest yet, which a capture does not look at.
+        Some(unsafe { std::slice::from_raw_parts(slice.ptr_guard().as_ptr(), slice.len()) })
     }
 }

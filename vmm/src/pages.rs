@@ -15,6 +15,11 @@ impl PageSet {
         Self { words: vec![0; pages.div_ceil(64) as usize], pages }
     }
 
+    /// Page numbers are below this.
+    pub(crate) fn bound(&self) -> u64 {
+        self.pages
+    }
+
     /// Adds a range; pages past the bound are ignored.
     pub(crate) fn insert(&mut self, range: Range<u64>) {
         self.each_word(range, |word, mask| *word |= mask);
@@ -32,6 +37,35 @@ impl PageSet {
         }
     }
 
+    /// Takes out every page that `other`, which has the same bound, does not have.
+    pub(crate) fn intersect(&mut self, other: &PageSet) {
+        for (word, only) in self.words.iter_mut().zip(&other.words) {
+            *word &= only;
+        }
+    }
+
+    /// Takes out every page of `other`, which has the same bound.
+    pub(crate) fn subtract(&mut self, other: &PageSet) {
+        for (word, less) in self.words.iter_mut().zip(&other.words) {
+            *word &= !less;
+        }
+    }
+
+    /// Whether every page of the range is in.
+    pub(crate) fn contains_all(&self, range: Range<u64>) -> bool {
+        let mut at = range.start;
+        while at < range.end {
+            let bit = at % 64;
+            let len = (64 - bit).min(range.end - at);
+            let mask = if len == 64 { u64::MAX } else { ((1 << len) - 1) << bit };
+            if self.words.get((at / 64) as usize).is_none_or(|word| word & mask != mask) {
+                return false;
+            }
+            at += len;
+        }
+        true
+    }
+
     /// Adds bits in KVM's dirty-log layout: bit `i` of `words` is page `first + i`, and `first` is a multiple of 64.
     pub(crate) fn union_words(&mut self, first: u64, words: &[u64]) {
         let start = (first / 64) as usize;
@@ -46,27 +80,37 @@ impl PageSet {
         self.words.iter().map(|w| u64::from(w.count_ones())).sum()
     }
 
-    /// The maximal runs of pages, ascending.
-    pub(crate) fn runs(&self) -> Vec<Range<u64>> {
-        let mut runs: Vec<Range<u64>> = Vec::new();
-        for (i, &word) in self.words.iter().enumerate() {
-            let base = i as u64 * 64;
-            let mut rest = word;
-            while rest != 0 {
-                let from = u64::from(rest.trailing_zeros());
-                let len = u64::from((!(rest >> from)).trailing_zeros()).min(64 - from);
-                let run = base + from..base + from + len;
-                match runs.last_mut() {
-                    Some(last) if last.end == run.start => last.end = run.end,
-                    _ => runs.push(run.clone()),
-                }
-                if from + len == 64 {
-                    break;
-                }
-                rest &= u64::MAX << (from + len);
-            }
+    /// The maximal runs of pages within `range`, ascending.
+    pub(crate) fn runs_within(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let end = range.end.min(self.pages);
+        let mut runs = Vec::new();
+        let mut at = range.start;
+        while let Some(start) = self.next(at, end, true) {
+            let stop = self.next(start, end, false).unwrap_or(end);
+            runs.push(start..stop);
+            at = stop;
         }
         runs
+    }
+
+    /// The first page in `from..end` whose membership is `member`.
+    fn next(&self, from: u64, end: u64, member: bool) -> Option<u64> {
+        let mut at = from;
+        while at < end {
+            let word = *self.words.get((at / 64) as usize)?;
+            let candidates = if member { word } else { !word } >> (at % 64);
+            if candidates != 0 {
+                let found = at + u64::from(candidates.trailing_zeros());
+                return (found < end).then_some(found);
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        None
+    }
+
+    /// The maximal runs of pages, ascending.
+    pub(crate) fn runs(&self) -> Vec<Range<u64>> {
+        self.runs_within(0..self.pages)
     }
 
     fn each_word(&mut self, range: Range<u64>, f: impl Fn(&mut u64, u64)) {
@@ -99,7 +143,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_like_a_set_of_numbers(pages in 1_u64..400, steps in prop::collection::vec((any::<bool>(), 0_u64..420, 0_u64..200), 0..12)) {
+        fn behaves_like_a_set_of_numbers(pages in 1_u64..400, steps in prop::collection::vec((any::<bool>(), 0_u64..420, 0_u64..200), 0..12), window in (0_u64..420, 0_u64..420)) {
             let mut set = PageSet::new(pages);
             let mut model = BTreeSet::new();
             for (add, from, len) in steps {
@@ -114,6 +158,9 @@ mod tests {
             prop_assert_eq!(set.runs().into_iter().flatten().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(set.len(), model.len() as u64);
             prop_assert!(set.runs().windows(2).all(|w| w[0].end < w[1].start));
+            let (from, to) = window;
+            prop_assert_eq!(set.runs_within(from..to).into_iter().flatten().collect::<Vec<_>>(), model.range(from..to.max(from)).copied().collect::<Vec<_>>());
+            prop_assert_eq!(set.contains_all(from..to), (from..to).all(|p| model.contains(&p)));
         }
     }
 

@@ -92,9 +92,11 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
     let s3 = EmbeddedS3::start(&root, dev.s3_listen, DEV_BUCKET, &access_key, &secret_key)
         .await
         .map_err(|e| Failure::other(format!("cannot start: {}", crate::error::chain(&e))))?;
-    // Limits and deadlines may still be set by the environment; where things are is ours to say.
+    // How much and how long may still be set by the environment; where things are is ours to say.
     let mut settings = from_environment(|name| std::env::var(name).ok());
-    settings.retain(|setting| setting.field.starts_with("limits.") || setting.field.starts_with("deadlines."));
+    settings.retain(|setting| {
+        ["limits.", "deadlines.", "warm.", "run_ahead."].iter().any(|part| setting.field.starts_with(part))
+    });
     let images_dir = dev.images_dir.unwrap_or_else(images_dir);
     let ours = [
         ("listen", dev.listen.to_string()),

@@ -3,19 +3,24 @@
 //! The faults are those the commit protocol must survive: refused before applying, applied with the reply lost or replaced, applied late,
 //! slow, silent, and damaged content. The `Host` header passes unchanged, so signatures and presigned URLs stay valid through the proxy.
 //!
-//! Every request is one task; rules are looked at when the request has arrived whole.
+//! It can imitate a [link](LinkShape) too. Then bodies are streamed at the link's rate, and only a request that a rule treats is held until
+//! it has arrived whole; without a link every request is.
+//!
+//! Every connection is one task.
 
+use super::link::{Bodies, BoxError, Link, LinkShape, Way, whole};
 use super::s3::serve;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::{Body as _, Incoming};
 use hyper::service::service_fn;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -99,7 +104,7 @@ pub struct Seen {
     pub method: Method,
     /// Path, without the query.
     pub path: String,
-    /// Bytes of its body.
+    /// Bytes of its body; as announced, where a link is imitated.
     pub bytes: usize,
     /// What was done to it.
     pub fault: Option<Fault>,
@@ -109,6 +114,16 @@ pub struct Seen {
 struct Book {
     rules: Vec<Rule>,
     seen: Vec<Seen>,
+    link: Option<Arc<Link>>,
+}
+
+impl Book {
+    /// Notes a request and says what is done to it.
+    fn enter(&mut self, method: &Method, path: &str, bytes: usize) -> Option<Fault> {
+        let fault = self.rules.iter_mut().find_map(|rule| rule.treat(method, path));
+        self.seen.push(Seen { method: method.clone(), path: path.to_owned(), bytes, fault: fault.clone() });
+        fault
+    }
 }
 
 /// A running proxy. It stops when the handle is dropped.
@@ -126,10 +141,15 @@ impl FaultProxy {
         let addr = listener.local_addr()?;
         let book = Arc::new(Mutex::new(Book::default()));
         let stop = CancellationToken::new();
-        let client: Upstream = Client::builder(TokioExecutor::new()).build_http();
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        let client: Upstream = Client::builder(TokioExecutor::new()).build(connector);
         let shared = book.clone();
-        let service = service_fn(move |request| pass(request, upstream, client.clone(), shared.clone()));
-        tokio::spawn(serve(listener, service, stop.clone()));
+        let each = move || {
+            let (client, book, fresh) = (client.clone(), shared.clone(), Arc::new(AtomicBool::new(true)));
+            service_fn(move |request| pass(request, upstream, client.clone(), book.clone(), fresh.clone()))
+        };
+        tokio::spawn(serve(listener, each, stop.clone()));
         Ok(Self { addr, book, _stop: stop.drop_guard() })
     }
 
@@ -153,21 +173,29 @@ impl FaultProxy {
         self.book().rules.clear();
     }
 
+    /// Imitates this link from the next request on; `None` for none.
+    pub fn shape(&self, shape: Option<LinkShape>) {
+        self.book().link = shape.map(|shape| Arc::new(Link::new(shape)));
+    }
+
     /// Every request since the last call, in order of arrival.
     pub fn take_seen(&self) -> Vec<Seen> {
         std::mem::take(&mut self.book().seen)
     }
 
     fn book(&self) -> std::sync::MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        book_of(&self.book)
     }
 }
 
-type Upstream = Client<HttpConnector, Full<Bytes>>;
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
+type Upstream = Client<HttpConnector, Bodies>;
 
 fn dropped() -> BoxError {
     "the fault proxy closes this connection".into()
+}
+
+fn book_of(book: &Mutex<Book>) -> std::sync::MutexGuard<'_, Book> {
+    book.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn pass(
@@ -175,21 +203,29 @@ async fn pass(
     to: SocketAddr,
     client: Upstream,
     book: Arc<Mutex<Book>>,
-) -> Result<Response<Full<Bytes>>, BoxError> {
+    fresh: Arc<AtomicBool>,
+) -> Result<Response<Bodies>, BoxError> {
     let (mut parts, body) = request.into_parts();
-    let body = Limited::new(body, MAX_BODY).collect().await?.to_bytes();
     let path = parts.uri.path().to_owned();
-    let fault = {
-        let mut book = book.lock().unwrap_or_else(PoisonError::into_inner);
-        let fault = book.rules.iter_mut().find_map(|rule| rule.treat(&parts.method, &path));
-        book.seen.push(Seen { method: parts.method.clone(), path, bytes: body.len(), fault: fault.clone() });
-        fault
-    };
     let target = parts.uri.path_and_query().map_or("/", |p| p.as_str());
     parts.uri = format!("http://{to}{target}").parse()?;
+    let link = book_of(&book).link.clone();
+    let announced = body.size_hint().exact().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
+    let fault = link.as_ref().map(|_| book_of(&book).enter(&parts.method, &path, announced));
+    if let (Some(link), Some(None)) = (&link, &fault) {
+        let answer = client.request(Request::from_parts(parts, link.shaped(body, Way::Up))).await?;
+        link.travel(&fresh).await;
+        return Ok(answer.map(|body| link.shaped(body, Way::Down)));
+    }
+    let body = Limited::new(body, MAX_BODY).collect().await?.to_bytes();
+    let fault = fault.unwrap_or_else(|| book_of(&book).enter(&parts.method, &path, body.len()));
+    if let Some(link) = link {
+        link.carry(body.len(), Way::Up).await;
+        link.travel(&fresh).await;
+    }
     // The body is whole and has a length now.
     parts.headers.remove(http::header::TRANSFER_ENCODING);
-    let forward = move || send(client, Request::from_parts(parts, Full::new(body)));
+    let forward = move || send(client, Request::from_parts(parts, whole(body)));
     match fault {
         None => forward().await,
         Some(Fault::Refuse(status)) => Ok(refusal(status)),
@@ -224,21 +260,21 @@ async fn pass(
     }
 }
 
-async fn send(client: Upstream, request: Request<Full<Bytes>>) -> Result<Response<Full<Bytes>>, BoxError> {
+async fn send(client: Upstream, request: Request<Bodies>) -> Result<Response<Bodies>, BoxError> {
     let (parts, body) = client.request(request).await?.into_parts();
-    Ok(Response::from_parts(parts, Full::new(body.collect().await?.to_bytes())))
+    Ok(Response::from_parts(parts, whole(body.collect().await?.to_bytes())))
 }
 
-fn edit(response: Response<Full<Bytes>>, change: impl FnOnce(&mut Vec<u8>)) -> Result<Response<Full<Bytes>>, BoxError> {
+fn edit(response: Response<Bodies>, change: impl FnOnce(&mut Vec<u8>)) -> Result<Response<Bodies>, BoxError> {
     let (mut parts, body) = response.into_parts();
     let Some(Ok(frame)) = futures::FutureExt::now_or_never(body.collect()) else { return Err(dropped()) };
     let mut bytes = frame.to_bytes().to_vec();
     change(&mut bytes);
     parts.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
-    Ok(Response::from_parts(parts, Full::new(bytes.into())))
+    Ok(Response::from_parts(parts, whole(bytes.into())))
 }
 
-fn refusal(status: u16) -> Response<Full<Bytes>> {
+fn refusal(status: u16) -> Response<Bodies> {
     let code = match status {
         401 => "InvalidAccessKeyId",
         403 => "AccessDenied",
@@ -251,7 +287,7 @@ fn refusal(status: u16) -> Response<Full<Bytes>> {
     let body = format!(
         "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>injected by the fault proxy</Message></Error>"
     );
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+    let mut response = Response::new(whole(Bytes::from(body)));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/xml"));
     response

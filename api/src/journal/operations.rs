@@ -20,6 +20,8 @@ pub enum OperationKind {
     Pause,
     /// Claim, restore, run.
     Resume,
+    /// Capture while it runs, commit under a name.
+    Snapshot,
     /// Tombstone, end its VM, remove its objects.
     Delete,
 }
@@ -31,12 +33,15 @@ impl OperationKind {
             Self::Create => "create",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Snapshot => "snapshot",
             Self::Delete => "delete",
         }
     }
 
     fn parse(word: &str) -> Option<Self> {
-        [Self::Create, Self::Pause, Self::Resume, Self::Delete].into_iter().find(|kind| kind.as_str() == word)
+        [Self::Create, Self::Pause, Self::Resume, Self::Snapshot, Self::Delete]
+            .into_iter()
+            .find(|kind| kind.as_str() == word)
     }
 }
 

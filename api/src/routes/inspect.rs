@@ -29,6 +29,7 @@ pub(super) async fn inspect(
     Ok(Json(json!({
         "sandbox": answers::live_sandbox(&sandbox),
         "vmm": vmm(&sandbox),
+        "run_ahead": sandbox.ahead(|spent| *spent),
         "head": head.map(|current| json!({ "etag": current.etag, "body": current.head })),
         "manifest": manifest,
         "objects": objects.iter().map(|(key, bytes)| json!({ "key": key, "bytes": bytes })).collect::<Vec<_>>(),

@@ -1,14 +1,17 @@
 //! The REST API: requests in, answers out. Handlers parse, check the key, call the supervisor and convert; they decide nothing.
 //!
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `/healthz`, `/readyz`, and the headers `server-timing` and
+//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
+//! `/readyz`, and the headers `server-timing` and
 //! `stasis-error`.
 
 mod answers;
 mod auth;
 mod health;
+mod host;
 mod inspect;
 mod sandboxes;
+mod snapshots;
 
 use crate::error::Error;
 use crate::supervisor::Core;
@@ -28,7 +31,7 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 11] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 16] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
@@ -37,7 +40,12 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/v1/sandbox/{id}/undelete", post(sandboxes::undelete)),
         ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
         ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
+        ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
+        ("/v1/snapshots", get(snapshots::list)),
+        ("/v1/snapshot/restore", post(snapshots::restore)),
+        ("/v1/snapshot/{id}", delete(snapshots::delete)),
         ("/v1/recover", post(sandboxes::recover)),
+        ("/v1/host/metrics", get(host::metrics)),
         ("/healthz", get(health::health)),
         ("/readyz", get(health::ready)),
     ];

@@ -118,7 +118,8 @@ pub(super) async fn list(
     Ok(Json(json!({ "items": items, "total_items": total })).into_response())
 }
 
-fn pairs(query: &str) -> Vec<(String, String)> {
+/// The names and values of a query.
+pub(super) fn pairs(query: &str) -> Vec<(String, String)> {
     reqwest::Url::parse(&format!("http://x/?{query}"))
         .map(|url| url.query_pairs().map(|(a, b)| (a.into_owned(), b.into_owned())).collect())
         .unwrap_or_default()

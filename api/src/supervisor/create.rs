@@ -1,21 +1,26 @@
-//! Create: the first head claims the id while the guest boots; the answer comes when the guest takes requests.
+//! Create: the first head claims the id while the guest starts, from its booted template or by booting; the answer comes when the guest takes
+//! requests.
 //!
 //! Failure at any step ends the VM, writes a tombstone if a head may exist, and leaves the sandbox `deleted` with the reason.
 
+use super::machine::vmm_error;
+use super::materialise::{Held, materialise};
 use super::{Core, blocking, detached};
 use crate::error::Error;
 use crate::ids::SandboxId;
-use crate::journal::OperationKind;
+use crate::journal::{OperationId, OperationKind};
 use crate::record::{Record, Spec};
 use crate::registry::Sandbox;
 use crate::states::{Event, State};
 use crate::template::{Ready, Template};
 use crate::timing::Timing;
 use crate::validate::{self, FieldError, TemplateLimits};
+use bytes::Bytes;
 use serde_json::{Map, Value};
 use stasis_snapshot::commit::{Attempt, Change, HeadState};
+use stasis_snapshot::manifest::ManifestRef;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Makes a sandbox of `tenant` as `body` asks for it and waits until it runs.
 pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -> Result<(Record, Timing), Error> {
@@ -52,6 +57,32 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         network_policy: asked.network_policy,
         created_at: core.sources.now_ms(),
     };
+    run(core, tenant, spec, Beginning::Template(template), begun).await
+}
+
+/// Makes a sandbox of `tenant` that goes on where `manifest` stood and waits until it runs.
+pub(super) async fn from_manifest(
+    core: &Arc<Core>,
+    tenant: &str,
+    spec: Spec,
+    manifest: ManifestRef,
+) -> Result<(Record, Timing), Error> {
+    run(core, tenant, spec, Beginning::Manifest(manifest), Instant::now()).await
+}
+
+/// What a sandbox begins as.
+enum Beginning {
+    Template(Template),
+    Manifest(ManifestRef),
+}
+
+async fn run(
+    core: &Arc<Core>,
+    tenant: &str,
+    spec: Spec,
+    from: Beginning,
+    begun: Instant,
+) -> Result<(Record, Timing), Error> {
     let (core, tenant) = (core.clone(), tenant.to_owned());
     detached(async move {
         let sandbox = admit(&core, tenant, spec)?;
@@ -60,7 +91,7 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         let operation = core.journal.begin(&sandbox.id, OperationKind::Create, core.sources.now_ms())?;
         let mut timing = Timing::default();
         timing.since("template", begun);
-        let outcome = match boot(&core, &sandbox, &template, operation, &mut timing).await {
+        let outcome = match make(&core, &sandbox, &from, operation, &mut timing).await {
             Ok(()) => {
                 let head = sandbox.head().map(|current| (current.head.epoch, current.head.seq));
                 core.registry.record(&sandbox, Event::Ready, None, |record| {
@@ -96,33 +127,91 @@ fn admit(core: &Core, tenant: String, spec: Spec) -> Result<Arc<Sandbox>, Error>
     core.registry.add(Record::new(SandboxId::new(&core.sources), tenant, spec), None)
 }
 
-async fn boot(
+async fn make(
     core: &Arc<Core>,
     sandbox: &Arc<Sandbox>,
-    template: &Template,
-    operation: crate::journal::OperationId,
+    from: &Beginning,
+    operation: OperationId,
     timing: &mut Timing,
 ) -> Result<(), Error> {
-    let change = Change { state: HeadState::Live, manifest: None, record: Core::head_record(sandbox, State::Running)? };
+    // A snapshot's manifest is named from the first head on, so that the collector keeps what the guest still needs of it.
+    let manifest = match from {
+        Beginning::Template(_) => None,
+        Beginning::Manifest(manifest) => Some(manifest.clone()),
+    };
+    let change = Change { state: HeadState::Live, manifest, record: Core::head_record(sandbox, State::Running)? };
     let attempt = Attempt::first(sandbox.id.as_str(), &core.owner, change, core.commit_id())
         .map_err(Core::head_error(sandbox))?;
     core.propose(operation, &[&attempt])?;
     let begun = Instant::now();
-    let vm = core.start_vmm(sandbox).await?;
-    timing.since("spawn", begun);
-    let begun = Instant::now();
     // The first failure drops the other: the caller ends the VM, and a head that may still land gets a tombstone.
-    let (claimed, booted) = tokio::try_join!(
+    let (claimed, started) = tokio::try_join!(
         async {
             core.commit(sandbox, &attempt, "claim the id").await?;
             Ok::<_, Error>(begun.elapsed())
         },
         async {
-            core.boot(sandbox, &vm, template).await?;
-            Ok(begun.elapsed())
+            match from {
+                Beginning::Template(template) => start(core, sandbox, template).await,
+                Beginning::Manifest(manifest) => clone(core, sandbox, manifest, None).await,
+            }
         }
     )?;
     timing.phase("claim", claimed);
-    timing.phase("boot", booted);
+    started.into_iter().for_each(|(name, took)| timing.phase(name, took));
     Ok(())
+}
+
+/// What a part of a start took.
+type Phase = (&'static str, Duration);
+
+/// A guest that is ready: from its booted template when there is one, else by booting it.
+async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) -> Result<Vec<Phase>, Error> {
+    let spec = sandbox.record().spec;
+    let mut shape = None;
+    if core.config.warm.golden {
+        let (asked, core) = ((template.clone(), spec.clone()), core.clone());
+        let name = blocking(move || core.goldens.shape(&asked.0, &asked.1, &core.vmm_program)).await?;
+        shape = Some(name);
+    }
+    if let Some(shape) = shape
+        && let Some(golden) = core.golden(shape).await
+    {
+        core.registry.amend(sandbox, |record| record.origin = Some(golden.manifest.clone()))?;
+        match clone(core, sandbox, &golden.manifest, Some(golden.bytes.clone())).await {
+            Ok(phases) => return Ok(phases),
+            Err(error) => {
+                tracing::warn!(id = %sandbox.id, error = error.chain(), "it cannot start from its booted template, and boots");
+                core.goldens.give_up(shape);
+                core.end_vm(sandbox).await;
+                core.registry.amend(sandbox, |record| record.origin = None)?;
+            }
+        }
+    }
+    let begun = Instant::now();
+    let vm = core.start_vmm(sandbox).await?;
+    let spawned = begun.elapsed();
+    let begun = Instant::now();
+    core.boot(sandbox, &vm, template).await?;
+    if let Some(shape) = shape {
+        core.make_golden(template.clone(), &spec, shape);
+    }
+    Ok(vec![("spawn", spawned), ("boot", begun.elapsed())])
+}
+
+/// A guest that goes on where `manifest` stood, under an identity of its own.
+async fn clone(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    manifest: &ManifestRef,
+    bytes: Option<Bytes>,
+) -> Result<Vec<Phase>, Error> {
+    let restored = materialise(core, sandbox, manifest, Held { manifest: bytes, memory: None }).await?;
+    let begun = Instant::now();
+    let vm = &restored.vm;
+    vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
+    let ran = begun.elapsed();
+    let begun = Instant::now();
+    core.tell_wake(sandbox, vm, Some(core.new_identity(sandbox))).await?;
+    Ok(vec![("spawn", restored.spawned), ("restore", restored.took), ("run", ran), ("wake", begun.elapsed())])
 }

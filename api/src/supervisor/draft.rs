@@ -1,8 +1,10 @@
-//! The VMM's draft of a manifest, which is untrusted input: decoded with every bound checked; it may name packs of its own sandbox alone, and
-//! each of them must be in the store with the size that the draft says before the manifest is written.
+//! The VMM's draft of a manifest, which is untrusted input: decoded with every bound checked; it may name packs that a committed manifest of
+//! the sandbox named before it, and others of its own sandbox alone, each of which must be in the store with the size that the draft says
+//! before a head names the manifest.
 
 use crate::error::Error;
 use crate::ids::SandboxId;
+use crate::known_packs::KnownPacks;
 use crate::record::Record;
 use crate::states::State;
 use crate::store::Store;
@@ -36,30 +38,30 @@ pub(super) fn complete(record: &Record, draft: &[u8], lineage: Lineage) -> Resul
     Ok((manifest, bytes.into()))
 }
 
-/// Every pack that the manifest names lies below `own`, the sandbox's prefix, and is in the store with its size. Returns the keys in
-/// `generation` that it does not name.
+/// Every pack that the manifest names is `known` from a manifest that was committed, or lies below `own`, the sandbox's prefix, and is in the
+/// store with its size. Returns the keys in `generation` that it does not name.
 pub(super) async fn check_packs(
     store: &Store,
     id: &SandboxId,
     manifest: &Manifest,
     own: &str,
     generation: &Generation,
+    known: &KnownPacks,
 ) -> Result<Vec<String>, Error> {
     let wrong = |what: String| Error::Draft { id: id.clone(), what, source: None };
     let mut prefixes = BTreeSet::from([generation.prefix().to_owned()]);
-    for pack in &manifest.packs {
+    let unknown = || manifest.packs.iter().filter(|pack| !known.has(pack));
+    for pack in unknown() {
         match generation_prefix(own, &pack.key) {
             Some(prefix) => prefixes.insert(prefix.to_owned()),
             None => return Err(wrong(format!("it names the pack {:?}, which is not the sandbox's", pack.key))),
         };
     }
-    let mut stored = HashMap::new();
-    for prefix in prefixes {
-        stored.extend(store.list_all(&prefix).await?);
-    }
-    for pack in &manifest.packs {
-        match stored.remove(&pack.key) {
-            Some(size) if size == u64::from(pack.size) => {}
+    let listed = prefixes.iter().map(|prefix| store.list_all(prefix));
+    let mut stored: HashMap<_, _> = futures::future::try_join_all(listed).await?.into_iter().flatten().collect();
+    for pack in unknown() {
+        match stored.get(&pack.key) {
+            Some(size) if *size == u64::from(pack.size) => {}
             Some(size) => {
                 return Err(wrong(format!(
                     "pack {} has {size} bytes in the store, the draft says {}",
@@ -68,6 +70,9 @@ pub(super) async fn check_packs(
             }
             None => return Err(wrong(format!("pack {} is not in the store", pack.key))),
         }
+    }
+    for pack in &manifest.packs {
+        stored.remove(&pack.key);
     }
     Ok(stored.into_keys().filter(|key| key.starts_with(generation.prefix())).collect())
 }
@@ -161,14 +166,21 @@ mod tests {
             objects.put(&generation.pack(n), Bytes::from(body), &Precondition::None).await.unwrap();
         }
         let store = Store::over(objects, "me", &Sources::system()).await.unwrap();
-        let check = async |key: &str, size: u32| {
+        let naming = |key: &str, size: u32| {
             let pack = PackEntry { key: key.to_owned(), size, digest: Digest::of(b""), frames: Vec::new() };
-            let manifest = Manifest { packs: vec![pack], ..draft() };
-            check_packs(&store, &id, &manifest, own.prefix(), &generation).await.map_err(|e| e.chain())
+            Manifest { packs: vec![pack], ..draft() }
+        };
+        // Of a template, in an earlier manifest.
+        let known = KnownPacks::of(&naming("v1/template/aa/pack/0", 9));
+        let check = async |key: &str, size: u32| {
+            let manifest = naming(key, size);
+            check_packs(&store, &id, &manifest, own.prefix(), &generation, &known).await.map_err(|e| e.chain())
         };
         assert_eq!(check(&generation.pack(0), 4).await.unwrap(), [generation.pack(1)], "what was granted and not used");
         assert!(check(&generation.pack(0), 5).await.unwrap_err().contains("4 bytes"));
         assert!(check(&generation.pack(2), 4).await.unwrap_err().contains("not in the store"));
         assert!(check("v1/dev/sandbox/sbx-b/2-1-07/pack/0", 4).await.unwrap_err().contains("not the sandbox's"));
+        assert!(check("v1/template/aa/pack/0", 9).await.is_ok(), "what was committed before is not asked for");
+        assert!(check("v1/template/aa/pack/0", 8).await.is_err(), "unless it is another one");
     }
 }

@@ -104,6 +104,7 @@ impl Core {
 
     /// Writes the tombstone. `Ok` also when there is no head, or when it is buried already.
     pub(super) async fn bury(&self, sandbox: &Sandbox) -> Result<(), Error> {
+        self.kept.forget(&sandbox.id);
         // Twice: a head remembered from before may be an older one.
         for last in [false, true] {
             let Some(current) = self.current_head(sandbox).await? else { return Ok(()) };

@@ -1,21 +1,21 @@
 //! VMMs of sandboxes: started, booted until ready, told of a wake, watched, lost.
 
 use super::Core;
+use super::files::{Disks, duplicate, guest_memory};
 use crate::agent_client::{Agent, AgentFailure};
-use crate::error::{Error, store_kind_in};
-use crate::record::Spec;
+use crate::error::Error;
 use crate::registry::{OperationGuard, Sandbox};
+use crate::run_ahead::Spent;
 use crate::states::{Event, State};
 use crate::template::{Ready, Template};
 use crate::vmm_process::Vmm;
 use base64::Engine as _;
-use stasis_agent::protocol::WakeRequest;
+use stasis_agent::protocol::{Identity, WakeRequest};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::ClientError;
-use stasis_vmm::control::types::{BootRequest, DiskConfig, FdToken, MachineConfig, VmState};
-use std::fs::{File, OpenOptions};
+use stasis_vmm::control::types::{BootRequest, FdToken, MachineConfig, VmState};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,20 +25,11 @@ const GUEST_CID: u32 = 3;
 /// Bytes of JSON around a command's output.
 const ANSWER_SLACK: usize = 64 << 10;
 
-/// Files to send to a VMM and the disks that name them.
-#[derive(Debug, Default)]
-pub(super) struct Disks {
-    pub(super) files: Vec<(FdToken, File)>,
-    pub(super) disks: Vec<DiskConfig>,
-}
-
 impl Core {
-    /// Starts the VMM of a sandbox, writes down which process it is, and watches it.
+    /// Takes a VMM from the pool for a sandbox, or starts one, writes down which process it is, and watches it.
     pub(super) async fn start_vmm(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<Arc<Vmm>, Error> {
         let run_dir = self.run_dir(sandbox.id.as_str());
-        let vm = Vmm::spawn(&self.vmm_program, &sandbox.id, &run_dir, self.config.deadlines.control())
-            .await
-            .map_err(|source| Error::Local { action: "start a VMM".to_owned(), source })?;
+        let vm = self.idle_vmm(&run_dir, sandbox.id.as_str()).await?;
         let vm = Arc::new(vm);
         let identity = vm.identity().clone();
         if let Err(error) = self.registry.amend(sandbox, |record| record.vmm = Some(identity)) {
@@ -49,9 +40,20 @@ impl Core {
         Ok(vm)
     }
 
+    /// A VMM without a machine, from the pool or started now.
+    pub(super) async fn idle_vmm(&self, run_dir: &Path, name: &str) -> Result<Vmm, Error> {
+        match self.pool.take(run_dir) {
+            Some(vm) => Ok(vm),
+            None => Vmm::spawn(&self.vmm_program, name, run_dir, self.config.deadlines.control())
+                .await
+                .map_err(|source| Error::Local { action: "start a VMM".to_owned(), source }),
+        }
+    }
+
     /// Makes `vm` the sandbox's and watches it.
     pub(super) fn attach(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: &Arc<Vmm>) {
         sandbox.set_vm(Some(vm.clone()));
+        sandbox.ahead(|spent| *spent = Spent::default());
         let (core, sandbox, vm) = (self.clone(), sandbox.clone(), vm.clone());
         tokio::spawn(async move {
             vm.wait_ended().await;
@@ -73,9 +75,18 @@ impl Core {
         if let Some(vm) = sandbox.vm() {
             vm.end().await;
             sandbox.set_vm(None);
+            close_memory(vm.take_memory());
         }
         if let Err(error) = self.registry.amend(sandbox, |record| record.vmm = None) {
             tracing::error!(id = %sandbox.id, error = error.chain(), "cannot note that a VMM is gone");
+        }
+    }
+
+    /// The same for one that stands still, and whose state is in the store.
+    pub(super) async fn end_parked_vm(&self, sandbox: &Sandbox) {
+        if let Some(vm) = sandbox.vm() {
+            vm.end_at_once().await;
+            sandbox.set_vm(None);
         }
     }
 
@@ -137,57 +148,7 @@ impl Core {
 
     /// What all run directories are under.
     pub(super) fn run_root(&self) -> PathBuf {
-        self.config.data_dir.join("run")
-    }
-
-    /// An empty, unlinked, sparse file for the writes of a disk: gone with the last process that holds it.
-    fn overlay(&self) -> Result<File, Error> {
-        let dir = self.config.data_dir.join("scratch");
-        let local = |source| Error::Local { action: format!("make an overlay file in {}", dir.display()), source };
-        std::fs::create_dir_all(&dir).map_err(local)?;
-        let tmpfile = i32::try_from(rustix::fs::OFlags::TMPFILE.bits()).unwrap_or(0);
-        match OpenOptions::new().read(true).write(true).custom_flags(tmpfile).open(&dir) {
-            Ok(file) => Ok(file),
-            // File systems without O_TMPFILE answer one of these.
-            Err(e)
-                if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL | libc::ENOENT)) =>
-            {
-                let path = dir.join(self.sources.word(20));
-                let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(local)?;
-                std::fs::remove_file(&path).map_err(local)?;
-                Ok(file)
-            }
-            Err(e) => Err(local(e)),
-        }
-    }
-
-    /// The disks of a sandbox over this root file system.
-    pub(super) fn disks(&self, spec: &Spec, rootfs: Option<&Path>) -> Result<Disks, Error> {
-        let mut out = Disks::default();
-        if spec.disk_mib == 0 {
-            return Ok(out);
-        }
-        let overlay = self.store.token();
-        out.files.push((overlay, self.overlay()?));
-        let mut base = None;
-        if let Some(rootfs) = rootfs {
-            let token = self.store.token();
-            let file = File::open(rootfs).map_err(|source| Error::Local {
-                action: format!("open the root file system {}", rootfs.display()),
-                source,
-            })?;
-            out.files.push((token, file));
-            base = Some(token);
-        }
-        let base_digest = spec.rootfs_digest.clone().filter(|_| base.is_some());
-        out.disks.push(DiskConfig {
-            base,
-            base_digest,
-            overlay: Some(overlay),
-            size_mib: spec.disk_mib,
-            read_only: false,
-        });
-        Ok(out)
+        self.config.data_dir.join(super::RUN)
     }
 
     /// Boots `template` in `vm` and waits until the guest is ready.
@@ -208,6 +169,8 @@ impl Core {
                 Some(token)
             }
         };
+        let memory = self.memory_to_keep()?;
+        let memory_token = memory.as_deref().map(|file| self.enclose(&mut files, file)).transpose()?;
         let request = BootRequest {
             machine: MachineConfig {
                 vcpus: spec.vcpu,
@@ -219,17 +182,34 @@ impl Core {
             initramfs,
             cmdline: template.cmdline.clone(),
             disks,
+            memory: memory_token,
+            id: Some(sandbox.id.to_string()),
         };
         let limit = self.config.deadlines.boot();
         let booted = async {
             vm.client.send_files(files).await.map_err(vmm_error(sandbox, vm, "hand it the files to boot from"))?;
             vm.client.boot(&request).await.map_err(vmm_error(sandbox, vm, "boot it"))?;
+            if let Some(memory) = memory {
+                vm.hold_memory(memory);
+            }
             self.ready(sandbox, vm, &template.ready).await
         };
         match tokio::time::timeout(limit, booted).await {
             Ok(outcome) => outcome,
             Err(_) => Err(Error::Deadline { id: sandbox.id.clone(), what: "the boot", ms: limit.as_millis() }),
         }
+    }
+
+    /// The memory file of a new guest, where memory is kept on this host; otherwise the VMM makes its own.
+    pub(super) fn memory_to_keep(&self) -> Result<Option<Arc<File>>, Error> {
+        if self.kept.is_on() { guest_memory().map(Some) } else { Ok(None) }
+    }
+
+    /// Adds another descriptor of `file` to what is sent, under the token that comes back.
+    pub(super) fn enclose(&self, files: &mut Vec<(FdToken, File)>, file: &File) -> Result<FdToken, Error> {
+        let token = self.store.token();
+        files.push((token, duplicate(file)?));
+        Ok(token)
     }
 
     async fn ready(&self, sandbox: &Sandbox, vm: &Vmm, ready: &Ready) -> Result<(), Error> {
@@ -258,9 +238,19 @@ impl Core {
         Agent::new(vm.run_dir(), self.config.limits.output_bytes * 2 * 4 / 3 + ANSWER_SLACK)
     }
 
+    /// Who a clone is: its id is a host name, and its machine id is random.
+    pub(super) fn new_identity(&self, sandbox: &Sandbox) -> Identity {
+        Identity {
+            hostname: sandbox.id.to_string(),
+            // Of the same 128 random bits in hex; all zero is as likely as a repeated commit id.
+            machine_id: self.commit_id().to_string(),
+        }
+    }
+
     /// Tells the guest that it was asleep: clock and entropy. Retried, since the agent's listener needs a moment after the transport reset.
-    pub(super) async fn tell_wake(&self, sandbox: &Sandbox, vm: &Vmm, spec: &Spec) -> Result<(), Error> {
-        if !spec.agent {
+    /// A clone is told who it is, too.
+    pub(super) async fn tell_wake(&self, sandbox: &Sandbox, vm: &Vmm, identity: Option<Identity>) -> Result<(), Error> {
+        if !sandbox.record().spec.agent {
             return Ok(());
         }
         let agent = self.agent(vm);
@@ -272,6 +262,7 @@ impl Core {
                 let request = WakeRequest {
                     unix_time_ns: u64::try_from(self.sources.now_ms()).unwrap_or(0).saturating_mul(1_000_000),
                     entropy: base64::engine::general_purpose::STANDARD.encode(self.sources.random::<32>()),
+                    identity: identity.clone(),
                 };
                 match agent.wake(&request, Duration::from_secs(10)).await {
                     Ok(_) => return Ok(()),
@@ -299,6 +290,13 @@ impl Core {
     }
 }
 
+/// Closes a memory file that is not kept, where freeing its pages may take its time.
+pub(super) fn close_memory(memory: Option<Arc<File>>) {
+    if memory.is_some() {
+        tokio::task::spawn_blocking(move || drop(memory));
+    }
+}
+
 /// A control error, or the death of the VMM when that is the cause.
 pub(super) fn vmm_error<'a>(
     sandbox: &'a Sandbox,
@@ -311,7 +309,7 @@ pub(super) fn vmm_error<'a>(
             Error::VmmEnded { id: sandbox.id.clone(), reason: vm.exit_reason() }
         } else {
             let store = match &source {
-                ClientError::Refused { message, .. } => store_kind_in(message),
+                ClientError::Refused { store, .. } => *store,
                 ClientError::Unreachable { .. } | ClientError::Deadline { .. } | ClientError::Answer { .. } => None,
             };
             Error::Vmm { id: sandbox.id.clone(), action, store, source }

@@ -3,13 +3,21 @@
 //! | file | what |
 //! | --- | --- |
 //! | `create`, `pause`, `resume`, `delete`, `execute` | one operation each |
-//! | `draft` | what a VMM hands over at a pause, checked |
+//! | `capture` | from a VM to packs and a stored manifest |
+//! | `settle` | the end of a pause: the head, and what may be done with the guest |
+//! | `draft` | what a VMM hands over at a capture, checked |
+//! | `materialise` | from a manifest to a VM |
+//! | `snapshots` | named snapshots |
+//! | `golden` | booted templates that creates start from |
+//! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
 //! | `machine` | VMMs: started, booted, watched, lost |
 //! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
 //! | `catalogue` | sandboxes found in the bucket |
 //! | `identity` | this supervisor's name in heads |
 //! | `timers` | the ends of lives |
+//! | `ahead` | rounds of capture ahead of a pause |
+//! | `pressure` | gives kept memory back when the host runs short of it |
 //!
 //! Who runs what: an operation runs in a task of its own, under the sandbox's operation lock; requests only wait for it. One task watches
 //! each VMM process, one task watches the deadlines. All tasks are on the one runtime of the process.
@@ -17,29 +25,44 @@
 //! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
 //! killed supervisor can settle it.
 
+mod ahead;
+mod capture;
 pub mod catalogue;
 mod create;
 mod delete;
 mod draft;
 mod execute;
+mod files;
+pub mod golden;
 mod heads;
 mod identity;
 mod machine;
+mod materialise;
 mod pause;
+mod pressure;
 mod restart;
 mod resume;
+mod settle;
+pub mod snapshots;
 mod timers;
 
-use crate::config::Config;
+use self::golden::Goldens;
+use self::snapshots::Reservations;
+use crate::config::{Config, StoreConfig};
 use crate::error::Error;
+use crate::fair_share::FairShare;
 use crate::host::{self, Kvm};
 use crate::journal::Journal;
+use crate::kept_memory::KeptMemory;
+use crate::memory_pressure;
 use crate::registry::Registry;
 use crate::routes;
 use crate::sources::Sources;
 use crate::store::Store;
 use crate::template::Templates;
+use crate::vmm_pool::VmmPool;
 use rustix::fs::{FlockOperation, flock};
+use stasis_snapshot::pager::cache_dir::CacheDir;
 use std::fs::{self, File};
 use std::future::Future;
 use std::net::SocketAddr;
@@ -53,6 +76,10 @@ use tokio_util::sync::CancellationToken;
 
 /// How long requests in flight may take when the supervisor stops, and then operations.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Where run directories are, in the data directory.
+const RUN: &str = "run";
+/// Where packs are kept, in the data directory.
+const PACKS: &str = "packs";
 /// Name of the journal in the data directory.
 pub const JOURNAL: &str = "journal.db";
 
@@ -75,6 +102,18 @@ pub struct Core {
     pub owner: String,
     /// This host's KVM.
     pub kvm: Kvm,
+    /// Memory of paused sandboxes.
+    pub kept: KeptMemory,
+    /// VMMs started ahead.
+    pub pool: VmmPool,
+    /// Connections to the store.
+    pub shares: Arc<FairShare>,
+    /// Packs on the local disk; `None` when none are kept.
+    pub pack_cache: Option<CacheDir>,
+    /// Booted templates.
+    pub goldens: Goldens,
+    /// Names of snapshots that are being made.
+    pub snapshot_names: Reservations,
     vmm_program: PathBuf,
     /// Held from counting a tenant's sandboxes to adding one, so that two creates cannot both take the last place.
     admission: Mutex<()>,
@@ -87,7 +126,8 @@ pub struct Supervisor {
     addr: SocketAddr,
     stop: CancellationToken,
     server: JoinHandle<()>,
-    timers: JoinHandle<()>,
+    pool: JoinHandle<()>,
+    background: Vec<JoinHandle<()>>,
     /// Refuses a second supervisor on the same data directory.
     _lock: File,
 }
@@ -109,6 +149,9 @@ impl Supervisor {
         config.data_dir = fs::canonicalize(&config.data_dir).map_err(local("find the data directory".to_owned()))?;
         let lock = take_lock(&config)?;
         host::raise_file_limit();
+        if config.warm.huge_pages {
+            host::offer_huge_pages();
+        }
         let kvm = Kvm::probe();
         if let Some(advice) = kvm.advice() {
             tracing::warn!("{advice}");
@@ -133,7 +176,15 @@ impl Supervisor {
         let listener =
             TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
+        let pool =
+            VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
         let core = Arc::new(Core {
+            kept: KeptMemory::new(config.warm.keep_memory_bytes(memory_pressure::host_bytes())),
+            pool,
+            shares: FairShare::new(config.limits.host_connections, config.limits.connections),
+            pack_cache: open_pack_cache(&config),
+            goldens: Goldens::default(),
+            snapshot_names: Reservations::default(),
             config,
             journal,
             sources,
@@ -147,10 +198,16 @@ impl Supervisor {
         });
         restart::run(&core).await?;
         let stop = CancellationToken::new();
-        let timers = tokio::spawn(timers::run(core.clone(), stop.clone()));
+        let (pooled, pool_stop) = (core.clone(), stop.clone());
+        let pool = tokio::spawn(async move { pooled.pool.run(pool_stop).await });
+        let background = vec![
+            tokio::spawn(timers::run(core.clone(), stop.clone())),
+            tokio::spawn(pressure::run(core.clone(), stop.clone())),
+            tokio::spawn(ahead::run(core.clone(), stop.clone())),
+        ];
         let server = tokio::spawn(serve(listener, core.clone(), stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");
-        Ok(Self { core, addr, stop, server, timers, _lock: lock })
+        Ok(Self { core, addr, stop, server, pool, background, _lock: lock })
     }
 
     /// Where the API is.
@@ -167,7 +224,11 @@ impl Supervisor {
     /// end; those that need longer are finished or rolled back by the next supervisor.
     pub async fn shutdown(self) {
         self.stop.cancel();
-        self.timers.abort();
+        self.background.iter().for_each(JoinHandle::abort);
+        if tokio::time::timeout(DRAIN, self.pool).await.is_err() {
+            tracing::warn!("VMMs started ahead are left to the next start");
+        }
+        self.core.kept.shrink_to(0);
         if tokio::time::timeout(DRAIN, self.server).await.is_err() {
             tracing::warn!("requests in flight were cut off");
         }
@@ -186,6 +247,23 @@ async fn serve(listener: TcpListener, core: Arc<Core>, stop: CancellationToken) 
     let app = routes::router(core);
     if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await {
         tracing::error!(%error, "the API server ended");
+    }
+}
+
+/// The pack cache, where one is wanted and can be used.
+fn open_pack_cache(config: &Config) -> Option<CacheDir> {
+    let budget = config.warm.pack_cache_bytes(&config.data_dir);
+    // A directory store is as near as a cache of it would be.
+    if budget == 0 || matches!(config.store, StoreConfig::Directory { .. }) {
+        return None;
+    }
+    let dir = config.data_dir.join(PACKS);
+    match CacheDir::open_root(&dir, budget) {
+        Ok(cache) => Some(cache),
+        Err(error) => {
+            tracing::warn!(%error, dir = %dir.display(), "no packs are kept on the local disk");
+            None
+        }
     }
 }
 
@@ -234,4 +312,5 @@ pub mod operations {
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
     pub use super::resume::resume;
+    pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
 }

@@ -5,7 +5,7 @@
 
 use super::Core;
 use super::delete::delete_locked;
-use super::pause::{self, ReadyToCommit};
+use super::settle::{self, ReadyToCommit};
 use crate::error::{Error, chain};
 use crate::journal::{Interrupted, OperationKind};
 use crate::registry::{OperationGuard, Sandbox};
@@ -123,13 +123,13 @@ async fn execute(
     match step {
         Step::Rest => {}
         Step::Adopt => let_run(core, sandbox, &guard).await,
-        Step::RunAgain => pause::run_again(core, sandbox, reason, &guard).await,
+        Step::RunAgain => settle::run_again(core, sandbox, reason, &guard).await,
         Step::Settle => {
             if let Some(ready) = attempts {
                 // It may take as long as the store is away; the sandbox is `snapshotting` until then, and everything else is served.
                 let (core, sandbox) = (core.clone(), sandbox.clone());
                 tokio::spawn(async move {
-                    pause::finish(&core, &sandbox, &ready, None, &mut Timing::default(), &guard).await;
+                    settle::finish(&core, &sandbox, &ready, None, &mut Timing::default(), &guard).await;
                     end_operations(&core, &operations);
                 });
                 return Ok(());

@@ -2,30 +2,22 @@
 //!
 //! Any failure ends the VM, says in the head that the sandbox rests, and leaves it `paused`: it can be resumed again later.
 
-use super::machine::{Disks, vmm_error};
-use super::{Core, blocking, detached};
-use crate::error::{Error, StoreContext as _};
+use super::machine::vmm_error;
+use super::materialise::{Held, materialise};
+use super::{Core, detached};
+use crate::error::Error;
 use crate::journal::{OperationId, OperationKind};
-use crate::record::{Record, Spec};
+use crate::record::Record;
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::{Event, State};
 use crate::timing::Timing;
 use crate::vmm_process::Vmm;
-use rustix::fs::{MemfdFlags, memfd_create};
 use stasis_snapshot::commit::{Attempt, Current, HeadState};
-use stasis_snapshot::manifest::{Manifest, ManifestRef};
-use stasis_vmm::control::types::{RestoreReport, RestoreRequest};
-use std::fs::File;
-use std::io::{Seek as _, Write as _};
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A head from memory may be older than the one in the store; a fresh one is tried once.
 const CLAIM_TRIES: u32 = 2;
-/// Grants live as long as the restore that uses them, and this much more.
-const GRANT_SLACK: Duration = Duration::from_mins(5);
-
 /// Resumes a paused sandbox. One that is on its way to `running` by somebody else's resume is waited for.
 pub async fn resume(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(Record, Timing), Error> {
     match sandbox.state() {
@@ -124,10 +116,12 @@ async fn restore(
         core.propose(operation, &[&attempt])?;
         let begun = Instant::now();
         sandbox.set_phase(Some("restore"));
+        let kept = core.kept.take(&sandbox.id, manifest.digest);
+        let was_kept = kept.is_some();
         // Both to their ends: the claim must be settled whatever the restore does, and a VM that was started must be known to be ended.
         let (claimed, restored) = tokio::join!(
             async { (core.commit(sandbox, &attempt, "claim the sandbox").await, begun.elapsed()) },
-            materialise(core, sandbox, &manifest)
+            materialise(core, sandbox, &manifest, kept.map(Held::from).unwrap_or_default())
         );
         match claimed {
             (Ok(_), took) => timing.phase("claim", took),
@@ -137,10 +131,15 @@ async fn restore(
             }
             (Err(error), _) => return Err(error),
         }
-        let restored = restored?;
-        timing.phase("manifest", restored.fetched);
-        timing.phase("restore", restored.took);
-        timing.bytes("fetched", restored.report.fetched_bytes);
+        let restored = match restored {
+            Err(error) if was_kept => {
+                tracing::warn!(id = %sandbox.id, error = error.chain(), "its memory on this host is of no use; it is read from the store");
+                core.end_vm(sandbox).await;
+                materialise(core, sandbox, &manifest, Held::default()).await?
+            }
+            outcome => outcome?,
+        };
+        restored.tell(timing);
         return go(core, sandbox, &restored.vm, timing).await;
     }
 }
@@ -170,83 +169,6 @@ fn claim_of(core: &Core, sandbox: &Sandbox, current: &Current) -> Result<Attempt
     .map_err(Core::head_error(sandbox))
 }
 
-struct Restored {
-    vm: Arc<Vmm>,
-    fetched: Duration,
-    took: Duration,
-    report: RestoreReport,
-}
-
-/// A VM with the sandbox in it, parked.
-async fn materialise(core: &Arc<Core>, sandbox: &Arc<Sandbox>, named: &ManifestRef) -> Result<Restored, Error> {
-    let spec = sandbox.record().spec;
-    let begun = Instant::now();
-    let fetch = async {
-        let object = core.store.objects().get(&named.key).await.doing("fetch the manifest")?;
-        let manifest = Manifest::decode_checked(&object.bytes, named.digest)
-            .map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
-        let keys = manifest.packs.iter().map(|pack| pack.key.clone()).collect();
-        let grants = core.store.grant_gets(keys, core.config.deadlines.restore() + GRANT_SLACK).await?;
-        Ok::<_, Error>((object.bytes, manifest, grants, begun.elapsed()))
-    };
-    let (rootfs, fetched, vm) = tokio::join!(find_rootfs(core, &spec), fetch, core.start_vmm(sandbox));
-    let (rootfs, (bytes, manifest, mut grants, fetched), vm) = (rootfs?, fetched?, vm?);
-    let foreign = |digest: String| Some(digest.as_str()) != spec.rootfs_digest.as_deref();
-    if manifest.images.iter().filter_map(|image| image.base).any(|base| foreign(base.digest.to_string())) {
-        return Err(Error::Damaged {
-            object: named.key.clone(),
-            source: "it refers to a template disk that is not the sandbox's".into(),
-        });
-    }
-    let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
-    let token = core.store.token();
-    files.push((token, memory_file(&bytes)?));
-    files.append(&mut grants.files);
-    let generation = core.sources.random::<16>();
-    let request = RestoreRequest {
-        manifest: token,
-        manifest_digest: named.digest.to_string(),
-        packs: grants.objects,
-        disks,
-        generation_id: stasis_snapshot::ids::CommitId(generation).to_string(),
-    };
-    let begun = Instant::now();
-    let limit = core.config.deadlines.restore();
-    let load = async {
-        vm.client.send_files(files).await.map_err(vmm_error(sandbox, &vm, "hand it the files to restore from"))?;
-        vm.client.restore(&request).await.map_err(vmm_error(sandbox, &vm, "restore it"))
-    };
-    let report = tokio::time::timeout(limit, load).await.map_err(|_| Error::Deadline {
-        id: sandbox.id.clone(),
-        what: "the restore",
-        ms: limit.as_millis(),
-    })??;
-    Ok(Restored { vm: vm.clone(), fetched, took: begun.elapsed(), report })
-}
-
-async fn find_rootfs(core: &Arc<Core>, spec: &Spec) -> Result<Option<PathBuf>, Error> {
-    let Some(digest) = spec.rootfs_digest.clone() else { return Ok(None) };
-    let (core, name) = (core.clone(), spec.template_name.clone());
-    blocking(move || match core.templates.rootfs_by_digest(&digest, &name, &core.journal)? {
-        Some(path) => Ok(Some(path)),
-        None => Err(Error::Host(format!(
-            "no template in {} has the root file system {digest} that this sandbox was made from (template {name:?}): put it back to resume it",
-            core.templates.dir().display()
-        ))),
-    })
-    .await
-}
-
-fn memory_file(bytes: &[u8]) -> Result<File, Error> {
-    let make = || -> std::io::Result<File> {
-        let mut file = File::from(memfd_create("manifest", MemfdFlags::CLOEXEC)?);
-        file.write_all(bytes)?;
-        file.rewind()?;
-        Ok(file)
-    };
-    make().map_err(|source| Error::Local { action: "hold a manifest in memory".to_owned(), source })
-}
-
 /// The claim is confirmed: the guest runs and is told so.
 async fn go(core: &Core, sandbox: &Sandbox, vm: &Vmm, timing: &mut Timing) -> Result<(), Error> {
     sandbox.set_phase(Some("wake"));
@@ -254,7 +176,7 @@ async fn go(core: &Core, sandbox: &Sandbox, vm: &Vmm, timing: &mut Timing) -> Re
     vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
     timing.since("run", begun);
     let begun = Instant::now();
-    core.tell_wake(sandbox, vm, &sandbox.record().spec).await?;
+    core.tell_wake(sandbox, vm, None).await?;
     timing.since("wake", begun);
     Ok(())
 }

@@ -2,12 +2,12 @@
 
 use bytes::Bytes;
 use http::Method;
-use stasis_api::dev::{EmbeddedS3, Fault, FaultProxy, Rule};
+use stasis_api::dev::{EmbeddedS3, Fault, FaultProxy, LinkShape, Rule};
 use stasis_snapshot::store::probe::probe;
 use stasis_snapshot::store::s3::{S3Settings, S3Store};
 use stasis_snapshot::store::{ErrorKind, ObjectStore, Precondition, RawGrant};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 async fn server() -> (tempfile::TempDir, EmbeddedS3) {
     let dir = tempfile::tempdir().unwrap();
@@ -174,4 +174,83 @@ async fn each_fault_shows_as_what_it_is() {
         proxy.take_seen().iter().any(|seen| seen.path.contains("counted-2") && seen.fault == Some(Fault::Refuse(503)))
     );
     assert!(proxy.take_seen().is_empty());
+}
+
+/// Bytes that do not repeat soon.
+fn body(len: usize) -> Bytes {
+    (0..len).map(|n| (n * 31 + n / 251) as u8).collect::<Vec<_>>().into()
+}
+
+#[tokio::test]
+async fn bodies_of_many_pieces_and_ranges_of_them_are_whole() {
+    let (_dir, s3) = server().await;
+    let store = store(s3.endpoint());
+    let whole = body(9 << 20);
+    assert!(s3.take_exchanges().is_empty(), "the first call begins the record");
+    store.put("big", whole.clone(), &Precondition::None).await.unwrap();
+    assert_eq!(store.get("big").await.unwrap().bytes, whole);
+    for range in [0..1_u64, 5..4100, (1 << 20) - 1..(4 << 20) + 1, (9 << 20) - 1..9 << 20] {
+        let part = store.get_range("big", range.clone()).await.unwrap();
+        assert_eq!(part, whole.slice(range.start as usize..range.end as usize), "{range:?}");
+    }
+    store.get_range("big", 9 << 20..(9 << 20) + 1).await.unwrap_err();
+    let seen = s3.take_exchanges();
+    assert_eq!((seen[0].method.clone(), seen[0].path.as_str(), seen[0].sent), (Method::PUT, "/bucket/big", 9 << 20));
+    assert_eq!(seen.iter().map(|x| x.answered).collect::<Vec<_>>()[1..4], [9 << 20, 1, 4095]);
+    assert_eq!((seen.len(), seen[6].status), (7, 416), "{seen:?}");
+    assert!(s3.take_exchanges().is_empty());
+}
+
+#[tokio::test]
+async fn a_restart_keeps_bodies_and_tags_and_sweeps_what_was_half_written() {
+    let (dir, s3) = server().await;
+    let tag = store(s3.endpoint()).put("head", Bytes::from("1"), &Precondition::IfAbsent).await.unwrap();
+    drop(s3);
+    std::fs::write(dir.path().join(".tmp.7"), "half").unwrap();
+    let s3 = EmbeddedS3::start(dir.path(), "127.0.0.1:0".parse().unwrap(), "bucket", "access", "secret").await.unwrap();
+    assert!(!dir.path().join(".tmp.7").exists());
+    let store = store(s3.endpoint());
+    assert_eq!(store.get("head").await.unwrap().etag, tag);
+    let newer = store.put("head", Bytes::from("1"), &Precondition::IfMatch(tag.clone())).await.unwrap();
+    assert_ne!(newer, tag, "the same body again is another body");
+}
+
+#[tokio::test]
+async fn a_link_adds_round_trips_and_shares_its_rate() {
+    let (_dir, s3) = server().await;
+    let proxy = FaultProxy::start(s3.addr()).await.unwrap();
+    let round_trip = Duration::from_millis(60);
+    proxy.shape(Some(LinkShape { round_trip, bits_per_second: Some(80_000_000) }));
+    let store = store(proxy.endpoint());
+    let timed = async |bytes: usize, parallel: usize| {
+        let begun = Instant::now();
+        let puts = (0..parallel).map(|n| {
+            let (store, body) = (&store, body(bytes));
+            async move { store.put(&format!("link/{n}"), body, &Precondition::None).await.unwrap() }
+        });
+        futures::future::join_all(puts).await;
+        begun.elapsed()
+    };
+    let first = timed(10, 1).await;
+    assert!(first >= round_trip * 2, "a new connection costs one more: {first:?}");
+    let second = timed(10, 1).await;
+    assert!(second >= round_trip && second < round_trip * 2, "{second:?}");
+    // 4 × 250,000 bytes at 10 MB/s: 100 ms, and the round trips of new connections.
+    let shared = timed(250_000, 4).await;
+    assert!(shared >= Duration::from_millis(95) + round_trip, "{shared:?}");
+    let begun = Instant::now();
+    assert_eq!(store.get("link/0").await.unwrap().bytes, body(250_000));
+    assert!(begun.elapsed() >= Duration::from_millis(20) + round_trip, "{:?}", begun.elapsed());
+    store.delete("link/0").await.unwrap();
+    assert_eq!(store.list("link/", None).await.unwrap().objects.len(), 3);
+
+    proxy.add(Rule::once(Method::PUT, "refused", Fault::Refuse(503)));
+    store.put("refused", Bytes::from("x"), &Precondition::None).await.unwrap_err();
+    proxy.shape(None);
+    // The fastest of some: the machine may be busy.
+    let mut plain = round_trip;
+    for _ in 0..10 {
+        plain = plain.min(timed(10, 1).await);
+    }
+    assert!(plain < round_trip, "{plain:?}");
 }

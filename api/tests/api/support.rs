@@ -5,7 +5,7 @@ use axum::http::{Request, Response};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Limits, StoreConfig};
+use stasis_api::config::{Config, Deadlines, Limits, RunAhead, StoreConfig, Warm};
 use stasis_api::error::Error;
 use stasis_api::record::Spec;
 use stasis_api::sources::Sources;
@@ -52,6 +52,9 @@ impl Place {
             store: StoreConfig::Directory { path: self.path("store") },
             limits: Limits { body_bytes: 64 << 10, sandboxes: 2, ..Limits::default() },
             deadlines: Deadlines { commit_ms: 1000, settle_ms: 2000, store_ms: 2000, ..Deadlines::default() },
+            // The VMM here is a script that fails.
+            warm: Warm { vmm_pool: 0, ..Warm::default() },
+            run_ahead: RunAhead::default(),
         }
     }
 

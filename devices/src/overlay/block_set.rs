@@ -22,12 +22,20 @@ impl BlockSet {
     }
 
     pub(super) fn insert(&mut self, range: &Range<u64>) {
+        self.change(range, |word, bits| *word |= bits);
+    }
+
+    pub(super) fn remove(&mut self, range: &Range<u64>) {
+        self.change(range, |word, bits| *word &= !bits);
+    }
+
+    fn change(&mut self, range: &Range<u64>, change: impl Fn(&mut u64, u64)) {
         let mut at = range.start;
         let end = range.end.min(self.bound);
         while at < end {
             let bit = at % BITS;
             let count = (BITS - bit).min(end - at);
-            self.words[(at / BITS) as usize] |= u64::MAX >> (BITS - count) << bit;
+            change(&mut self.words[(at / BITS) as usize], u64::MAX >> (BITS - count) << bit);
             at += count;
         }
     }
@@ -82,14 +90,19 @@ mod tests {
         #[test]
         fn agrees_with_a_plain_set(
             bound in 1u64..300,
-            inserts in prop::collection::vec((0u64..320, 0u64..140), 0..8),
+            changes in prop::collection::vec((0u64..320, 0u64..140, any::<bool>()), 0..8),
             window in (0u64..320, 0u64..320),
         ) {
             let mut set = BlockSet::new(bound);
             let mut model = BTreeSet::new();
-            for (start, len) in inserts {
-                set.insert(&(start..start + len));
-                model.extend((start..start + len).filter(|&block| block < bound));
+            for (start, len, insert) in changes {
+                if insert {
+                    set.insert(&(start..start + len));
+                    model.extend((start..start + len).filter(|&block| block < bound));
+                } else {
+                    set.remove(&(start..start + len));
+                    model.retain(|block| !(start..start + len).contains(block));
+                }
             }
             prop_assert_eq!(set.len(), model.len() as u64);
             for block in 0..330 {

@@ -2,16 +2,19 @@
 //!
 //! The disk is divided into blocks of [`BLOCK_BYTES`]. A block is *present* when the overlay file holds its content; any other reads
 //! as the base, zero past the base's end. A block is *dirty* when it changed since the dirty set was last taken; the capture takes
-//! the set, and merges it back if it fails.
+//! the set, and merges it back if it fails. A disk that is restored lazily also has *absent* blocks: the snapshot has their content,
+//! and it is not here yet. See `lazy.rs`.
 //!
 //! # Threads
 //!
 //! All methods take `&self`. One lock guards the two bitmaps and is held for the length of a write, so writes are serial. Dirty bits
 //! are set before the bytes are written, so that a write that fails half-way is not lost on a capture; present bits after, so that
 //! nobody reads a block that is not there. Reads take the lock just to look at the bitmaps: a read beside a write of the same blocks
-//! may see either, and a capture that took the dirty set before the write finds the block dirty again.
+//! may see either, and a capture that took the dirty set before the write finds the block dirty again. No block becomes absent
+//! while the disk is in use, so what was found here stays here; absent blocks are fetched without the lock.
 
 mod block_set;
+mod lazy;
 
 use std::fs::File;
 use std::io;
@@ -20,6 +23,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use block_set::BlockSet;
+pub use lazy::BlockSource;
+use lazy::Lazy;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
@@ -80,6 +85,7 @@ pub struct Overlay {
     /// None for a read-only disk.
     file: Option<File>,
     blocks: Mutex<Blocks>,
+    lazy: Lazy,
 }
 
 #[derive(Debug)]
@@ -92,6 +98,8 @@ struct Base {
 struct Blocks {
     present: BlockSet,
     dirty: BlockSet,
+    /// Their content is the snapshot's. Empty and without bound on a disk that is not lazy.
+    absent: BlockSet,
     /// The file system can punch holes; false after it said that it cannot.
     punch: bool,
     /// A failed write may have left bytes in a block that is not present, so absent blocks are holes no longer.
@@ -130,8 +138,14 @@ impl Overlay {
             None => None,
         };
         let count = size.div_ceil(BLOCK_BYTES);
-        let blocks = Blocks { present: BlockSet::new(count), dirty: BlockSet::new(count), punch: true, torn: false };
-        Ok(Self { size, base, file, blocks: Mutex::new(blocks) })
+        let blocks = Blocks {
+            present: BlockSet::new(count),
+            dirty: BlockSet::new(count),
+            absent: BlockSet::new(0),
+            punch: true,
+            torn: false,
+        };
+        Ok(Self { size, base, file, blocks: Mutex::new(blocks), lazy: Lazy::default() })
     }
 
     /// Size that the guest sees, bytes.
@@ -158,6 +172,7 @@ impl Overlay {
     /// Writes the disk at byte `offset`. On an error some of `data` may have been written.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.check(offset, data.len() as u64)?;
+        self.fetch_partial(offset, data.len() as u64)?;
         let mut blocks = self.lock();
         blocks.dirty.insert(&blocks_of(offset, data.len() as u64));
         let result = self.write_locked(&mut blocks, offset, data);
@@ -185,8 +200,7 @@ impl Overlay {
                 }
                 len
             };
-            let written = block..(offset + len as u64).div_ceil(BLOCK_BYTES);
-            blocks.present.insert(&written);
+            blocks.now_here(&(block..(offset + len as u64).div_ceil(BLOCK_BYTES)));
             offset += len as u64;
             data = &data[len..];
         }
@@ -196,6 +210,7 @@ impl Overlay {
     /// Makes `len` bytes at `offset` read as zero, without room on the host where it can punch holes.
     pub fn zero_at(&self, offset: u64, len: u64) -> Result<()> {
         self.check(offset, len)?;
+        self.fetch_partial(offset, len)?;
         let end = offset + len;
         let whole = offset.div_ceil(BLOCK_BYTES)..end / BLOCK_BYTES;
         let mut blocks = self.lock();
@@ -227,7 +242,7 @@ impl Overlay {
             let len = (range.end - range.start) * BLOCK_BYTES;
             match rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
                 Ok(()) => {
-                    blocks.present.insert(range);
+                    blocks.now_here(range);
                     return Ok(());
                 }
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => blocks.punch = false,
@@ -244,7 +259,7 @@ impl Overlay {
                 at += len;
             }
         }
-        blocks.present.insert(range);
+        blocks.now_here(range);
         Ok(())
     }
 
@@ -262,19 +277,24 @@ impl Overlay {
         self.read_merged(offset, out)
     }
 
-    /// Puts the content of saved blocks in place from block `first` on: present, and not dirty.
+    /// Puts the content of saved blocks in place from block `first` on: present, and not dirty. On a lazy disk only those that are
+    /// absent: the guest has written the others.
     pub fn restore_block(&self, first: u64, data: &[u8]) -> Result<()> {
-        let offset = self.check_blocks(first, data.len())?;
+        self.check_blocks(first, data.len())?;
+        let all = first..first + data.len() as u64 / BLOCK_BYTES;
+        // The look at the set and the write are one step for everybody who writes: none can come between.
         let mut blocks = self.lock();
-        let result = self.write_file(offset, data);
-        match &result {
-            Ok(()) => blocks.present.insert(&(first..first + data.len() as u64 / BLOCK_BYTES)),
-            Err(_) => blocks.torn = true,
+        for run in self.to_restore(&blocks, all) {
+            let part = (run.start - first) as usize * BLOCK..(run.end - first) as usize * BLOCK;
+            let result = self.write_file(run.start * BLOCK_BYTES, &data[part]);
+            blocks.torn |= result.is_err();
+            result?;
+            blocks.now_here(&run);
         }
-        result
+        Ok(())
     }
 
-    /// Makes the blocks of `range` present and zero, and not dirty.
+    /// Makes the blocks of `range` present and zero, and not dirty. On a lazy disk only those that are absent.
     pub fn restore_zero(&self, range: Range<u64>) -> Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -286,9 +306,12 @@ impl Overlay {
             ));
         }
         let mut blocks = self.lock();
-        let result = self.zero_blocks(&mut blocks, &range);
-        blocks.torn |= result.is_err();
-        result
+        for run in self.to_restore(&blocks, range) {
+            let result = self.zero_blocks(&mut blocks, &run);
+            blocks.torn |= result.is_err();
+            result?;
+        }
+        Ok(())
     }
 
     /// Blocks that the overlay holds, as ascending, disjoint, non-adjacent ranges.
@@ -357,6 +380,7 @@ impl Overlay {
     fn read_merged(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let end = offset + out.len() as u64;
         let wanted = offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
+        self.fetch_absent(&wanted)?;
         let present = self.lock().present.ranges_within(&wanted);
         let mut at = offset;
         let part = |from: u64, to: u64| (from - offset) as usize..(to - offset) as usize;
@@ -389,6 +413,14 @@ impl Overlay {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl Blocks {
+    /// The overlay file holds the content of these blocks from now on.
+    fn now_here(&mut self, range: &Range<u64>) {
+        self.present.insert(range);
+        self.absent.remove(range);
     }
 }
 

@@ -67,6 +67,18 @@ pub struct WakeRequest {
     pub unix_time_ns: u64,
     /// Base64 of 32 fresh random bytes, mixed into the guest's pool before it is reseeded.
     pub entropy: String,
+    /// Who the guest is from now on: sent once, to a clone of a template or of a named snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Identity>,
+}
+
+/// What tells a guest from others that began as the same capture.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Host name: 1 to 63 letters, digits and `-`.
+    pub hostname: String,
+    /// machine-id(5): 32 lower-case hexadecimal digits, not all zero.
+    pub machine_id: String,
 }
 
 /// Answer of `POST /v1/wake`.

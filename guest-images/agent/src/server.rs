@@ -142,7 +142,7 @@ impl From<ExecError> for Refusal {
 impl From<WakeError> for Refusal {
     fn from(error: WakeError) -> Self {
         let status = match error {
-            WakeError::BadEntropy | WakeError::BadTime(_) => StatusCode::BAD_REQUEST,
+            WakeError::BadEntropy | WakeError::BadTime(_) | WakeError::BadIdentity(_) => StatusCode::BAD_REQUEST,
             WakeError::Kernel { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, chain(&error))

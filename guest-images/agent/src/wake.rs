@@ -1,17 +1,19 @@
-//! What a guest needs after a restore: the time of day, and random numbers that no other guest restored from the same snapshot draws.
+//! What a guest needs after a restore: the time of day, random numbers that no other guest restored from the same snapshot draws, and for a
+//! clone a name of its own.
 //!
 //! The kernel's VM generation id driver does the second when the kernel has it (5.18 and later, and Debian's bookworm kernels are built
 //! without it); fresh bytes through the agent work with every kernel.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
-use stasis_agent::protocol::{WakeReply, WakeRequest};
+use stasis_agent::protocol::{Identity, WakeReply, WakeRequest};
 
 const SEED_BYTES: usize = 32;
 const SEED_BYTES_C: libc::c_int = 32;
@@ -36,6 +38,8 @@ pub(crate) enum WakeError {
     BadEntropy,
     #[error("unix_time_ns {0} is beyond what the clock can hold")]
     BadTime(u64),
+    #[error("{0:?} is no host name or no machine id")]
+    BadIdentity(Identity),
     #[error("cannot {operation}")]
     Kernel {
         operation: &'static str,
@@ -44,11 +48,17 @@ pub(crate) enum WakeError {
     },
 }
 
-/// Reseeds the random pool, then sets the wall clock. `received`: when the request had come in.
+/// Reseeds the random pool, takes a new identity on, then sets the wall clock. `received`: when the request had come in.
 pub(crate) fn apply(request: &WakeRequest, received: Instant) -> Result<WakeReply, WakeError> {
     let seed =
         STANDARD.decode(&request.entropy).ok().and_then(|seed| seed.try_into().ok()).ok_or(WakeError::BadEntropy)?;
+    if let Some(identity) = &request.identity {
+        check(identity)?;
+    }
     reseed(seed)?;
+    if let Some(identity) = &request.identity {
+        take_on(identity, Path::new("/"))?;
+    }
     // Time has gone by since the host looked at its clock; of that, what passed in here is known.
     let now = i128::from(request.unix_time_ns) + received.elapsed().as_nanos().cast_signed();
     let target = timespec(now).ok_or(WakeError::BadTime(request.unix_time_ns))?;
@@ -57,6 +67,45 @@ pub(crate) fn apply(request: &WakeRequest, received: Instant) -> Result<WakeRepl
         .map_err(|source| WakeError::Kernel { operation: "set the clock", source: source.into() })?;
     let step = now - before;
     Ok(WakeReply { stepped_ns: i64::try_from(step).unwrap_or(if step < 0 { i64::MIN } else { i64::MAX }) })
+}
+
+fn check(identity: &Identity) -> Result<(), WakeError> {
+    let name = identity.hostname.as_bytes();
+    let label = (1..=63).contains(&name.len())
+        && name.iter().all(|c| c.is_ascii_alphanumeric() || *c == b'-')
+        && name.first() != Some(&b'-')
+        && name.last() != Some(&b'-');
+    let id = identity.machine_id.as_bytes();
+    let digits = id.len() == 32 && id.iter().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
+    if label && digits && id.iter().any(|c| *c != b'0') {
+        Ok(())
+    } else {
+        Err(WakeError::BadIdentity(identity.clone()))
+    }
+}
+
+/// The kernel's host name, and the files under `root` that say host name and machine id to everybody else.
+fn take_on(identity: &Identity, root: &Path) -> Result<(), WakeError> {
+    let failed = |operation| move |source: io::Error| WakeError::Kernel { operation, source };
+    rustix::system::sethostname(identity.hostname.as_bytes())
+        .map_err(|errno| failed("set the host name")(errno.into()))?;
+    write_names(identity, root).map_err(failed("write host name and machine id"))
+}
+
+fn write_names(identity: &Identity, root: &Path) -> io::Result<()> {
+    let etc = root.join("etc");
+    if !etc.is_dir() {
+        // A guest without a root file system has nowhere to say it.
+        return Ok(());
+    }
+    fs::write(etc.join("hostname"), format!("{}\n", identity.hostname))?;
+    let machine_id = etc.join("machine-id");
+    // Some images ship it read-only.
+    match fs::remove_file(&machine_id) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::write(machine_id, format!("{}\n", identity.machine_id))
 }
 
 fn timespec(nanoseconds: i128) -> Option<Timespec> {
@@ -93,7 +142,7 @@ mod tests {
     use super::*;
 
     fn request(entropy: &[u8]) -> WakeRequest {
-        WakeRequest { unix_time_ns: 0, entropy: STANDARD.encode(entropy) }
+        WakeRequest { unix_time_ns: 0, entropy: STANDARD.encode(entropy), identity: None }
     }
 
     #[test]
@@ -101,8 +150,37 @@ mod tests {
         for size in [0, 31, 33, 1000] {
             assert!(matches!(apply(&request(&vec![7; size]), Instant::now()), Err(WakeError::BadEntropy)));
         }
-        let not_base64 = WakeRequest { unix_time_ns: 0, entropy: "%".repeat(44) };
+        let not_base64 = WakeRequest { unix_time_ns: 0, entropy: "%".repeat(44), identity: None };
         assert!(matches!(apply(&not_base64, Instant::now()), Err(WakeError::BadEntropy)));
+    }
+
+    #[test]
+    fn an_identity_is_checked_before_anything_changes() {
+        let identity = |hostname: &str, machine_id: &str| Identity {
+            hostname: hostname.to_owned(),
+            machine_id: machine_id.to_owned(),
+        };
+        let id = "0123456789abcdef0123456789abcdef";
+        assert!(check(&identity("sbx-a1", id)).is_ok());
+        let long = "a".repeat(64);
+        for (name, id) in
+            [("", id), ("-a", id), ("a.b", id), (long.as_str(), id), ("a", ""), ("a", &id[1..]), ("a", &"0".repeat(32))]
+        {
+            let request = WakeRequest { identity: Some(identity(name, id)), ..request(&[7; 32]) };
+            assert!(matches!(apply(&request, Instant::now()), Err(WakeError::BadIdentity(_))), "{name:?} {id:?}");
+        }
+    }
+
+    #[test]
+    fn names_are_written_where_programs_look_for_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let identity = Identity { hostname: "sbx-a".to_owned(), machine_id: "1".repeat(32) };
+        write_names(&identity, root).unwrap();
+        fs::create_dir_all(root.join("etc")).unwrap();
+        write_names(&identity, root).unwrap();
+        let read = |name: &str| fs::read_to_string(root.join("etc").join(name)).unwrap();
+        assert_eq!((read("hostname"), read("machine-id")), ("sbx-a\n".to_owned(), format!("{}\n", "1".repeat(32))));
     }
 
     #[test]

@@ -2,12 +2,17 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `scan` | reads pages, tells zero ones and those of the template apart, and cuts the rest into frames |
+//! | `scan` | cuts what is to be looked at into chunks; tells zero, unchanged and template pages apart, and the rest into blocks |
+//! | `digests`, `page_hash` | what the durable map has at each page, by a keyed hash: pages that did not change are not sent |
 //! | `block_index` | looks pages up among the template's blocks |
-//! | `pipeline` | has frames compressed, puts packs together, keeps PUTs in flight, turns what became durable into maps |
+//! | `encode` | joins blocks to frames and compresses them |
+//! | `rates`, `sizing` | which codec, which size of packs: pure decisions |
+//! | `buffer` | the memory of packs |
+//! | `pipeline` | runs it all: chunks and frames on blocking threads, packs assembled in order, PUTs in flight |
+//! | `outcome` | turns what became durable into maps |
 //!
-//! One blocking thread reads and classifies pages in the order given; blocking workers compress and digest frames; the calling task
-//! assembles packs and keeps PUTs in flight. Raw and stored bytes together stay under [`Options::memory`].
+//! Blocking threads scan chunks and compress frames, several at once; the calling task takes both back in the order given, assembles packs
+//! and keeps PUTs in flight. Raw and stored bytes together stay under [`Options::memory`].
 //!
 //! A page is only ever referred to once the PUT of its pack has been confirmed. A capture that fails hands back what is durable, so
 //! that the next one need not send it again. [`capture`] returns only after the last call to a [`PageReader`] has ended; stop it with its
@@ -19,24 +24,40 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 mod block_index;
+mod buffer;
+mod digests;
+mod encode;
+mod outcome;
+mod page_hash;
 mod pipeline;
+mod ranges;
+mod rates;
 mod scan;
+mod sizing;
 
 pub use block_index::BlockIndex;
+pub use digests::PageDigests;
+pub use sizing::packs_needed;
 
 use crate::{
     granted::PackSink,
     image::{ImageMap, MapError},
     manifest::ImageKind,
-    pack::{Codec, PackEntry, pack_size},
-    page::PAGE_SIZE,
+    pack::{Codec, PackEntry},
     store::StoreError,
 };
 
-/// Reads pages. Called from a blocking thread, one call at a time per image; must be cheap (memory or the page cache).
+/// Reads pages. Called from several blocking threads at once; must be cheap (memory or the page cache).
 pub trait PageReader: Send + Sync {
     /// Fills `into`, a whole number of pages, from `first_page` on.
     fn read(&self, first_page: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Exactly these pages where they lie, if they are contiguous in this process's memory and cannot change while the capture runs (the
+    /// guest stands still). `None` where either does not hold: they are then [`read`](Self::read).
+    fn view(&self, first_page: u64, pages: u64) -> Option<&[u8]> {
+        let _ = (first_page, pages);
+        None
+    }
 }
 
 /// The template disk that pages are compared with.
@@ -59,12 +80,27 @@ pub struct ImageInput {
     pub kind: ImageKind,
     /// Where its pages were before: the parent's map, or [`ImageMap::zero`] or [`ImageMap::base`] for a first capture. Its length is the image's.
     pub parent: ImageMap,
-    /// Pages that may differ from `parent`, in the order in which they are to be packed.
+    /// Pages that may differ from `parent`, each once, in the order in which they are to be packed.
     pub look_at: Vec<Range<u64>>,
     /// Reads the image.
     pub reader: Arc<dyn PageReader>,
     /// The template disk, where there is one.
     pub base: Option<BaseInput>,
+    /// What `parent` has at each page, as far as it is known: pages that equal it are left to it. The capture notes what it made durable,
+    /// and on failure no more than [`Partial::done`] covers.
+    pub digests: Option<Arc<PageDigests>>,
+    /// Pages among `look_at` that are sent even if they did not change (compaction). Zero pages and those of the base stay references.
+    pub rewrite: Vec<Range<u64>>,
+}
+
+/// How frames are compressed. Frames that gain too little are stored raw in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CodecChoice {
+    /// Always this one.
+    Fixed(Codec),
+    /// What the measured rates of store and codecs call for.
+    #[default]
+    Adaptive,
 }
 
 /// How to capture.
@@ -73,8 +109,8 @@ pub struct Options {
     /// PUTs in flight at most.
     pub connections: u16,
     /// Compression.
-    pub codec: Codec,
-    /// Bytes of pages and packs in memory at most; raised to what one pack needs.
+    pub codec: CodecChoice,
+    /// Bytes of pages and packs in memory at most; raised to what one pack and the workers need.
     pub memory: u64,
     /// Pages looked at first that go to a boot pack of small frames (at most 16 MiB); 0 for none.
     pub boot_pages: u64,
@@ -82,16 +118,8 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { connections: 8, codec: Codec::Lz4, memory: 64 << 20, boot_pages: 0 }
+        Self { connections: 8, codec: CodecChoice::Adaptive, memory: 64 << 20, boot_pages: 0 }
     }
-}
-
-/// How many packs a capture that looks at `pages` pages may need at most.
-pub fn packs_needed(pages: u64, options: &Options) -> u32 {
-    let bytes = pages.saturating_mul(PAGE_SIZE as u64);
-    // Each pack but the last reaches the target, and frames are never stored larger than they are; the boot pack is one more.
-    let packs = bytes / pack_size(bytes, options.connections) + 2;
-    u32::try_from(packs).unwrap_or(u32::MAX)
 }
 
 /// Everything [`capture`] needs.
@@ -108,6 +136,8 @@ pub struct CaptureRequest {
     pub cancel: CancellationToken,
     /// Told of progress.
     pub progress: Option<watch::Sender<Stats>>,
+    /// How many PUTs may be in flight from now on, where that changes while the capture runs; [`Options::connections`] otherwise.
+    pub connections: Option<watch::Receiver<u16>>,
 }
 
 /// What a capture did so far.
@@ -119,6 +149,8 @@ pub struct Stats {
     pub zero_pages: u64,
     /// Of them equal to a template block.
     pub base_pages: u64,
+    /// Of them neither, and equal to what the parent's map has there.
+    pub unchanged_pages: u64,
     /// Pages in packs that are durable.
     pub sent_pages: u64,
     /// Bytes of packs that are durable.

@@ -1,130 +1,137 @@
-//! The capturing task: takes frames from the scanning thread, has them compressed, puts them into packs, keeps PUTs in flight.
+//! The capturing task: has chunks scanned and frames compressed on blocking threads, takes both back in order, puts frames into packs,
+//! keeps PUTs in flight.
 //!
-//! Memory: each frame holds permits for its pages, then for its stored bytes until its pack is durable. The bound is at least one pack and
-//! two frames, so that a pack that is being filled can always be finished.
+//! Memory: a chunk holds permits for all its pages while it is scanned, a frame for its pages until it is compressed, then for its stored
+//! bytes until its pack is durable and copied. Only this task takes permits, chunk by chunk in order, so what waits for memory waits for
+//! something that is on its way out. The bound is at least one pack, a frame and a chunk, so that a pack that is being filled can always be
+//! finished. What workers need beside pages, and the room that the open pack and a spare
+//! buffer do not use yet, is put aside beforehand.
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    ops::Range,
-    sync::{Arc, atomic::Ordering},
+    future::pending,
+    iter::Peekable,
+    mem,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-use futures::{Stream, StreamExt, stream};
+use bytes::Bytes;
+use futures::{StreamExt, future::OptionFuture, stream::FuturesOrdered};
 use tokio::{
-    runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch},
     task::{JoinError, JoinHandle, JoinSet, spawn_blocking},
 };
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    CaptureError, CaptureFailed, CaptureRequest, Captured, ImageInput, Partial, Stats,
-    scan::{Counters, RawFrame, Scan, ScanEnd, Stop},
+    CaptureError, CaptureFailed, CaptureRequest, Captured, CodecChoice, ImageInput, Stats,
+    buffer::Buffers,
+    encode::{Frame, Framer, Workshop, frame_overhead},
+    outcome::{Durable, Outcome, Placed},
+    ranges::joined,
+    rates::Meter,
+    scan::{Chunk, Chunks, Scanned, Settled, Stop, scan},
+    sizing::{Sizing, Standing},
 };
 use crate::{
     granted::PackSink,
-    image::{ImageMap, MapError, PageRef, Run},
-    pack::{self, Codec, EncodedFrame, MAX_BOOT_PACK, PackBuilder, PackEntry},
+    ids::Digest,
+    image::MapError,
+    pack::{FRAME_PAGES, HEADER_LEN, MAX_BOOT_PACK, PackBuilder},
     page::{self, PAGE_SIZE},
-    store::StoreError,
 };
 
-/// A compressed frame and which pages it holds.
-struct Frame {
-    encoded: EncodedFrame,
-    image: usize,
-    spans: Vec<Range<u64>>,
-    boot: bool,
-    permit: OwnedSemaphorePermit,
-}
-
-/// Pages of one image within a pack.
-struct Placed {
-    image: usize,
-    start: u64,
-    pages: u64,
-    frame: u32,
-    index: u32,
-}
+/// Pages scanned together: 2 MiB, if memory allows.
+const CHUNK: u64 = 512;
+/// Threads at most: one capture is not to take a large host for itself.
+const MAX_WORKERS: usize = 8;
+/// Packs that wait for a connection before workers are stopped: one to send at once when a PUT ends, and one on the way.
+const READY: usize = 2;
+/// How long local copies may hold up a capture that has stored everything.
+const COPIES: Duration = Duration::from_secs(2);
 
 /// A pack that is being filled, or ready to be sent.
 struct OpenPack {
     builder: PackBuilder,
     placed: Vec<Placed>,
     boot: bool,
-    permits: Vec<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
-/// A pack whose PUT was confirmed.
-struct Durable {
-    entry: PackEntry,
-    placed: Vec<Placed>,
-    boot: bool,
+/// A pack whose PUT was confirmed, and its bytes.
+struct Stored {
+    n: u32,
+    durable: Durable,
+    bytes: Bytes,
+    permit: Option<OwnedSemaphorePermit>,
+    took: Duration,
 }
 
 impl OpenPack {
-    fn new(boot: bool) -> Self {
-        Self { builder: PackBuilder::new(), placed: Vec::new(), boot, permits: Vec::new() }
+    fn new(buffer: Vec<u8>, boot: bool) -> Self {
+        Self { builder: PackBuilder::within(buffer), placed: Vec::new(), boot, permit: None }
     }
 
-    fn push(&mut self, frame: Frame) {
+    /// Adds a frame and returns its buffer.
+    fn push(&mut self, frame: Frame) -> Vec<u8> {
         let number = self.builder.push(&frame.encoded);
+        let mut digests = frame.digests.into_iter();
         let mut index = 0;
         for span in frame.spans {
             let pages = span.end - span.start;
-            self.placed.push(Placed { image: frame.image, start: span.start, pages, frame: number, index });
+            self.placed.push(Placed {
+                image: frame.image,
+                start: span.start,
+                pages,
+                frame: number,
+                index,
+                digests: digests.by_ref().take(pages as usize).collect(),
+            });
             index += pages as u32;
         }
-        self.permits.push(frame.permit);
+        match (&mut self.permit, frame.permit) {
+            (Some(permit), Some(more)) => permit.merge(more),
+            (none, more) => *none = more,
+        }
+        frame.encoded.bytes
     }
 
-    async fn store(self, n: u32, sink: Arc<dyn PackSink>) -> Result<(u32, Durable), CaptureError> {
-        let builder = self.builder;
-        let (bytes, mut entry) = spawn_blocking(move || builder.finish()).await.map_err(CaptureError::Thread)?;
-        let failed = |source: StoreError| CaptureError::Store { n, source };
-        entry.key = sink.put(n, bytes).await.map_err(failed)?;
-        drop(self.permits);
+    async fn store(self, n: u32, sink: Arc<dyn PackSink>) -> Result<Stored, CaptureError> {
+        let (bytes, mut entry) = self.builder.finish();
+        let started = Instant::now();
+        // Only the manifest needs the digest: the PUT does not wait for it.
+        let digest = {
+            let bytes = bytes.clone();
+            spawn_blocking(move || Digest::of(&bytes))
+        };
+        let key = sink.put(n, bytes.clone()).await;
+        let took = started.elapsed();
+        entry.key = key.map_err(|source| CaptureError::Store { n, source })?;
+        entry.digest = digest.await.map_err(CaptureError::Thread)?;
         let durable = Durable { entry, placed: self.placed, boot: self.boot };
-        Ok((n, durable))
+        Ok(Stored { n, durable, bytes, permit: self.permit, took })
     }
-}
-
-/// Compresses frames on blocking threads, several at a time, and yields them in order.
-fn compressed(
-    mut frames: mpsc::Receiver<RawFrame>,
-    codec: Codec,
-    workers: usize,
-) -> impl Stream<Item = Result<Frame, JoinError>> + Unpin {
-    stream::poll_fn(move |context| frames.poll_recv(context))
-        .map(move |raw| {
-            spawn_blocking(move || {
-                let RawFrame { bytes, image, spans, boot, mut permit } = raw;
-                let encoded = pack::encode_frame(codec, &bytes);
-                let spare = permit.num_permits().saturating_sub(encoded.bytes.len());
-                drop(permit.split(spare));
-                Frame { encoded, image, spans, boot, permit }
-            })
-        })
-        .buffered(workers)
-}
-
-/// What is known of the capture so far.
-struct Progress {
-    request: CaptureRequest,
-    counters: Arc<Counters>,
-    durable: BTreeMap<u32, Durable>,
 }
 
 pub(super) async fn run(mut request: CaptureRequest) -> Result<Captured, CaptureFailed> {
-    let images = Arc::new(std::mem::take(&mut request.images));
-    let mut progress = Progress { request, counters: Arc::default(), durable: BTreeMap::new() };
-    if let Err(error) = check(&images) {
-        let settled = vec![Vec::new(); images.len()];
-        return Err(progress.failed(&images, &settled, error));
+    let mut images = mem::take(&mut request.images);
+    for image in &mut images {
+        image.rewrite = joined(mem::take(&mut image.rewrite));
     }
-    let (settled, result) = progress.pump(&images).await;
+    let images = Arc::new(images);
+    let parent_packs = mem::take(&mut request.parent_packs);
+    let mut pipeline = Pipeline::new(request, Arc::clone(&images));
+    let result = match check(&images) {
+        Ok(()) => pipeline.run().await,
+        Err(error) => Err(error),
+    };
+    let Pipeline { settled, durable, stats, .. } = pipeline;
+    let outcome = Outcome { parent_packs, settled, durable, stats };
     match result {
-        Ok(()) => progress.captured(&images, &settled),
-        Err(error) => Err(progress.failed(&images, &settled, error)),
+        Ok(()) => outcome.captured(&images),
+        Err(error) => Err(outcome.failed(&images, error)),
     }
 }
 
@@ -145,213 +152,329 @@ fn check(images: &[ImageInput]) -> Result<(), CaptureError> {
     Ok(())
 }
 
-impl Progress {
-    /// Runs the pipeline to its end. Whatever that is, the scanning thread and all PUTs have ended when this returns.
-    async fn pump(&mut self, images: &Arc<Vec<ImageInput>>) -> (Vec<Vec<Run>>, Result<(), CaptureError>) {
-        let options = self.request.options;
-        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+type Job<T> = JoinHandle<Result<T, Stop>>;
+type Acquire = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
+struct Pipeline {
+    request: CaptureRequest,
+    images: Arc<Vec<ImageInput>>,
+    workers: usize,
+    connections: usize,
+    sizing: Sizing,
+    meter: Meter,
+    memory: Arc<Semaphore>,
+    looked_at: u64,
+
+    // What blocking threads do, in order. The tracker knows of all of them, those without a handle included.
+    jobs: TaskTracker,
+    stop: CancellationToken,
+    chunks: Peekable<Chunks>,
+    /// Memory for the next chunk.
+    acquire: Option<Acquire>,
+    scans: FuturesOrdered<Job<Scanned>>,
+    framer: Framer,
+    encodes: FuturesOrdered<Job<Frame>>,
+    workshop: Arc<Workshop>,
+
+    open: Option<OpenPack>,
+    ready: VecDeque<OpenPack>,
+    puts: JoinSet<Result<Stored, CaptureError>>,
+    copies: JoinSet<()>,
+    buffers: Buffers,
+    closed: u64,
+    started: u32,
+    /// Bytes of pages in packs, and what they became.
+    placed: u64,
+    stored: u64,
+
+    settled: Vec<Settled>,
+    durable: BTreeMap<u32, Durable>,
+    stats: Stats,
+}
+
+impl Pipeline {
+    fn new(request: CaptureRequest, images: Arc<Vec<ImageInput>>) -> Self {
+        let options = request.options;
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
         let looked_at =
             images.iter().flat_map(|image| &image.look_at).map(|range| range.end.saturating_sub(range.start)).sum();
-        let target = pack::pack_size(page::bytes(looked_at), options.connections);
+        let sizing = Sizing::new(looked_at, &options);
         let boot_pages = options.boot_pages.min(MAX_BOOT_PACK / PAGE_SIZE as u64);
-        let least = target.max(page::bytes(boot_pages)) + 2 * page::bytes(pack::FRAME_PAGES.into());
-        let memory = Arc::new(Semaphore::new((options.memory.max(least) as usize).min(Semaphore::MAX_PERMITS)));
-        let (sender, receiver) = mpsc::channel(workers);
-        let scan = Scan {
-            images: Arc::clone(images),
-            boot_pages,
-            frames: sender,
-            memory: Arc::clone(&memory),
-            counters: Arc::clone(&self.counters),
-            runtime: Handle::current(),
+        let frame = page::bytes(FRAME_PAGES.into());
+        let aside = (workers + 2) as u64 * frame_overhead() + 2 * room(&sizing);
+        let least = sizing.full.max(page::bytes(boot_pages)) + 3 * frame;
+        let pages = options.memory.saturating_sub(aside).max(least);
+        let chunk =
+            (pages.saturating_sub(least) / (workers as u64 + 2) / PAGE_SIZE as u64).clamp(FRAME_PAGES.into(), CHUNK);
+        let permits = usize::try_from(pages).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let mut pipeline = Self {
+            workers,
+            connections: usize::from(options.connections.max(1)),
+            sizing,
+            meter: Meter::new(workers),
+            memory: Arc::new(Semaphore::new(permits)),
+            looked_at,
+            jobs: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            chunks: Chunks::new(Arc::clone(&images), chunk, boot_pages).peekable(),
+            acquire: None,
+            scans: FuturesOrdered::new(),
+            framer: Framer::default(),
+            encodes: FuturesOrdered::new(),
+            workshop: Arc::new(Workshop::new(workers + 2)),
+            open: None,
+            ready: VecDeque::new(),
+            puts: JoinSet::new(),
+            copies: JoinSet::new(),
+            buffers: Buffers::new(room(&sizing)),
+            closed: 0,
+            started: 0,
+            placed: 0,
+            stored: 0,
+            settled: vec![Settled::default(); images.len()],
+            durable: BTreeMap::new(),
+            stats: Stats::default(),
+            request,
+            images,
         };
-        let mut scan = Some(spawn_blocking(move || scan.run()));
-        let mut settled = vec![Vec::new(); images.len()];
-        let mut puts = JoinSet::new();
-        let frames = compressed(receiver, options.codec, workers);
-
-        let mut result = self.assemble(frames, target, &mut puts, &mut scan, &mut settled).await;
-        // On failure: no more frames (the stream is gone), no more memory, no more PUTs; then wait until all have noticed.
-        memory.close();
-        puts.abort_all();
-        while let Some(put) = puts.join_next().await {
-            if let Ok(Ok((n, durable))) = put {
-                self.durable.insert(n, durable);
-            }
-        }
-        if let Some(scan) = scan {
-            let ended = ended(scan.await, &mut settled);
-            result = result.and(ended);
-        }
-        (settled, result)
+        pipeline.set_connections();
+        pipeline
     }
 
-    async fn assemble(
-        &mut self,
-        mut frames: impl Stream<Item = Result<Frame, JoinError>> + Unpin,
-        target: u64,
-        puts: &mut JoinSet<Result<(u32, Durable), CaptureError>>,
-        scan: &mut Option<JoinHandle<ScanEnd>>,
-        settled: &mut Vec<Vec<Run>>,
-    ) -> Result<(), CaptureError> {
-        let cancel = self.request.cancel.clone();
-        let connections = usize::from(self.request.options.connections.max(1));
-        let mut next = 0;
-        let mut open: Option<OpenPack> = None;
-        let mut ready: VecDeque<OpenPack> = VecDeque::new();
-        let mut more = true;
-        loop {
-            while puts.len() < connections
-                && let Some(pack) = ready.pop_front()
-            {
-                puts.spawn(pack.store(next, Arc::clone(&self.request.sink)));
-                next += 1;
+    /// To the end, whatever that is: when this returns, no thread reads and no PUT is in flight.
+    async fn run(&mut self) -> Result<(), CaptureError> {
+        let result = self.pump().await;
+        self.stop.cancel();
+        self.memory.close();
+        self.puts.abort_all();
+        while let Some(put) = self.puts.join_next().await {
+            if let Ok(Ok(stored)) = put {
+                self.keep(stored.n, stored.durable);
             }
-            if !more && puts.is_empty() {
+        }
+        self.jobs.close();
+        self.jobs.wait().await;
+        if result.is_ok() {
+            let cancel = self.request.cancel.clone();
+            let copied = async { while self.copies.join_next().await.is_some() {} };
+            tokio::select! {
+                () = copied => {}
+                () = tokio::time::sleep(COPIES) => tracing::warn!("local copies of packs are too slow and are given up"),
+                () = cancel.cancelled() => {}
+            }
+        }
+        self.copies.abort_all();
+        self.tell();
+        result
+    }
+
+    async fn pump(&mut self) -> Result<(), CaptureError> {
+        let cancel = self.request.cancel.clone();
+        let mut connections = self.request.connections.take();
+        loop {
+            self.finish_packs();
+            self.start_puts();
+            self.start_jobs();
+            if self.idle() {
                 return Ok(());
             }
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Err(CaptureError::Cancelled),
-                Some(put) = puts.join_next() => {
-                    let (n, durable) = put.map_err(CaptureError::Thread)??;
-                    self.durable.insert(n, durable);
-                    self.tell();
+                more = changed(&mut connections) => self.connections = usize::from(more.max(1)),
+                Some(put) = self.puts.join_next() => self.stored(put.map_err(CaptureError::Thread)??),
+                Some(_) = self.copies.join_next() => {}
+                Some(frame) = self.encodes.next() => {
+                    let frame = finished(frame)?;
+                    self.pack(frame);
                 }
-                frame = frames.next(), if more && ready.is_empty() => {
-                    if let Some(frame) = frame {
-                        let frame = frame.map_err(CaptureError::Thread)?;
-                        // The boot pack ends with the first frame that is not for it.
-                        if let Some(other) = open.take_if(|open| open.boot != frame.boot) {
-                            ready.push_back(other);
-                        }
-                        let pack = open.get_or_insert_with(|| OpenPack::new(frame.boot));
-                        pack.push(frame);
-                        if !pack.boot && pack.builder.len() >= target {
-                            ready.extend(open.take());
-                        }
-                    } else {
-                        more = false;
-                        if let Some(scan) = scan.take() {
-                            ended(scan.await, settled)?;
-                        }
-                        ready.extend(open.take());
-                        self.tell();
+                Some(scanned) = self.scans.next() => {
+                    let scanned = finished(scanned)?;
+                    self.scanned(scanned);
+                }
+                Some(permit) = OptionFuture::from(self.acquire.as_mut()) => {
+                    self.acquire = None;
+                    // Nobody closes it while this runs.
+                    let permit = permit.map_err(|_| CaptureError::Cancelled)?;
+                    if let Some(chunk) = self.chunks.next() {
+                        self.start_scan(chunk, permit);
                     }
                 }
             }
         }
     }
 
-    fn stats(&self) -> Stats {
-        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let entries = || self.durable.values().map(|durable| &durable.entry);
-        Stats {
-            scanned_pages: count(&self.counters.scanned),
-            zero_pages: count(&self.counters.zero),
-            base_pages: count(&self.counters.base),
-            sent_pages: entries().flat_map(|entry| &entry.frames).map(|frame| u64::from(frame.pages)).sum(),
-            sent_bytes: entries().map(|entry| u64::from(entry.size)).sum(),
-            packs: self.durable.len() as u32,
+    fn set_connections(&mut self) {
+        if let Some(connections) = &self.request.connections {
+            self.connections = usize::from((*connections.borrow()).max(1));
         }
+    }
+
+    /// Whether all that was to be done is done.
+    fn idle(&mut self) -> bool {
+        self.puts.is_empty()
+            && self.ready.is_empty()
+            && self.open.is_none()
+            && self.encodes.is_empty()
+            && self.framer.ready.is_empty()
+            && self.scans.is_empty()
+            && self.chunks.peek().is_none()
+    }
+
+    fn start_puts(&mut self) {
+        while self.puts.len() < self.connections
+            && let Some(pack) = self.ready.pop_front()
+        {
+            self.puts.spawn(pack.store(self.started, Arc::clone(&self.request.sink)));
+            self.started += 1;
+        }
+    }
+
+    /// Keeps workers busy while packs can be sent: frames first, then chunks as far as frames run short.
+    fn start_jobs(&mut self) {
+        while self.ready.len() < READY
+            && self.encodes.len() < self.workers + 2
+            && let Some(raw) = self.framer.ready.pop_front()
+        {
+            let codec = match self.request.options.codec {
+                CodecChoice::Fixed(codec) => codec,
+                CodecChoice::Adaptive => self.meter.rates().choose(),
+            };
+            let (workshop, images) = (Arc::clone(&self.workshop), Arc::clone(&self.images));
+            self.encodes.push_back(self.jobs.spawn_blocking(move || workshop.encode(&images, raw, codec)));
+        }
+        if self.framer.ready.len() < self.workers
+            && self.scans.len() <= self.workers
+            && self.acquire.is_none()
+            && let Some(chunk) = self.chunks.peek()
+        {
+            let bytes = page::bytes(chunk.pages) as u32;
+            self.acquire = Some(Box::pin(Arc::clone(&self.memory).acquire_many_owned(bytes)));
+        }
+    }
+
+    fn start_scan(&mut self, chunk: Chunk, permit: OwnedSemaphorePermit) {
+        let (images, stop, workshop) = (Arc::clone(&self.images), self.stop.clone(), Arc::clone(&self.workshop));
+        self.scans.push_back(self.jobs.spawn_blocking(move || scan(&images, chunk, permit, &workshop, &stop)));
+    }
+
+    fn scanned(&mut self, scanned: Scanned) {
+        let Scanned { image, boot, counts, settled, blocks } = scanned;
+        self.stats.scanned_pages += counts.scanned;
+        self.stats.zero_pages += counts.zero;
+        self.stats.base_pages += counts.base;
+        self.stats.unchanged_pages += counts.unchanged;
+        self.settled[image].append(settled);
+        for block in blocks {
+            self.framer.push(image, boot, block);
+        }
+        if self.stats.scanned_pages == self.looked_at {
+            self.framer.flush();
+        }
+    }
+
+    /// Puts a frame into the open pack.
+    fn pack(&mut self, frame: Frame) {
+        let pages = frame.encoded.pages as usize * PAGE_SIZE;
+        let bytes = frame.encoded.bytes.len();
+        self.meter.encoded(frame.codec, pages, bytes, frame.took);
+        // The boot pack ends with the first frame that is not for it.
+        if let Some(other) = self.open.take_if(|open| open.boot != frame.boot) {
+            self.close(other);
+        }
+        self.placed += pages as u64;
+        self.stored += bytes as u64;
+        let boot = frame.boot;
+        let mut open = match self.open.take() {
+            Some(open) => open,
+            None => OpenPack::new(self.buffers.take(), boot),
+        };
+        self.workshop.give_back(open.push(frame));
+        let settled = self.stats.zero_pages + self.stats.base_pages + self.stats.unchanged_pages;
+        let standing = Standing {
+            open: open.builder.stored(),
+            closed: self.closed,
+            scanned: page::bytes(self.stats.scanned_pages),
+            sendable: page::bytes(self.stats.scanned_pages - settled),
+            placed: self.placed,
+            stored: self.stored,
+            idle: self.puts.len() + self.ready.len() < self.connections,
+        };
+        if !boot && self.sizing.close(standing) {
+            self.close(open);
+        } else {
+            self.open = Some(open);
+        }
+    }
+
+    /// Sends what is left once nothing more can come.
+    fn finish_packs(&mut self) {
+        let over = self.chunks.peek().is_none()
+            && self.scans.is_empty()
+            && self.framer.ready.is_empty()
+            && self.encodes.is_empty();
+        if over && let Some(open) = self.open.take() {
+            self.close(open);
+        }
+    }
+
+    fn close(&mut self, pack: OpenPack) {
+        self.closed += 1;
+        self.ready.push_back(pack);
+    }
+
+    fn stored(&mut self, stored: Stored) {
+        let Stored { n, durable, bytes, permit, took } = stored;
+        self.meter.stored(bytes.len(), took, self.puts.len() + 1, self.connections);
+        self.keep(n, durable);
+        if self.request.sink.keeps_copies() {
+            let sink = Arc::clone(&self.request.sink);
+            self.copies.spawn(async move {
+                sink.keep_copy(n, bytes).await;
+                drop(permit);
+            });
+        } else {
+            drop(permit);
+            self.buffers.give_back(bytes);
+        }
+        self.tell();
+    }
+
+    fn keep(&mut self, n: u32, durable: Durable) {
+        self.stats.packs += 1;
+        self.stats.sent_bytes += u64::from(durable.entry.size);
+        self.stats.sent_pages += durable.entry.frames.iter().map(|frame| u64::from(frame.pages)).sum::<u64>();
+        self.durable.insert(n, durable);
     }
 
     fn tell(&self) {
         if let Some(progress) = &self.request.progress {
-            progress.send_replace(self.stats());
+            progress.send_replace(self.stats);
         }
-    }
-
-    /// For each image, the runs of what needs no pack and of what is in durable packs.
-    fn runs(&self, settled: &[Vec<Run>]) -> Vec<Vec<Run>> {
-        let mut runs = settled.to_vec();
-        let first = self.request.parent_packs.len() as u32;
-        for (pack, durable) in (first..).zip(self.durable.values()) {
-            for placed in &durable.placed {
-                runs[placed.image].push(Run {
-                    start: placed.start,
-                    pages: placed.pages,
-                    at: PageRef::Pack { pack, frame: placed.frame, index: placed.index },
-                });
-            }
-        }
-        runs
-    }
-
-    fn packs(&self) -> Vec<PackEntry> {
-        let new = self.durable.values().map(|durable| &durable.entry);
-        self.request.parent_packs.iter().chain(new).cloned().collect()
-    }
-
-    fn captured(self, images: &[ImageInput], settled: &[Vec<Run>]) -> Result<Captured, CaptureFailed> {
-        let runs = self.runs(settled);
-        match overlaid(images, &runs) {
-            Ok(maps) => Ok(Captured {
-                packs: self.packs(),
-                maps,
-                boot_pack: self
-                    .durable
-                    .values()
-                    .position(|durable| durable.boot)
-                    .map(|at| (self.request.parent_packs.len() + at) as u32),
-                stats: self.stats(),
-            }),
-            Err(error) => Err(self.failed(images, &vec![Vec::new(); images.len()], error)),
-        }
-    }
-
-    fn failed(&self, images: &[ImageInput], settled: &[Vec<Run>], error: CaptureError) -> CaptureFailed {
-        let runs = self.runs(settled);
-        let partial = match overlaid(images, &runs) {
-            Ok(maps) => Partial {
-                packs: self.packs(),
-                maps,
-                done: runs.iter().map(|runs| covered(runs)).collect(),
-                stats: self.stats(),
-            },
-            // Nothing of it can be used again.
-            Err(_) => Partial {
-                packs: self.request.parent_packs.clone(),
-                maps: images.iter().map(|image| image.parent.clone()).collect(),
-                done: vec![Vec::new(); images.len()],
-                stats: self.stats(),
-            },
-        };
-        CaptureFailed { error, partial: Box::new(partial) }
     }
 }
 
-/// Takes what the scanning thread settled, and how it ended.
-fn ended(scan: Result<ScanEnd, JoinError>, settled: &mut Vec<Vec<Run>>) -> Result<(), CaptureError> {
-    let end = scan.map_err(CaptureError::Thread)?;
-    *settled = end.settled;
-    match end.result {
-        // Unwanted only ever follows another failure, which is the one to report.
-        Ok(()) | Err(Stop::Unwanted) => Ok(()),
+/// What a pack's buffer has room for.
+fn room(sizing: &Sizing) -> u64 {
+    HEADER_LEN + sizing.full + page::bytes(FRAME_PAGES.into())
+}
+
+/// What a job answered. Unwanted only ever follows the end of the capture.
+fn finished<T>(job: Result<Result<T, Stop>, JoinError>) -> Result<T, CaptureError> {
+    match job.map_err(CaptureError::Thread)? {
+        Ok(done) => Ok(done),
         Err(Stop::Failed(error)) => Err(error),
+        Err(Stop::Unwanted) => Err(CaptureError::Cancelled),
     }
 }
 
-fn overlaid(images: &[ImageInput], runs: &[Vec<Run>]) -> Result<Vec<ImageMap>, CaptureError> {
-    images
-        .iter()
-        .zip(runs)
-        .map(|(image, runs)| {
-            image.parent.overlay(runs).map_err(|source| CaptureError::Map { image: image.kind.to_string(), source })
-        })
-        .collect()
-}
-
-/// The pages of the runs as sorted, disjoint ranges.
-fn covered(runs: &[Run]) -> Vec<Range<u64>> {
-    let mut ranges: Vec<_> = runs.iter().map(|run| run.start..run.end()).collect();
-    ranges.sort_by_key(|range| range.start);
-    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
+/// The next number of connections; never, when nobody will say another.
+async fn changed(connections: &mut Option<watch::Receiver<u16>>) -> u16 {
+    if let Some(receiver) = connections {
+        if receiver.changed().await.is_ok() {
+            return *receiver.borrow_and_update();
         }
+        *connections = None;
     }
-    joined
+    pending().await
 }

@@ -14,7 +14,8 @@ pub enum Operation {
 }
 
 /// What came of it. Each kind is an instruction to the caller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
     /// The object does not exist. Under `IfMatch`: it did once, or the key is wrong.
     NotFound,

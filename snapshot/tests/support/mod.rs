@@ -85,6 +85,21 @@ impl PageReader for Pages {
     }
 }
 
+/// An image that stands still.
+pub(crate) struct Frozen(pub(crate) Vec<u8>);
+
+impl PageReader for Frozen {
+    fn read(&self, first_page: u64, into: &mut [u8]) -> io::Result<()> {
+        let pages = (into.len() / PAGE_SIZE) as u64;
+        into.copy_from_slice(self.view(first_page, pages).ok_or_else(|| io::Error::other("past the end"))?);
+        Ok(())
+    }
+
+    fn view(&self, first_page: u64, pages: u64) -> Option<&[u8]> {
+        self.0.get(first_page as usize * PAGE_SIZE..(first_page + pages) as usize * PAGE_SIZE)
+    }
+}
+
 impl PageWriter for Pages {
     fn write(&self, first_page: u64, bytes: &[u8]) -> io::Result<()> {
         if self.bad_page == Some(first_page) {
@@ -226,6 +241,8 @@ pub(crate) fn first_capture(kind: ImageKind, pages: &Arc<Pages>, base: Option<Ba
         look_at: std::iter::once(0..pages.len()).collect(),
         reader: pages.clone(),
         base,
+        digests: None,
+        rewrite: Vec::new(),
     }
 }
 

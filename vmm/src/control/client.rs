@@ -13,8 +13,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::types::{
-    BootRequest, CaptureReport, CaptureRequest, ErrorBody, FdToken, Metrics, PauseReport, RestoreReport,
-    RestoreRequest, VmStatus,
+    BootRequest, CaptureReport, CaptureRequest, Connections, DirtyReport, ErrorBody, FdToken, Metrics, PauseReport,
+    RestoreReport, RestoreRequest, VmStatus,
 };
 
 /// Deadline of a call that only moves state about.
@@ -57,6 +57,8 @@ pub enum ClientError {
         code: String,
         /// [`ErrorBody::message`].
         message: String,
+        /// [`ErrorBody::store`].
+        store: Option<stasis_snapshot::store::ErrorKind>,
     },
     /// Its answer makes no sense.
     #[error("cannot understand the VMM's answer to {what}")]
@@ -142,6 +144,22 @@ impl Client {
         Ok((body, report))
     }
 
+    /// `GET /v1/vm/dirty`.
+    pub async fn dirty(&self) -> Result<DirtyReport, ClientError> {
+        self.json(Method::GET, "/v1/vm/dirty", None::<&()>, SHORT).await
+    }
+
+    /// `PUT /v1/vm/keep`: notes that belong to the memory file.
+    pub async fn keep(&self) -> Result<Bytes, ClientError> {
+        self.call(Method::PUT, "/v1/vm/keep", Bytes::new(), SHORT, MAX_DRAFT).await.map(|(_, notes)| notes)
+    }
+
+    /// `PUT /v1/vm/capture/connections`.
+    pub async fn set_connections(&self, connections: u16) -> Result<(), ClientError> {
+        let body = to_json("PUT /v1/vm/capture/connections", &Connections { connections })?;
+        self.call(Method::PUT, "/v1/vm/capture/connections", body, SHORT, MAX_JSON).await.map(drop)
+    }
+
     /// `DELETE /v1/vm/capture`.
     pub async fn cancel_capture(&self) -> Result<(), ClientError> {
         self.call(Method::DELETE, "/v1/vm/capture", Bytes::new(), SHORT, MAX_JSON).await.map(drop)
@@ -219,6 +237,7 @@ impl Client {
         let error: ErrorBody = serde_json::from_slice(&bytes).unwrap_or_else(|_| ErrorBody {
             code: "unknown".to_owned(),
             message: String::from_utf8_lossy(&bytes).into_owned(),
+            store: None,
         });
         let status: StatusCode = head.status;
         Err(ClientError::Refused {
@@ -226,6 +245,7 @@ impl Client {
             status: status.as_u16(),
             code: error.code,
             message: error.message,
+            store: error.store,
         })
     }
 }

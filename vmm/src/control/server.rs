@@ -24,23 +24,31 @@ use stasis_snapshot::grant::{Access, GrantedObject};
 use stasis_snapshot::granted::{GrantedPacks, Patience};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::manifest::Manifest;
+use stasis_snapshot::pager::PackCache;
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::fds::Inbox;
 use super::types::{
-    BootRequest, CaptureReport, CaptureRequest, DiskConfig, ErrorBody, FdToken, Metrics, PauseReport, RestoreReport,
-    RestoreRequest, VmState, VmStatus,
+    BootRequest, CaptureMode, CaptureReport, CaptureRequest, Connections, DirtyReport, DiskConfig, ErrorBody, FdToken,
+    Metrics, PauseReport, RestoreReport, RestoreRequest, VmState, VmStatus,
 };
+use crate::machine::capture::{Order, SavedState};
+use crate::machine::kept::Kept;
 use crate::machine::restore::{self, RestoreFailed};
-use crate::machine::{BootFiles, Disk, Host, Machine};
+use crate::machine::staging::Staging;
+use crate::machine::{BootFiles, Disk, Host, Machine, MachineError};
 use crate::vcpu::Ended;
 
 /// Longest request body: a capture with a grant for each pack of the largest machine.
 const MAX_BODY: usize = 16 << 20;
 /// Longest manifest.
 const MAX_MANIFEST: u64 = stasis_snapshot::manifest::MAX_LEN;
+/// Longest notes on kept memory: 16 bytes a page of the largest machine, and runs.
+const MAX_NOTES: u64 = 64 << 20;
+/// How long the working set is recorded after a wake.
+const RECORD_WORKING_SET: Duration = Duration::from_secs(10);
 
 /// Why a request was not done. The name of the variant in snake case is [`ErrorBody::code`].
 #[derive(Debug, thiserror::Error)]
@@ -122,9 +130,27 @@ struct Server {
     files: Inbox,
     machine: Mutex<Option<Box<Machine>>>,
     /// The running capture, if any. Locked after `machine`.
-    capture: Mutex<Option<CancellationToken>>,
+    capture: Mutex<Option<Running>>,
     ended: mpsc::Sender<Ended>,
     shutdown: watch::Sender<bool>,
+}
+
+/// A capture that runs.
+struct Running {
+    cancel: CancellationToken,
+    /// Cancelled when it has ended.
+    done: CancellationToken,
+    mode: CaptureMode,
+    /// PUTs in flight at most.
+    share: watch::Sender<u16>,
+}
+
+/// A capture about to start.
+struct Prepared {
+    request: stasis_snapshot::capture::CaptureRequest,
+    /// None for a round, which has no draft.
+    state: Option<SavedState>,
+    stop_us: u64,
 }
 
 /// Why [`serve`] returned.
@@ -139,19 +165,20 @@ pub enum Finished {
 pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> Finished {
     let (ended_tx, mut ended) = mpsc::channel(8);
     let (shutdown, mut asked) = watch::channel(false);
-    let server = Arc::new(Server {
+    // Never dropped: a vCPU that waits for a page that cannot be had would keep its thread, and whoever joins it, for ever.
+    let server = std::mem::ManuallyDrop::new(Arc::new(Server {
         settings,
         files,
         machine: Mutex::new(None),
         capture: Mutex::new(None),
         ended: ended_tx,
         shutdown,
-    });
+    }));
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    let server = server.clone();
+                    let server = Arc::clone(&server);
                     tokio::spawn(async move {
                         let last = Arc::new(AtomicBool::new(false));
                         let service = service_fn(|request| answer(server.clone(), last.clone(), request));
@@ -183,7 +210,7 @@ async fn answer(server: Arc<Server>, last: Arc<AtomicBool>, request: Request<Inc
         Ok(answer) => answer,
         Err(refusal) => {
             tracing::info!(what, %refusal, "refused");
-            let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string() };
+            let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string(), store: None };
             Response::builder().status(refusal.status()).body(Full::from(serde_json::to_vec(&body).unwrap_or_default()))
         }
     }
@@ -218,10 +245,21 @@ async fn route(
         }
         (&Method::DELETE, "/v1/vm/capture") => {
             if let Some(capture) = &*server.capture.lock().await {
-                capture.cancel();
+                capture.cancel.cancel();
             }
             empty()
         }
+        (&Method::PUT, "/v1/vm/capture/connections") => {
+            let share: Connections = parse(&body)?;
+            if let Some(capture) = &*server.capture.lock().await {
+                capture.share.send_replace(share.connections.max(1));
+            }
+            empty()
+        }
+        (&Method::GET, "/v1/vm/dirty") => json(&server.dirty().await?),
+        (&Method::PUT, "/v1/vm/keep") => Response::builder()
+            .header("content-type", "application/octet-stream")
+            .body(Full::from(server.keep().await?)),
         (&Method::PUT, "/v1/vm/console") => {
             server.console(&body).await?;
             empty()
@@ -255,15 +293,20 @@ impl Server {
             run_dir: self.settings.run_dir.clone(),
             allowed_msrs: self.settings.allowed_msrs.clone(),
             // The first end decides; a queue full of others loses nothing.
-            ended: Box::new(move |why| drop(ended.try_send(why))),
+            ended: Arc::new(move |why| drop(ended.try_send(why))),
         }
     }
 
     async fn state(&self, machine: Option<&Machine>) -> VmState {
         match machine {
             None => VmState::Empty,
-            Some(_) if self.capture.lock().await.is_some() => VmState::Capturing,
-            Some(machine) if machine.is_paused() => VmState::Paused,
+            Some(machine) if machine.is_paused() => {
+                if self.capture.lock().await.is_some() {
+                    VmState::Capturing
+                } else {
+                    VmState::Paused
+                }
+            }
             Some(_) => VmState::Running,
         }
     }
@@ -323,6 +366,7 @@ impl Server {
             kernel: self.take("kernel", request.kernel)?,
             initramfs: request.initramfs.map(|token| self.take("initramfs", token)).transpose()?,
             cmdline: request.cmdline,
+            memory: request.memory.map(|token| self.take("memory", token)).transpose()?,
         };
         let disks = self.disks(request.disks)?;
         let machine = tokio::task::block_in_place(|| Machine::boot(&request.machine, files, disks, self.host()))
@@ -348,8 +392,22 @@ impl Server {
         self.take("manifest", request.manifest)?.take(MAX_MANIFEST).read_to_end(&mut bytes).map_err(failed)?;
         let manifest = Manifest::decode_checked(&bytes, digest).map_err(failed)?;
         drop(bytes);
+        let packs = self.granted(request.packs)?;
+        let cache_files = packs.cache_files();
+        let kept = match request.kept {
+            None => None,
+            Some(token) => {
+                let mut notes = Vec::new();
+                self.take("kept notes", token)?.take(MAX_NOTES).read_to_end(&mut notes).map_err(failed)?;
+                Some(Kept::decode(&notes).map_err(failed)?)
+            }
+        };
         let input = restore::Input {
-            packs: Arc::new(self.granted(request.packs)?),
+            packs: Arc::new(packs),
+            cache: (!cache_files.is_empty()).then(|| Arc::new(PackCache::new(cache_files))),
+            memory: request.memory.map(|token| self.take("memory", token)).transpose()?,
+            kept,
+            paging: request.paging,
             disks: self.disks(request.disks)?,
             generation_id: generation_id(&request.generation_id)?,
             host: self.host(),
@@ -367,19 +425,27 @@ impl Server {
             if let Access::Fd(token) = object.access {
                 files.insert(token, self.take(&object.key, FdToken(token))?);
             }
+            if let Some(token) = object.cache
+                && let Some(file) = self.files.take(FdToken(token))
+            {
+                files.insert(token, file);
+            }
         }
         GrantedPacks::new(objects, &mut files, Patience::default()).map_err(failed)
     }
 
     async fn pause(&self) -> Result<PauseReport, Refusal> {
+        self.end_round().await;
         let mut slot = self.machine.lock().await;
-        let state = self.state(slot.as_deref()).await;
+        // What a staged capture sends must not be collected once more before it is settled.
+        let staged = self.capture.lock().await.is_some();
+        let state = if staged { VmState::Capturing } else { self.state(slot.as_deref()).await };
         let (Some(machine), VmState::Running | VmState::Paused) = (slot.as_deref_mut(), state) else {
             return Err(Refusal::WrongState { state, what: "a pause" });
         };
         tokio::task::block_in_place(|| {
             let stop = machine.pause().map_err(failed)?;
-            let counts = machine.dirty_counts(&Options::default()).map_err(failed)?;
+            let counts = machine.collect_dirty(&Options::default()).map_err(failed)?;
             Ok(PauseReport {
                 dirty_memory_pages: counts.memory_pages,
                 dirty_disk_blocks: counts.disk_blocks,
@@ -389,28 +455,114 @@ impl Server {
         })
     }
 
-    async fn resume(&self) -> Result<VmStatus, Refusal> {
+    /// A round that runs is cancelled and waited for: what it sent stays sent.
+    async fn end_round(&self) {
+        loop {
+            let done = match &*self.capture.lock().await {
+                Some(running) if running.mode == CaptureMode::Round => {
+                    running.cancel.cancel();
+                    running.done.clone()
+                }
+                _ => return,
+            };
+            done.cancelled().await;
+        }
+    }
+
+    async fn dirty(&self) -> Result<DirtyReport, Refusal> {
+        let slot = self.machine.lock().await;
+        let Some(machine) = slot.as_deref() else {
+            return Err(Refusal::WrongState { state: VmState::Empty, what: "a look at what is dirty" });
+        };
+        let counts = tokio::task::block_in_place(|| machine.estimate_dirty(&Options::default())).map_err(failed)?;
+        Ok(DirtyReport {
+            memory_pages: counts.memory_pages,
+            disk_blocks: counts.disk_blocks,
+            packs_needed: counts.packs_needed,
+        })
+    }
+
+    async fn keep(&self) -> Result<Vec<u8>, Refusal> {
+        let slot = self.machine.lock().await;
+        self.only_in(VmState::Paused, slot.as_deref(), "keeping its memory").await?;
+        let Some(machine) = slot.as_deref() else {
+            return Err(Refusal::WrongState { state: VmState::Empty, what: "keeping its memory" });
+        };
+        tokio::task::block_in_place(|| machine.keep()).map_err(failed)
+    }
+
+    async fn resume(self: &Arc<Self>) -> Result<VmStatus, Refusal> {
         let mut slot = self.machine.lock().await;
         self.only_in(VmState::Paused, slot.as_deref(), "a resume").await?;
         if let Some(machine) = slot.as_deref_mut() {
             tokio::task::block_in_place(|| machine.resume()).map_err(failed)?;
         }
+        self.record_working_set();
         Ok(self.describe(slot.as_deref()).await)
     }
 
+    /// Ends the recording of the working set some time after a wake.
+    fn record_working_set(self: &Arc<Self>) {
+        let server = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(RECORD_WORKING_SET).await;
+            if let Some(server) = server.upgrade()
+                && let Some(machine) = server.machine.lock().await.as_deref()
+            {
+                tokio::task::block_in_place(|| machine.close_working_set());
+            }
+        });
+    }
+
+    /// What a capture is prepared from, in its mode; the machine is as the mode leaves it.
+    fn prepare(
+        machine: &mut Machine,
+        mode: CaptureMode,
+        order: Order,
+        staging: Option<Staging>,
+    ) -> Result<Prepared, MachineError> {
+        match (mode, staging) {
+            (CaptureMode::Round, _) => Ok(Prepared { request: machine.prepare_round(order)?, state: None, stop_us: 0 }),
+            (CaptureMode::Staged, Some(staging)) => {
+                let (request, state, stop_us) = machine.prepare_staged(order, staging)?;
+                Ok(Prepared { request, state: Some(state), stop_us })
+            }
+            (CaptureMode::Stopped | CaptureMode::Staged, _) => {
+                let (request, state) = machine.prepare_stopped(order)?;
+                Ok(Prepared { request, state: Some(state), stop_us: 0 })
+            }
+        }
+    }
+
     async fn capture(&self, request: CaptureRequest) -> Result<(Vec<u8>, CaptureReport), Refusal> {
-        let options = Options { connections: request.connections.max(1), ..Options::default() };
+        let connections = request.connections.max(1);
+        let memory = request.memory_bytes.unwrap_or(Options::default().memory);
+        let options = Options { connections, memory, ..Options::default() };
         let cancel = CancellationToken::new();
         let sink = Arc::new(self.granted(request.packs)?);
+        let (share, share_changes) = watch::channel(connections);
+        let running = Running { cancel: cancel.clone(), done: CancellationToken::new(), mode: request.mode, share };
+        // Whatever happens, those that wait for the end of this capture hear of it.
+        let _done = running.done.clone().drop_guard();
         let prepared = {
             let mut slot = self.machine.lock().await;
-            self.only_in(VmState::Paused, slot.as_deref(), "a capture").await?;
-            let Some(machine) = slot.as_deref_mut() else {
-                return Err(Refusal::WrongState { state: VmState::Empty, what: "a capture" });
+            let wanted = if request.mode == CaptureMode::Stopped { VmState::Paused } else { VmState::Running };
+            self.only_in(wanted, slot.as_deref(), "a capture").await?;
+            let mut current = self.capture.lock().await;
+            let (Some(machine), None) = (slot.as_deref_mut(), &*current) else {
+                return Err(Refusal::WrongState { state: VmState::Capturing, what: "a capture" });
             };
-            let prepared = tokio::task::block_in_place(|| machine.prepare_capture(sink, options, cancel.clone()))
-                .map_err(failed)?;
-            *self.capture.lock().await = Some(cancel.clone());
+            let order = Order { sink, options, connections: share_changes, cancel: cancel.clone() };
+            let prepared = tokio::task::block_in_place(|| {
+                // Made before the guest stops.
+                let staging = match request.mode {
+                    CaptureMode::Staged => Some(Staging::with_room(machine.estimate_dirty(&options)?.memory_pages)),
+                    CaptureMode::Stopped | CaptureMode::Round => None,
+                };
+                Self::prepare(machine, request.mode, order, staging)
+            })
+            .map_err(failed)?;
+            *current = Some(running);
             prepared
         };
         let started = Instant::now();
@@ -433,7 +585,7 @@ impl Server {
             return Err(Refusal::WrongState { state: VmState::Empty, what: "a capture" });
         };
         let stats = outcome.as_ref().map(|c| c.stats).unwrap_or_default();
-        let state_us = prepared.state.micros;
+        let state_us = prepared.state.as_ref().map_or(0, |state| state.micros);
         let draft =
             tokio::task::block_in_place(|| machine.finish_capture(prepared.state, outcome)).map_err(|e| {
                 match (late, cancel.is_cancelled()) {
@@ -448,6 +600,8 @@ impl Server {
             scanned_pages: stats.scanned_pages,
             zero_pages: stats.zero_pages,
             base_pages: stats.base_pages,
+            unchanged_pages: stats.unchanged_pages,
+            stop_us: prepared.stop_us,
             sent_pages: stats.sent_pages,
             sent_bytes: stats.sent_bytes,
             packs: stats.packs,

@@ -4,11 +4,14 @@
 //! | --- | --- | --- | --- |
 //! | `GET /v1/vm` | – | [`VmStatus`] | always |
 //! | `PUT /v1/vm/boot` | [`BootRequest`] | [`VmStatus`] | state `empty` |
-//! | `PUT /v1/vm/restore` | [`RestoreRequest`] | [`RestoreReport`] | state `empty`; leaves the VM `paused` |
+//! | `PUT /v1/vm/restore` | [`RestoreRequest`] | [`RestoreReport`] | state `empty`; leaves the VM `paused`. Pages arrive later, on demand |
 //! | `PUT /v1/vm/pause` | – | [`PauseReport`] | state `running` (idempotent when `paused`) |
 //! | `PUT /v1/vm/resume` | – | [`VmStatus`] | state `paused`; the first vCPU instruction runs after this |
-//! | `POST /v1/vm/capture` | [`CaptureRequest`] | a [manifest](stasis_snapshot) draft as octets, [`CaptureReport`] in the `stasis-report` header | state `paused` |
+//! | `GET /v1/vm/dirty` | – | [`DirtyReport`] | state `running` or `paused`: what a capture now would look at; changes nothing |
+//! | `POST /v1/vm/capture` | [`CaptureRequest`] | a [manifest](stasis_snapshot) draft as octets (none for a round), [`CaptureReport`] in the `stasis-report` header | see [`CaptureMode`] |
+//! | `PUT /v1/vm/capture/connections` | [`Connections`] | 204 | changes the share of the capture that runs, if one does |
 //! | `DELETE /v1/vm/capture` | – | 204 | cancels a running capture; the capture call answers 409 |
+//! | `PUT /v1/vm/keep` | – | notes as octets | state `paused`: what a restore on this host needs, besides the memory file, to find memory in place |
 //! | `PUT /v1/vm/console` | octets | 204 | state `running`: input for the guest's serial port, as many bytes as fit |
 //! | `PUT /v1/vm/shutdown` | – | 204, then the process exits 0 | always |
 //! | `GET /v1/metrics` | – | [`Metrics`] | always |
@@ -70,6 +73,12 @@ pub struct BootRequest {
     /// Block devices in the order vda, vdb, …
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// The memory file: an empty memfd that the sender may keep beyond the life of this VMM. The VMM makes its own when absent.
+    #[serde(default)]
+    pub memory: Option<FdToken>,
+    /// The sandbox, for a VMM that was started ahead without one.
+    #[serde(default)]
+    pub id: Option<String>,
 }
 
 /// Body of `PUT /v1/vm/restore`. The machine's shape comes from the manifest.
@@ -87,6 +96,68 @@ pub struct RestoreRequest {
     pub disks: Vec<DiskConfig>,
     /// The new VM generation id, lower-case hex of 16 random bytes: never the same for two restores.
     pub generation_id: String,
+    /// The memory file: an empty memfd, or the one of the VMM that made this very snapshot on this host (then with `kept`).
+    #[serde(default)]
+    pub memory: Option<FdToken>,
+    /// The notes that `PUT /v1/vm/keep` answered for `memory`. Without them `memory` must be empty.
+    #[serde(default)]
+    pub kept: Option<FdToken>,
+    /// How pages arrive.
+    #[serde(default)]
+    pub paging: Paging,
+    /// The sandbox, for a VMM that was started ahead without one.
+    #[serde(default)]
+    pub id: Option<String>,
+}
+
+/// How the pages of a restored machine arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Paging {
+    /// All pages before the restore answers, as a host without userfaultfd does anyway.
+    pub eager: bool,
+    /// GETs in flight at most.
+    pub connections: u16,
+    /// Pages that nobody asked for are fetched at this rate at most, MiB a second; 0 leaves them where they are.
+    pub sweep_mib_per_second: u32,
+}
+
+impl Default for Paging {
+    fn default() -> Self {
+        Self { eager: false, connections: 16, sweep_mib_per_second: 256 }
+    }
+}
+
+/// What a capture does with the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureMode {
+    /// State `paused`: it stays stopped.
+    #[default]
+    Stopped,
+    /// State `running`: it runs on; pages are sent ahead, and what is written meanwhile is left to the next capture. No draft. A pause cancels it.
+    Round,
+    /// State `running`: it is stopped while state is saved and the residue copied to staging memory, then runs while that is sent.
+    Staged,
+}
+
+/// Body of `PUT /v1/vm/capture/connections`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Connections {
+    /// PUTs in flight at most, from now on.
+    pub connections: u16,
+}
+
+/// Answer of `GET /v1/vm/dirty`. An upper bound: pages that were rewritten with what they held are found out by the capture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyReport {
+    /// Memory pages (4 KiB) that a capture now would look at.
+    pub memory_pages: u64,
+    /// Disk blocks (4 KiB) that a capture now would look at.
+    pub disk_blocks: u64,
+    /// How many packs a capture now may need at most.
+    pub packs_needed: u32,
 }
 
 /// Body of `POST /v1/vm/capture`.
@@ -99,6 +170,12 @@ pub struct CaptureRequest {
     pub connections: u16,
     /// Give up after this long, ms.
     pub deadline_ms: u64,
+    /// What happens to the guest meanwhile.
+    #[serde(default)]
+    pub mode: CaptureMode,
+    /// Bytes of pages and packs in this process's memory at most; the VMM's default when absent.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
 }
 
 /// What the VM is doing.
@@ -156,6 +233,12 @@ pub struct CaptureReport {
     pub zero_pages: u64,
     /// Of them equal to a template block.
     pub base_pages: u64,
+    /// Of them as the parent has them, though they were written to.
+    #[serde(default)]
+    pub unchanged_pages: u64,
+    /// How long the guest stood still for it, µs: only in mode `staged`.
+    #[serde(default)]
+    pub stop_us: u64,
     /// Pages written into packs.
     pub sent_pages: u64,
     /// Bytes of all packs stored by this capture.
@@ -173,8 +256,35 @@ pub struct RestoreReport {
     pub pages_us: u64,
     /// Setting VM, vCPU and device state, µs.
     pub state_us: u64,
-    /// Bytes fetched.
+    /// Bytes fetched before the answer.
     pub fetched_bytes: u64,
+    /// Memory pages that are not in place yet.
+    #[serde(default)]
+    pub absent_pages: u64,
+    /// Memory was found in place.
+    #[serde(default)]
+    pub kept: bool,
+}
+
+/// How the pages of a restored machine arrived so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PagingMetrics {
+    /// Faults of vCPUs and devices on memory that was not there.
+    pub faults: u64,
+    /// Time they waited in all, µs.
+    pub fault_us: u64,
+    /// The longest wait, µs.
+    pub fault_max_us: u64,
+    /// Bytes from local packs.
+    pub cache_bytes: u64,
+    /// Bytes from the store.
+    pub store_bytes: u64,
+    /// Requests to the store.
+    pub store_requests: u64,
+    /// Memory pages that are not in place yet.
+    pub absent_pages: u64,
+    /// From the restore until everything was in place, µs; absent until then.
+    pub resident_us: Option<u64>,
 }
 
 /// Answer of `GET /v1/metrics`.
@@ -190,6 +300,12 @@ pub struct Metrics {
     pub overhead_kib: u64,
     /// What the exit counter saw, where there is one.
     pub exit_counter: Option<ExitCounts>,
+    /// Of a restored machine.
+    #[serde(default)]
+    pub paging: Option<PagingMetrics>,
+    /// Guest memory mapped by huge pages, KiB.
+    #[serde(default)]
+    pub huge_kib: u64,
 }
 
 /// What the exit-counting device saw (`devices::exit_counter`).
@@ -210,12 +326,16 @@ pub struct ErrorBody {
     pub code: String,
     /// The chain of causes, outermost first.
     pub message: String,
+    /// The kind of the store error among the causes, where there is one.
+    #[serde(default)]
+    pub store: Option<stasis_snapshot::store::ErrorKind>,
 }
 
 /// Written to `exit.json` in the run directory before the process ends for any reason it knows of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitNote {
-    /// Exit status: 0 shutdown asked for, 1 start-up failed, 2 the guest ended its machine, 3 the VM failed.
+    /// Exit status: 0 shutdown asked for, 1 start-up failed, 2 the guest ended its machine, 3 the VM failed, 4 a page of the snapshot
+    /// could not be had.
     pub status: i32,
     /// Why, in one sentence.
     pub reason: String,

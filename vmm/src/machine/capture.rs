@@ -1,53 +1,76 @@
-//! From a paused machine to the input of a capture, and from its outcome to the draft of a manifest.
+//! From a machine to the input of a capture, and from its outcome to the draft of a manifest.
 //!
 //! A machine builds on a [`Parent`]: packs that are durable and the maps that say which page is where in them. It begins as the snapshot
 //! the machine was restored from (or as nothing) and moves on with every confirmed pack, whether the supervisor commits the manifest or
-//! not: packs of a failed attempt are never sent twice. That a page is *dirty* means that it may differ from this parent.
+//! not: packs of a failed attempt are never sent twice. That a page is *dirty* means that it may differ from this parent; its digest in
+//! the parent, where it is known, tells.
+//!
+//! A capture reads memory in one of three ways: in place while the guest stands still, in place while it runs (a round: what is written
+//! meanwhile is dirty again), or from a [`staged`](super::staging) copy while it runs again. Absent memory is never read: it stays the
+//! reference that the parent's map has for it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use stasis_snapshot::capture::{BaseInput, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, packs_needed};
+use stasis_snapshot::capture::{
+    BaseInput, CaptureFailed, CaptureRequest, Captured, ImageInput, Options, PageDigests, PageReader, packs_needed,
+};
+use stasis_snapshot::compact;
 use stasis_snapshot::granted::PackSink;
 use stasis_snapshot::image::ImageMap;
 use stasis_snapshot::manifest::{Arch, Base, Boot, Image, ImageKind, Manifest, Platform, StateBlob, Versioned};
 use stasis_snapshot::pack::PackEntry;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::devices::DeviceSet;
 use super::disk::Disk;
+use super::staging::Staging;
 use super::{Machine, MachineError, spec};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RunningRam, StoppedRam};
 use crate::pages::PageSet;
+use crate::paging::MEMORY;
 use crate::vcpu::{cpuid, state as vcpu_state};
 use crate::vm_state;
+
+/// Pages of the boot pack at most (16 MiB).
+const BOOT_PAGES: u64 = stasis_snapshot::pack::MAX_BOOT_PACK / stasis_snapshot::page::PAGE_SIZE as u64;
 
 /// What a machine's pages are compared with.
 pub(crate) struct Parent {
     packs: Vec<PackEntry>,
     /// Memory, then the disks in order.
     maps: Vec<ImageMap>,
-    /// For each disk, blocks that differ from its map.
+    /// The same: what the maps have at each page, as far as it was seen.
+    digests: Vec<Arc<PageDigests>>,
+    /// For each disk, blocks that may differ from its map.
     disk_dirty: Vec<PageSet>,
 }
 
 impl Parent {
     /// Of a machine that boots: zero memory, disks that equal their bases.
-    pub(crate) fn none(ram: &GuestRam, devices: &DeviceSet) -> Self {
+    pub(crate) fn none(ram: &GuestRam, devices: &DeviceSet) -> Result<Self, MachineError> {
         let mut maps = vec![ImageMap::zero(ram.pages())];
         maps.extend(devices.disks.iter().map(|d| ImageMap::base(d.blocks(), d.base_blocks())));
-        Self::new(Vec::new(), maps, &devices.disks)
+        let digests = new_digests(&maps)?;
+        Ok(Self::new(Vec::new(), maps, digests, &devices.disks))
     }
 
     /// Of a machine that was restored from `manifest`.
-    pub(crate) fn of(manifest: &Manifest, devices: &DeviceSet) -> Self {
+    pub(crate) fn of(manifest: &Manifest, digests: Vec<Arc<PageDigests>>, devices: &DeviceSet) -> Self {
         let maps = manifest.images.iter().map(|i| i.map.clone()).collect();
-        Self::new(manifest.packs.clone(), maps, &devices.disks)
+        Self::new(manifest.packs.clone(), maps, digests, &devices.disks)
     }
 
-    fn new(packs: Vec<PackEntry>, maps: Vec<ImageMap>, disks: &[Disk]) -> Self {
-        Self { packs, maps, disk_dirty: disks.iter().map(|d| PageSet::new(d.blocks())).collect() }
+    fn new(packs: Vec<PackEntry>, maps: Vec<ImageMap>, digests: Vec<Arc<PageDigests>>, disks: &[Disk]) -> Self {
+        Self { packs, maps, digests, disk_dirty: disks.iter().map(|d| PageSet::new(d.blocks())).collect() }
     }
+}
+
+/// Empty digests for each image.
+pub(crate) fn new_digests(maps: &[ImageMap]) -> Result<Vec<Arc<PageDigests>>, MachineError> {
+    maps.iter().map(|map| PageDigests::new(map.pages()).map(Arc::new).map_err(MachineError::Digests)).collect()
 }
 
 /// How much a capture now would look at.
@@ -57,10 +80,12 @@ pub(crate) struct DirtyCounts {
     pub(crate) packs_needed: u32,
 }
 
-/// A capture about to start: its input, and the state that goes with it.
-pub(crate) struct Prepared {
-    pub(crate) request: CaptureRequest,
-    pub(crate) state: SavedState,
+/// How a capture is to be done.
+pub(crate) struct Order {
+    pub(crate) sink: Arc<dyn PackSink>,
+    pub(crate) options: Options,
+    pub(crate) connections: watch::Receiver<u16>,
+    pub(crate) cancel: CancellationToken,
 }
 
 /// State of the parts of a machine, and what it took.
@@ -78,41 +103,115 @@ pub(crate) fn wall_ns() -> u64 {
 }
 
 impl Machine {
-    /// Brings the dirty sets up to date. The machine is paused.
-    pub(crate) fn dirty_counts(&mut self, options: &Options) -> Result<DirtyCounts, MachineError> {
-        self.dirty.collect(&self.vm, &self.ram)?;
-        let memory_pages = self.dirty.pages().len();
+    /// Brings the dirty sets up to date. The guest may run: what it writes from now on is for the next time.
+    pub(crate) fn collect_dirty(&mut self, options: &Options) -> Result<DirtyCounts, MachineError> {
+        self.dirty.collect(&self.vm, &self.ram, &self.presence)?;
         for (dirty, disk) in self.base.disk_dirty.iter_mut().zip(&self.devices.disks) {
             for range in disk.overlay.take_dirty() {
                 dirty.insert(range);
             }
         }
         let disk_blocks = self.base.disk_dirty.iter().map(PageSet::len).sum();
-        Ok(DirtyCounts { memory_pages, disk_blocks, packs_needed: packs_needed(memory_pages + disk_blocks, options) })
+        Ok(counts(self.dirty.pages().len(), disk_blocks, options))
     }
 
-    /// Saves all state and lists the pages to look at. The machine is paused and stays so until [`finish_capture`](Self::finish_capture).
-    pub(crate) fn prepare_capture(
-        &mut self,
-        sink: Arc<dyn PackSink>,
-        options: Options,
-        cancel: CancellationToken,
-    ) -> Result<Prepared, MachineError> {
+    /// What a capture now would look at; changes nothing.
+    pub(crate) fn estimate_dirty(&self, options: &Options) -> Result<DirtyCounts, MachineError> {
+        let memory_pages = self.dirty.estimate(&self.vm, &self.ram, &self.presence)?.len();
+        let carried: u64 = self.base.disk_dirty.iter().map(PageSet::len).sum();
+        let written: u64 = self.devices.disks.iter().map(|disk| disk.overlay.dirty_count()).sum();
+        Ok(counts(memory_pages, carried + written, options))
+    }
+
+    /// A capture of a machine that stands still until it has ended.
+    pub(crate) fn prepare_stopped(&mut self, order: Order) -> Result<(CaptureRequest, SavedState), MachineError> {
+        if let Some(paging) = &self.paging {
+            paging.stop_filling();
+        }
         let state = self.save_state()?;
         // Memory last: saving the rest may write to it.
-        self.dirty_counts(&options)?;
+        self.collect_dirty(&order.options)?;
+        let memory: Arc<dyn PageReader> = Arc::new(StoppedRam(self.ram.clone()));
+        let rewrite = self.to_compact();
+        Ok((self.request(order, memory, &rewrite), state))
+    }
+
+    /// A round: pages are sent while the guest runs on.
+    pub(crate) fn prepare_round(&mut self, order: Order) -> Result<CaptureRequest, MachineError> {
+        self.collect_dirty(&order.options)?;
+        let memory: Arc<dyn PageReader> = Arc::new(RunningRam(self.ram.clone()));
+        Ok(self.request(order, memory, &[]))
+    }
+
+    /// For each image, pages to write anew so that old packs fall out of use. What is absent cannot be: it is not here.
+    fn to_compact(&self) -> Vec<PageSet> {
+        let planned = compact::plan(&self.base.packs, &self.base.maps, compact::Limits::default());
+        let mut sets = Vec::new();
+        for (image, ranges) in planned.into_iter().enumerate() {
+            let mut set = PageSet::new(self.base.maps[image].pages());
+            ranges.into_iter().for_each(|range| set.insert(range));
+            match image.checked_sub(1) {
+                None => set.intersect(&self.presence.present()),
+                Some(disk) => self.devices.disks[disk].overlay.absent().into_iter().for_each(|range| set.remove(range)),
+            }
+            sets.push(set);
+        }
+        sets
+    }
+
+    /// A capture of a running machine: it is stopped, saved and copied, and runs again when this returns. Answers how long it stood, µs.
+    pub(crate) fn prepare_staged(
+        &mut self,
+        order: Order,
+        mut staging: Staging,
+    ) -> Result<(CaptureRequest, SavedState, u64), MachineError> {
+        let began = Instant::now();
+        self.pause()?;
+        let copied = self.save_state().and_then(|state| {
+            self.collect_dirty(&order.options)?;
+            staging.copy(&self.ram, self.dirty.pages()).map_err(MachineError::Staging)?;
+            let mut disks = Vec::new();
+            for (n, disk) in self.devices.disks.iter().enumerate() {
+                disks.push(Staging::copy_disk(disk, &self.base.disk_dirty[n]).map_err(MachineError::Staging)?);
+            }
+            Ok((state, disks))
+        });
+        // It runs again whatever came of it.
+        self.resume()?;
+        let stop_us = began.elapsed().as_micros() as u64;
+        let (state, disks) = copied?;
+        let mut request = self.request(order, Arc::new(staging), &[]);
+        for (image, copy) in request.images.iter_mut().skip(1).zip(disks) {
+            image.reader = copy;
+        }
+        Ok((request, state, stop_us))
+    }
+
+    /// `rewrite`: pages of each image to be written anew besides; none where an image has no entry.
+    fn request(&self, order: Order, memory: Arc<dyn PageReader>, rewrite: &[PageSet]) -> CaptureRequest {
+        let runs = |image: usize| rewrite.get(image).map(PageSet::runs).unwrap_or_default();
+        let with = |dirty: &PageSet, image: usize| {
+            let mut pages = dirty.clone();
+            if let Some(more) = rewrite.get(image) {
+                pages.union(more);
+            }
+            pages
+        };
+        let (look_at, boot_pages) = self.first_touched_first(with(self.dirty.pages(), MEMORY));
         let mut images = vec![ImageInput {
             kind: ImageKind::Memory,
             parent: self.base.maps[0].clone(),
-            look_at: self.dirty.pages().runs(),
-            reader: self.ram.clone(),
+            look_at,
+            reader: memory,
             base: None,
+            digests: Some(self.base.digests[0].clone()),
+            rewrite: runs(MEMORY),
         }];
         for (n, disk) in self.devices.disks.iter().enumerate() {
             images.push(ImageInput {
                 kind: ImageKind::Disk(n as u32),
                 parent: self.base.maps[n + 1].clone(),
-                look_at: self.base.disk_dirty[n].runs(),
+                look_at: with(&self.base.disk_dirty[n], n + 1).runs(),
                 reader: Arc::new(disk.clone()),
                 base: disk.base.clone().map(|base| BaseInput {
                     blocks: base.blocks(),
@@ -120,11 +219,37 @@ impl Machine {
                     same_offset: true,
                     index: None,
                 }),
+                digests: Some(self.base.digests[n + 1].clone()),
+                rewrite: runs(n + 1),
             });
         }
-        let parent_packs = self.base.packs.clone();
-        let request = CaptureRequest { images, parent_packs, sink, options, cancel, progress: None };
-        Ok(Prepared { request, state })
+        let options = Options { boot_pages, ..order.options };
+        CaptureRequest {
+            images,
+            parent_packs: self.base.packs.clone(),
+            sink: order.sink,
+            options,
+            cancel: order.cancel,
+            progress: None,
+            connections: Some(order.connections),
+        }
+    }
+
+    /// The pages of `rest`: those of the working set in its order, then the others; and how many of them belong into the boot pack.
+    fn first_touched_first(&self, mut rest: PageSet) -> (Vec<Range<u64>>, u64) {
+        let mut order = Vec::new();
+        let mut boot = 0;
+        for touch in self.working_set.order() {
+            for run in rest.runs_within(touch.start..touch.start + touch.pages) {
+                if boot < BOOT_PAGES {
+                    boot += run.end - run.start;
+                }
+                rest.remove(run.clone());
+                order.push(run);
+            }
+        }
+        order.extend(rest.runs());
+        (order, boot.min(BOOT_PAGES))
     }
 
     /// Devices, then vCPUs, then the VM: a device's last interrupt must be in the controllers when those are saved.
@@ -138,10 +263,11 @@ impl Machine {
         Ok(SavedState { blobs, micros: started.elapsed().as_micros() as u64 })
     }
 
-    /// Moves the parent on to what is durable now and, when the capture succeeded, answers the encoded draft of its manifest.
+    /// Moves the parent on to what is durable now and, when a capture with state succeeded, answers the encoded draft of its manifest.
+    /// What was written since the capture looked is in the trackers, not in the carry-over that is settled here.
     pub(crate) fn finish_capture(
         &mut self,
-        state: SavedState,
+        state: Option<SavedState>,
         outcome: Result<Captured, CaptureFailed>,
     ) -> Result<Vec<u8>, FinishError> {
         match outcome {
@@ -150,7 +276,10 @@ impl Machine {
                 self.base.disk_dirty.iter_mut().for_each(|d| d.remove(0..u64::MAX));
                 self.base.packs = captured.packs;
                 self.base.maps = captured.maps;
-                Ok(self.draft(state, captured.boot_pack)?.encode()?)
+                match state {
+                    Some(state) => Ok(self.draft(state, captured.boot_pack)?.encode()?),
+                    None => Ok(Vec::new()),
+                }
             }
             Err(failed) => {
                 let partial = *failed.partial;
@@ -193,9 +322,19 @@ impl Machine {
             packs: self.base.packs.clone(),
             images,
             state: state.blobs,
-            boot: Boot { pack: boot_pack, first_touch: Vec::new() },
+            boot: Boot { pack: boot_pack, first_touch: self.working_set.order() },
         })
     }
+
+    /// Digests of memory as the parent has it.
+    pub(super) fn memory_digests(&self) -> &Arc<PageDigests> {
+        &self.base.digests[0]
+    }
+}
+
+fn counts(memory_pages: u64, disk_blocks: u64, options: &Options) -> DirtyCounts {
+    let most = memory_pages + disk_blocks + compact::Limits::default().pages;
+    DirtyCounts { memory_pages, disk_blocks, packs_needed: packs_needed(most, options) }
 }
 
 /// A capture brought no draft.

@@ -5,17 +5,21 @@
 //! | `spec` | the machine's shape and the codec of its parts' states |
 //! | `disk` | one disk, as the block device, the capture and the restore share it |
 //! | `devices` | the device set, its place on the bus, its interrupts |
-//! | `capture` | from a paused machine to what a capture needs, and to the draft of a manifest |
+//! | `staging` | a copy of pages, so that the guest need not stand still while they are sent |
+//! | `capture` | from a machine to what a capture needs, and to the draft of a manifest |
 //! | `restore` | from a manifest to a paused machine |
+//! | `kept` | what a memory file that outlives its VMM holds |
 //!
 //! One thread at a time uses a [`Machine`] (the control server's lock). It stops in the order vCPUs, then device thread, and starts in the
 //! reverse order: devices may still raise interrupts while vCPUs stand, but no vCPU may ring a device that is being saved.
 
 pub(crate) mod capture;
 mod devices;
-mod disk;
+pub(crate) mod disk;
+pub(crate) mod kept;
 pub(crate) mod restore;
 mod spec;
+pub(crate) mod staging;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -23,7 +27,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap, kvm_pit_config,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -34,6 +39,8 @@ use crate::io_thread::{Closed, IoThread, IoThreadError};
 use crate::kvm::{self, During, KvmError};
 use crate::layout;
 use crate::memory::{GuestRam, MemoryError};
+use crate::paging::{Paging, PagingError, WorkingSet};
+use crate::presence::Presence;
 use crate::vcpu::registers::CpuidLeaf;
 use crate::vcpu::{self, Ended, Vcpu, VcpuError, cpuid};
 pub use devices::DeviceError;
@@ -62,6 +69,12 @@ pub enum MachineError {
     IoThread(#[from] IoThreadError),
     #[error(transparent)]
     Dirty(#[from] DirtyError),
+    #[error(transparent)]
+    Paging(#[from] PagingError),
+    #[error("cannot copy what changed")]
+    Staging(#[source] std::io::Error),
+    #[error("cannot draw a key for page digests")]
+    Digests(#[source] std::io::Error),
 }
 
 /// What a machine needs from the process around it.
@@ -71,7 +84,7 @@ pub struct Host {
     /// MSRs that a restore may leave out.
     pub allowed_msrs: Vec<u32>,
     /// Told when a vCPU ends for good.
-    pub ended: Box<dyn Fn(Ended) + Send + Sync>,
+    pub ended: Arc<dyn Fn(Ended) + Send + Sync>,
 }
 
 /// Files to boot from.
@@ -82,6 +95,8 @@ pub struct BootFiles {
     pub initramfs: Option<File>,
     /// Kernel command line.
     pub cmdline: String,
+    /// The memory file, empty; a new one when absent.
+    pub memory: Option<File>,
 }
 
 /// A machine. The fields are dropped in this order: vCPU and device threads end before what they use.
@@ -93,8 +108,13 @@ pub struct Machine {
     devices: DeviceSet,
     shared: Arc<vcpu::Shared>,
     vm: VmFd,
+    /// Of a restored machine whose pages arrive later. Before `ram`: its threads use it.
+    paging: Option<Arc<Paging>>,
+    presence: Arc<Presence>,
     ram: Arc<GuestRam>,
     dirty: DirtyTracker,
+    /// What is touched first after this wake.
+    working_set: Arc<WorkingSet>,
     /// Pages that are durable outside the parent: see [`capture`].
     base: capture::Parent,
     spec: MachineSpec,
@@ -107,11 +127,20 @@ struct BareMachine {
     kvm: Kvm,
     vm: VmFd,
     ram: Arc<GuestRam>,
+    presence: Arc<Presence>,
     supported: Vec<CpuidLeaf>,
 }
 
+/// What a machine goes on from.
+struct Origin {
+    dirty: DirtyTracker,
+    base: capture::Parent,
+    working_set: Arc<WorkingSet>,
+    paging: Option<Arc<Paging>>,
+}
+
 impl BareMachine {
-    fn new(spec: &MachineSpec) -> Result<Self, MachineError> {
+    fn new(spec: &MachineSpec, memory: Option<File>) -> Result<Self, MachineError> {
         let kvm = kvm::open()?;
         let supported = cpuid::supported(&kvm)?;
         let vm = create_vm(&kvm)?;
@@ -121,12 +150,13 @@ impl BareMachine {
         vm.create_pit2(kvm_pit_config::default()).during("create the interval timer")?;
         let manual = kvm_enable_cap {
             cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            args: [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE), 0, 0, 0],
+            args: [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET), 0, 0, 0],
             ..Default::default()
         };
         vm.enable_cap(&manual).during("clear the dirty log by hand")?;
-        let ram = Arc::new(GuestRam::new(spec.memory_bytes())?);
-        Ok(Self { kvm, vm, ram, supported })
+        let ram = Arc::new(GuestRam::new(memory, spec.memory_bytes())?);
+        let presence = Arc::new(Presence::new(ram.clone()));
+        Ok(Self { kvm, vm, ram, presence, supported })
     }
 
     /// vCPUs with their CPUID.
@@ -158,7 +188,7 @@ impl Machine {
     /// Boots a machine; its vCPUs run when this returns.
     pub fn boot(config: &MachineConfig, files: BootFiles, disks: Vec<Disk>, host: Host) -> Result<Self, MachineError> {
         let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
-        let bare = BareMachine::new(&spec)?;
+        let bare = BareMachine::new(&spec, files.memory)?;
         let fds = bare.vcpu_fds(&spec)?;
         let devices = DeviceSet::new(&spec, disks, &bare.ram, &bare.vm, &host.run_dir)?;
         let memory = bare.ram.guest_memory();
@@ -170,8 +200,10 @@ impl Machine {
         }
         let dirty = DirtyTracker::for_boot(bare.ram.pages());
         dirty::set_memslots(&bare.vm, &bare.ram, false)?;
-        let base = capture::Parent::none(&bare.ram, &devices);
-        let machine = Self::assemble(bare, spec, fds, devices, dirty, base, host)?;
+        let base = capture::Parent::none(&bare.ram, &devices)?;
+        let working_set = Arc::new(WorkingSet::unknown(bare.ram.pages()));
+        let origin = Origin { dirty, base, working_set, paging: None };
+        let machine = Self::assemble(bare, spec, fds, devices, origin, host)?;
         machine.run_all()?;
         Ok(machine)
     }
@@ -182,8 +214,7 @@ impl Machine {
         spec: MachineSpec,
         fds: Vec<VcpuFd>,
         devices: DeviceSet,
-        dirty: DirtyTracker,
-        base: capture::Parent,
+        origin: Origin,
         host: Host,
     ) -> Result<Self, MachineError> {
         // Which MSRs exist depends on the CPUID, which is set by now.
@@ -203,8 +234,24 @@ impl Machine {
             .zip(0..)
             .map(|(fd, index)| Vcpu::start(index, fd, shared.clone()))
             .collect::<Result<Vec<_>, _>>()?;
-        let BareMachine { vm, ram, .. } = bare;
-        Ok(Self { vcpus, gate: None, io, devices, shared, vm, ram, dirty, base, spec, offered })
+        let BareMachine { vm, ram, presence, .. } = bare;
+        let Origin { dirty, base, working_set, paging } = origin;
+        Ok(Self {
+            vcpus,
+            gate: None,
+            io,
+            devices,
+            shared,
+            vm,
+            paging,
+            presence,
+            ram,
+            dirty,
+            working_set,
+            base,
+            spec,
+            offered,
+        })
     }
 
     fn run_all(&self) -> Result<(), VcpuError> {
@@ -231,7 +278,9 @@ impl Machine {
         self.vcpus.iter().for_each(Vcpu::kick);
         self.vcpus.iter().try_for_each(Vcpu::await_parked)?;
         self.gate = Some(self.io.close_gate()?);
-        Ok(started.elapsed())
+        let stopped = started.elapsed();
+        self.close_working_set();
+        Ok(stopped)
     }
 
     /// Closes the gate of a machine whose vCPUs have never run.
@@ -247,7 +296,21 @@ impl Machine {
         self.devices.kick();
         drop(gate);
         self.run_all()?;
+        if let Some(paging) = &self.paging {
+            paging.fill();
+        }
         Ok(())
+    }
+
+    /// Ends the recording of the working set: some time after a wake, or with the first pause. Idempotent.
+    pub(crate) fn close_working_set(&self) {
+        if !self.working_set.is_open() {
+            return;
+        }
+        match self.presence.touched() {
+            Ok(touched) => self.working_set.close(&touched),
+            Err(error) => tracing::warn!(%error, "the working set is not known"),
+        }
     }
 
     /// Input for the guest's serial port; answers how many bytes fitted.
@@ -265,6 +328,8 @@ impl Machine {
             block_requests: self.devices.block_requests(),
             overhead_kib: overhead_kib(Path::new("/proc/self/smaps")),
             exit_counter,
+            paging: self.paging.as_ref().map(|paging| paging.metrics()),
+            huge_kib: self.presence.huge_kib(),
         }
     }
 }

@@ -4,29 +4,36 @@
 //! vendor and features, disks) before anything is fetched, and every state is validated by the part that takes it up. An error leaves
 //! nothing behind but this process.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
-use stasis_snapshot::capture::PageReader;
 use stasis_snapshot::granted::PackSource;
 use stasis_snapshot::ids::Digest;
+use stasis_snapshot::image::{PageRef, Run};
 use stasis_snapshot::manifest::{ImageKind, Manifest};
-use stasis_snapshot::restore::{self as pages, Options, PageWriter, RestoreError};
+use stasis_snapshot::pager::{Options, PackCache, PageTarget, Pager, Sources};
 use tokio_util::sync::CancellationToken;
 
-use super::capture::{Parent, VM, vcpu_kind, wall_ns};
+use super::capture::{Parent, VM, new_digests, vcpu_kind, wall_ns};
 use super::devices::DeviceSet;
-use super::disk::{BaseFile, Disk};
+use super::disk::Disk;
+use super::kept::Kept;
 use super::spec::{self, MachineSpec, SpecError};
-use super::{BareMachine, Host, Machine, MachineError};
-use crate::control::types::RestoreReport;
+use super::{BareMachine, Host, Machine, MachineError, Origin};
+use crate::control::types::{Paging as PagingOptions, RestoreReport};
 use crate::dirty::DirtyTracker;
 use crate::kvm;
-use crate::memory::GuestRam;
+use crate::pages::PageSet;
+use crate::paging::targets::{DiskTarget, MemoryTarget};
+use crate::paging::{MEMORY, Paging, PagingError, WorkingSet};
 use crate::vcpu::state::{self as vcpu_state, VcpuState};
 use crate::vcpu::{VcpuError, cpuid};
 use crate::vm_state::{self, VmState};
+
+/// More would only wait for each other.
+const MAX_FAULT_THREADS: usize = 5;
 
 /// A machine cannot be restored here.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +50,8 @@ pub(crate) enum RestoreFailed {
     Base { disk: usize, wanted: String, given: String },
     #[error("the snapshot's images do not fit its machine: {0}")]
     Images(String),
-    #[error(transparent)]
-    Pages(#[from] RestoreError),
+    #[error("cannot lay out a disk")]
+    Disk(#[source] std::io::Error),
 }
 
 impl From<SpecError> for RestoreFailed {
@@ -53,98 +60,132 @@ impl From<SpecError> for RestoreFailed {
     }
 }
 
-/// Hands base blocks to `write`, one at a time.
-fn copy_base(
-    base: Option<&BaseFile>,
-    first_page: u64,
-    first_block: u64,
-    pages: u64,
-    write: impl Fn(u64, &[u8]) -> std::io::Result<()>,
-) -> std::io::Result<()> {
-    let base = base.ok_or_else(|| std::io::Error::other("pages refer to a base that is not there"))?;
-    let mut block = [0; stasis_snapshot::page::PAGE_SIZE];
-    for i in 0..pages {
-        base.read(first_block + i, &mut block)?;
-        write(first_page + i, &block)?;
-    }
-    Ok(())
-}
-
-/// Memory pages may equal blocks of the first disk's base: memory has no other way to them than to copy.
-struct MemoryWriter {
-    ram: Arc<GuestRam>,
-    base: Option<BaseFile>,
-}
-
-impl PageWriter for MemoryWriter {
-    fn write(&self, first_page: u64, bytes: &[u8]) -> std::io::Result<()> {
-        self.ram.write(first_page, bytes)
-    }
-
-    fn write_base(&self, first_page: u64, first_block: u64, pages: u64) -> std::io::Result<()> {
-        copy_base(self.base.as_ref(), first_page, first_block, pages, |page, bytes| self.ram.write(page, bytes))
-    }
-}
-
-/// Blocks that equal the base at their own place are left to it.
-struct DiskWriter(Disk);
-
-impl PageWriter for DiskWriter {
-    fn write(&self, first_page: u64, bytes: &[u8]) -> std::io::Result<()> {
-        self.0.overlay.restore_block(first_page, bytes).map_err(std::io::Error::other)
-    }
-
-    fn write_base(&self, first_page: u64, first_block: u64, pages: u64) -> std::io::Result<()> {
-        if first_page == first_block {
-            return Ok(());
-        }
-        copy_base(self.0.base.as_ref(), first_page, first_block, pages, |page, bytes| self.write(page, bytes))
-    }
-}
-
 /// What a restore needs besides the manifest.
 pub(crate) struct Input {
     pub(crate) packs: Arc<dyn PackSource>,
+    pub(crate) cache: Option<Arc<PackCache>>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) generation_id: [u8; 16],
     pub(crate) host: Host,
+    /// The memory file; a new one when absent.
+    pub(crate) memory: Option<File>,
+    /// What is in that file already.
+    pub(crate) kept: Option<Kept>,
+    pub(crate) paging: PagingOptions,
 }
 
-/// Makes the machine, paused.
+/// Makes the machine, paused. Its pages arrive later, unless that is asked for or the host cannot.
 pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine, RestoreReport), RestoreFailed> {
     let spec = MachineSpec::decode(&manifest.spec)?;
-    let bare = BareMachine::new(&spec)?;
     check_images(&manifest, &spec, &input.disks)?;
+    let bare = BareMachine::new(&spec, input.memory)?;
     let fds = bare.vcpu_fds(&spec)?;
     check_cpu(&manifest, &fds)?;
     let mut report = RestoreReport::default();
 
     let started = Instant::now();
-    // A zero page of a disk hides the base's block: it must be made zero before the rest is laid over it.
     for (disk, image) in input.disks.iter().zip(manifest.images.iter().skip(1)) {
-        hide_base(disk, &image.map).map_err(|source| RestoreError::Write {
-            image: "disk".to_owned(),
-            first_page: 0,
-            source,
-        })?;
+        hide_base(disk, &image.map).map_err(RestoreFailed::Disk)?;
     }
-    let memory = MemoryWriter { ram: bare.ram.clone(), base: input.disks.first().and_then(|d| d.base.clone()) };
-    let mut writers: Vec<Arc<dyn PageWriter>> = vec![Arc::new(memory)];
-    writers.extend(input.disks.iter().map(|d| Arc::new(DiskWriter(d.clone())) as Arc<dyn PageWriter>));
-    let cancel = CancellationToken::new();
-    let stats = pages::restore(&manifest, &writers, input.packs, Options::default(), &cancel).await?;
-    report.fetched_bytes = stats.fetched_bytes;
+    let maps: Vec<_> = manifest.images.iter().map(|image| image.map.clone()).collect();
+    let mut digests = new_digests(&maps)?;
+    let kept = input.kept.unwrap_or_else(|| Kept::nothing(bare.ram.pages()));
+    if let Some(known) = kept.digests {
+        digests[MEMORY] = known;
+    } else {
+        for zero in maps[MEMORY].runs().iter().filter(|run| run.at == PageRef::Zero) {
+            digests[MEMORY].note_zero(zero.start..zero.end());
+        }
+    }
+    // What is in the memory file is not to be fetched: to the pager it is zero, which needs nothing.
+    let mut to_fetch = manifest.clone();
+    let in_place: Vec<Run> = kept
+        .present
+        .runs()
+        .into_iter()
+        .map(|pages| Run { start: pages.start, pages: pages.end - pages.start, at: PageRef::Zero })
+        .collect();
+    to_fetch.images[MEMORY].map = maps[MEMORY].overlay(&in_place).map_err(|e| RestoreFailed::Images(e.to_string()))?;
+    let mut targets: Vec<Arc<dyn PageTarget>> = vec![Arc::new(MemoryTarget {
+        ram: bare.ram.clone(),
+        base: input.disks.first().and_then(|d| d.base.clone()),
+        digests: digests[MEMORY].clone(),
+    })];
+    for (disk, digests) in input.disks.iter().zip(&digests[1..]) {
+        targets.push(Arc::new(DiskTarget { disk: disk.clone(), digests: digests.clone() }));
+    }
+    let options = pager_options(input.paging);
+    let sources = Sources { store: input.packs, cache: input.cache };
+    let pager = Pager::new(&to_fetch, targets, sources, options, tokio::runtime::Handle::current())
+        .map_err(PagingError::from)
+        .map_err(MachineError::from)?;
+    let lazy = !input.paging.eager && bare.presence.can_be_absent();
+    let mut absent = PageSet::new(bare.ram.pages());
+    if lazy {
+        for run in to_fetch.images[MEMORY].map.runs().iter().filter(|run| run.at != PageRef::Zero) {
+            bare.presence.granules_of(run.start..run.end()).for_each(|granule| absent.insert(granule));
+        }
+    } else {
+        pager
+            .fill(&[], true, &CancellationToken::new())
+            .await
+            .map_err(PagingError::from)
+            .map_err(MachineError::from)?;
+    }
+    let working_set = Arc::new(WorkingSet::new(&manifest.boot.first_touch, bare.ram.pages()));
+    let order = if lazy { manifest.boot.first_touch.clone() } else { Vec::new() };
+    let threads = usize::from(spec.vcpus) + 1;
+    let paging = Paging::start(
+        bare.presence.clone(),
+        pager,
+        &absent,
+        order,
+        input.paging.sweep_mib_per_second > 0,
+        threads.min(MAX_FAULT_THREADS),
+        working_set.clone(),
+        input.host.ended.clone(),
+    )
+    .map_err(MachineError::from)?;
+    for (n, disk) in input.disks.iter().enumerate() {
+        paging.attach_disk(n, disk);
+    }
+    let paging = Arc::new(paging);
+    if lazy {
+        // What the guest touches first is on its way before its vCPUs are.
+        paging.fill();
+    }
+    let metrics = paging.metrics();
+    report.fetched_bytes = metrics.store_bytes + metrics.cache_bytes;
+    report.absent_pages = metrics.absent_pages;
+    report.kept = kept.present.len() > 0;
     report.pages_us = started.elapsed().as_micros() as u64;
 
     let started = Instant::now();
+    let origin = |devices: &DeviceSet, dirty| Origin {
+        dirty,
+        base: Parent::of(&manifest, digests, devices),
+        working_set,
+        paging: Some(paging),
+    };
     let machine = tokio::task::block_in_place(|| {
-        place(&manifest, spec, bare, fds, input.disks, input.generation_id, input.host)
+        place(&manifest, spec, bare, fds, input.disks, input.generation_id, input.host, origin)
     })?;
     report.state_us = started.elapsed().as_micros() as u64;
     Ok((machine, report))
 }
 
-/// Puts the saved state into KVM and the devices. Memory is in place.
+fn pager_options(paging: PagingOptions) -> Options {
+    let connections = paging.connections.max(2);
+    Options {
+        connections,
+        demand_connections: (connections / 4).max(1),
+        sweep_bytes_per_second: Some(u64::from(paging.sweep_mib_per_second) << 20).filter(|rate| *rate > 0),
+        ..Options::default()
+    }
+}
+
+/// Puts the saved state into KVM and the devices. Memory is in place, or faults.
+#[expect(clippy::too_many_arguments, reason = "each is a part of the machine, used once")]
 fn place(
     manifest: &Manifest,
     spec: MachineSpec,
@@ -153,9 +194,10 @@ fn place(
     disks: Vec<Disk>,
     generation_id: [u8; 16],
     host: Host,
+    origin: impl FnOnce(&DeviceSet, DirtyTracker) -> Origin,
 ) -> Result<Machine, MachineError> {
     // Before the devices, whose new generation id is a write that the snapshot does not have.
-    let dirty = DirtyTracker::for_restored(&bare.vm, &bare.ram)?;
+    let dirty = DirtyTracker::for_restored(&bare.vm, &bare.ram, &bare.presence)?;
     let vm_saved: VmState = spec::unblob(&manifest.state, VM, vm_state::VERSION)?;
     let context = vcpu_state::Context {
         xsave_size: kvm::xsave_size(&bare.vm),
@@ -170,8 +212,8 @@ fn place(
     vm_state::restore(&bare.vm, &vm_saved, wall_ns())?;
     // After the VM: a device that raises its line now must find the controllers restored.
     let devices = DeviceSet::restore(&spec, &manifest.state, disks, &bare.ram, &bare.vm, &host.run_dir, generation_id)?;
-    let base = Parent::of(manifest, &devices);
-    let mut machine = Machine::assemble(bare, spec, fds, devices, dirty, base, host)?;
+    let origin = origin(&devices, dirty);
+    let mut machine = Machine::assemble(bare, spec, fds, devices, origin, host)?;
     machine.hold()?;
     Ok(machine)
 }
@@ -216,7 +258,7 @@ fn check_images(manifest: &Manifest, spec: &MachineSpec, disks: &[Disk]) -> Resu
 fn hide_base(disk: &Disk, map: &stasis_snapshot::image::ImageMap) -> std::io::Result<()> {
     for run in map.runs() {
         let hidden = run.start..run.end().min(disk.base_blocks());
-        if run.at == stasis_snapshot::image::PageRef::Zero && !hidden.is_empty() {
+        if run.at == PageRef::Zero && !hidden.is_empty() {
             disk.overlay.restore_zero(hidden).map_err(std::io::Error::other)?;
         }
     }

@@ -39,6 +39,8 @@ pub enum Ended {
     ByGuest(String),
     /// KVM or the VMM cannot go on.
     Failed(String),
+    /// A page of a restored guest cannot be had: it is never shown another.
+    PageLost(String),
 }
 
 /// A vCPU did not do what it was told.
@@ -85,7 +87,7 @@ pub(crate) struct Shared {
     pub(crate) msr_indices: Vec<u32>,
     pub(crate) allowed_msrs: Vec<u32>,
     /// Told once for each vCPU that leaves the guest for good.
-    pub(crate) ended: Box<dyn Fn(Ended) + Send + Sync>,
+    pub(crate) ended: Arc<dyn Fn(Ended) + Send + Sync>,
     pub(crate) exits: ExitCounts,
 }
 

@@ -1,0 +1,175 @@
+//! A VM from a manifest: what wakes and starts from a template or a named snapshot share. The VM stands still afterwards; whether its guest may
+//! run is the caller's to know.
+
+use super::files::{Disks, in_memory};
+use super::machine::vmm_error;
+use super::{Core, blocking};
+use crate::error::Error;
+use crate::kept_memory::Kept;
+use crate::known_packs::KnownPacks;
+use crate::record::Spec;
+use crate::registry::Sandbox;
+use crate::store::Grants;
+use crate::timing::Timing;
+use crate::vmm_process::Vmm;
+use bytes::Bytes;
+use stasis_snapshot::ids::CommitId;
+use stasis_snapshot::manifest::{Manifest, ManifestRef};
+use stasis_vmm::control::client::ClientError;
+use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Grants live as long as pages may be fetched by them: a guest that is not swept touches some of its pages late.
+const GRANT_LIFE: Duration = Duration::from_hours(7 * 24);
+
+/// How long a VMM whose connection broke may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What of a manifest is on this host already.
+#[derive(Default)]
+pub(super) struct Held {
+    /// The manifest, whose digest was checked.
+    pub(super) manifest: Option<Bytes>,
+    /// A memory file that nobody else uses, and the notes that belong to it.
+    pub(super) memory: Option<(Arc<File>, Bytes)>,
+}
+
+impl From<Kept> for Held {
+    fn from(kept: Kept) -> Self {
+        Self { manifest: Some(kept.manifest), memory: Some((kept.memory, kept.notes)) }
+    }
+}
+
+pub(super) struct Restored {
+    pub(super) vm: Arc<Vmm>,
+    fetched: Duration,
+    pub(super) spawned: Duration,
+    pub(super) took: Duration,
+    report: RestoreReport,
+}
+
+impl Restored {
+    pub(super) fn tell(&self, timing: &mut Timing) {
+        timing.phase("manifest", self.fetched);
+        timing.phase("spawn", self.spawned);
+        timing.phase("restore", self.took);
+        timing.bytes("fetched", self.report.fetched_bytes);
+        if self.report.kept {
+            timing.phase("kept", Duration::ZERO);
+        }
+    }
+}
+
+/// What a restore reads: the manifest and its digest, and leave to read its packs.
+struct Source {
+    bytes: Bytes,
+    grants: Grants,
+    known: Arc<KnownPacks>,
+    took: Duration,
+}
+
+/// The manifest, from memory or from the store.
+async fn source(core: &Core, spec: &Spec, named: &ManifestRef, held: Option<Bytes>) -> Result<Source, Error> {
+    let begun = Instant::now();
+    let (manifest, bytes) = match held {
+        Some(bytes) => {
+            let manifest =
+                Manifest::decode(&bytes).map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
+            (manifest, bytes)
+        }
+        None => core.fetch_manifest(named).await?,
+    };
+    let foreign = |digest: String| Some(digest.as_str()) != spec.rootfs_digest.as_deref();
+    if manifest.images.iter().filter_map(|image| image.base).any(|base| foreign(base.digest.to_string())) {
+        return Err(Error::Damaged {
+            object: named.key.clone(),
+            source: "it refers to a template disk that is not the sandbox's".into(),
+        });
+    }
+    let keys = manifest.packs.iter().map(|pack| pack.key.clone()).collect();
+    let mut grants = core.store.grant_gets(keys, GRANT_LIFE).await?;
+    core.add_cache_files(&mut grants);
+    let known = Arc::new(KnownPacks::of(&manifest));
+    Ok(Source { bytes, grants, known, took: begun.elapsed() })
+}
+
+/// A VM with the sandbox in it, parked. Its pages may still be on their way.
+pub(super) async fn materialise(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    named: &ManifestRef,
+    held: Held,
+) -> Result<Restored, Error> {
+    let spec = sandbox.record().spec;
+    let share = core.shares.join(None);
+    let begun = Instant::now();
+    let start = async { (core.start_vmm(sandbox).await, begun.elapsed()) };
+    let (rootfs, source, (vm, spawned)) =
+        tokio::join!(find_rootfs(core, &spec), source(core, &spec, named, held.manifest), start);
+    let (rootfs, source, vm) = (rootfs?, source?, vm?);
+    let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
+    let manifest = core.store.token();
+    files.push((manifest, in_memory("manifest", &source.bytes)?));
+    files.extend(source.grants.files);
+    let (memory, notes) = match held.memory {
+        Some((memory, notes)) => {
+            let token = core.store.token();
+            files.push((token, in_memory("notes", &notes)?));
+            (Some(memory), Some(token))
+        }
+        None => (core.memory_to_keep()?, None),
+    };
+    let memory_token = memory.as_deref().map(|file| core.enclose(&mut files, file)).transpose()?;
+    let request = RestoreRequest {
+        manifest,
+        manifest_digest: named.digest.to_string(),
+        packs: source.grants.objects,
+        disks,
+        generation_id: CommitId(core.sources.random::<16>()).to_string(),
+        memory: memory_token,
+        kept: notes,
+        paging: Paging {
+            eager: false,
+            connections: share.connections(),
+            sweep_mib_per_second: core.config.warm.sweep_mib_per_second,
+        },
+        id: Some(sandbox.id.to_string()),
+    };
+    let begun = Instant::now();
+    let limit = core.config.deadlines.restore();
+    let load = async {
+        vm.client.send_files(files).await.map_err(vmm_error(sandbox, &vm, "hand it the files to restore from"))?;
+        let restored = vm.client.restore(&request).await;
+        if let Err(ClientError::Unreachable { .. } | ClientError::Answer { .. }) = &restored {
+            // A VMM that ends breaks its connections first; its reason is worth the moment.
+            let _ = tokio::time::timeout(LAST_WORDS, vm.wait_ended()).await;
+        }
+        restored.map_err(vmm_error(sandbox, &vm, "restore it"))
+    };
+    let report = tokio::time::timeout(limit, load).await.map_err(|_| Error::Deadline {
+        id: sandbox.id.clone(),
+        what: "the restore",
+        ms: limit.as_millis(),
+    })??;
+    if let Some(memory) = memory {
+        vm.hold_memory(memory);
+    }
+    sandbox.set_known_packs(Some(source.known));
+    Ok(Restored { vm: vm.clone(), fetched: source.took, spawned, took: begun.elapsed(), report })
+}
+
+async fn find_rootfs(core: &Arc<Core>, spec: &Spec) -> Result<Option<PathBuf>, Error> {
+    let Some(digest) = spec.rootfs_digest.clone() else { return Ok(None) };
+    let (core, name) = (core.clone(), spec.template_name.clone());
+    blocking(move || match core.templates.rootfs_by_digest(&digest, &name, &core.journal)? {
+        Some(path) => Ok(Some(path)),
+        None => Err(Error::Host(format!(
+            "no template in {} has the root file system {digest} that this sandbox was made from (template {name:?}): put it back to resume it",
+            core.templates.dir().display()
+        ))),
+    })
+    .await
+}

@@ -1,0 +1,217 @@
+//! The end of a pause: the head PUT, its outcome settled, and what may then be done with the guest (design §5, invariants 2 and 3).
+
+use super::Core;
+use super::machine::close_memory;
+use crate::error::Error;
+use crate::kept_memory::Kept;
+use crate::known_packs::KnownPacks;
+use crate::record::Record;
+use crate::registry::{OperationGuard, Sandbox};
+use crate::states::Event;
+use crate::timing::Timing;
+use bytes::Bytes;
+use stasis_snapshot::commit::{Attempt, Backoff, Cancelled, Current, HeadState, PauseEnd, Sent};
+use stasis_snapshot::store::{ErrorKind, Operation, StoreError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+/// Between two rounds of settling an unknown outcome.
+const ROUND: Duration = Duration::from_secs(2);
+
+/// What the client of a pause is told.
+pub(super) type Answer = Result<(Record, Timing), Error>;
+
+pub(super) fn answer(tell: oneshot::Sender<Answer>, outcome: Answer) {
+    if tell.send(outcome).is_err() {
+        tracing::debug!("the client of a pause has hung up");
+    }
+}
+
+/// Everything that the head PUT needs, made and durable.
+pub(super) struct ReadyToCommit {
+    pub(super) attempt: Attempt,
+    pub(super) cancel: Attempt,
+    pub(super) sent: Sent,
+    /// Objects of the generation that the manifest does not name.
+    pub(super) leftovers: Vec<String>,
+    /// Packs that were granted and not written.
+    pub(super) unwritten: Vec<String>,
+    /// What the manifest names.
+    pub(super) known: Option<Arc<KnownPacks>>,
+    /// The VMM's notes on its memory file, and the manifest they belong to.
+    pub(super) notes: Option<(Bytes, Bytes)>,
+}
+
+impl ReadyToCommit {
+    /// The journaled attempts of an interrupted pause.
+    pub(super) fn again(attempt: Attempt, cancel: Attempt) -> Self {
+        Self {
+            attempt,
+            cancel,
+            sent: Sent::Maybe,
+            leftovers: Vec::new(),
+            unwritten: Vec::new(),
+            known: None,
+            notes: None,
+        }
+    }
+}
+
+/// From the first head PUT to the end. The client is told once, at the latest when the outcome is unknown for the first time; then the sender
+/// is spent and `None` comes back.
+pub(super) async fn finish(
+    core: &Arc<Core>,
+    sandbox: &Sandbox,
+    ready: &ReadyToCommit,
+    mut tell: Option<oneshot::Sender<Answer>>,
+    timing: &mut Timing,
+    guard: &OperationGuard,
+) -> Option<(oneshot::Sender<Answer>, Result<Record, Error>)> {
+    let begun = Instant::now();
+    let mut settled = settle(core, sandbox, ready).await;
+    loop {
+        let outcome = match settled {
+            Settled::Paused(now) => {
+                timing.since("head", begun);
+                let begun = Instant::now();
+                free(core, sandbox, ready).await;
+                timing.since("free", begun);
+                committed(core, sandbox, &now)
+            }
+            Settled::RunAgain(error) => {
+                run_again(core, sandbox, &error.chain(), guard).await;
+                Err(error)
+            }
+            Settled::Fenced(error) => {
+                core.end_vm(sandbox).await;
+                let note = error.chain();
+                let event = if sandbox.record().commit.is_some() { Event::LostCommitted } else { Event::Lost };
+                core.registry
+                    .record(sandbox, event, Some(&note), |record| record.reason = Some(note.clone()))
+                    .and(Err(error))
+            }
+            Settled::Unknown(error) => {
+                tracing::error!(id = %sandbox.id, error = error.chain(), "the guest stays stopped");
+                if let Some(tell) = tell.take() {
+                    answer(tell, Err(error));
+                }
+                tokio::time::sleep(ROUND).await;
+                settled = give_up(core, sandbox, ready).await;
+                continue;
+            }
+        };
+        return tell.map(|tell| (tell, outcome));
+    }
+}
+
+/// Ends the VM of a commit that has won, and keeps its memory where that is wanted.
+async fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &ReadyToCommit) {
+    let memory = sandbox.vm().and_then(|vm| vm.take_memory());
+    core.end_parked_vm(sandbox).await;
+    sandbox.set_known_packs(ready.known.clone());
+    let digest = ready.attempt.head().manifest.as_ref().map(|manifest| manifest.digest);
+    match (memory, ready.notes.clone(), digest) {
+        (Some(memory), Some((notes, manifest)), Some(digest)) => {
+            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest });
+        }
+        (memory, ..) => close_memory(memory),
+    }
+    core.clean_up(ready.leftovers.clone(), ready.unwritten.clone());
+}
+
+enum Settled {
+    Paused(Current),
+    RunAgain(Error),
+    Fenced(Error),
+    Unknown(Error),
+}
+
+/// Commits, and cancels when that cannot be settled in time.
+async fn settle(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit) -> Settled {
+    let register = match core.register(sandbox) {
+        Ok(register) => register,
+        Err(error) => return Settled::RunAgain(error),
+    };
+    let total = core.config.deadlines.settle();
+    let (mut commit, mut cancel) = (Backoff::within(total), Backoff::within(total));
+    match register.end_pause(&ready.attempt, &ready.cancel, ready.sent, &mut commit, &mut cancel).await {
+        PauseEnd::Paused { now } => Settled::Paused(now),
+        PauseEnd::RunAgain { now, cause } => run_again_from(sandbox, now, cause),
+        PauseEnd::Fenced { by } => fenced(sandbox, &by),
+        PauseEnd::Unknown { cause } => unknown(sandbox, cause),
+    }
+}
+
+/// The client was told that the pause did not succeed as far as is known, so from then on only the cancel commit is sent: unless the commit
+/// has landed, the guest goes on.
+async fn give_up(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit) -> Settled {
+    let register = match core.register(sandbox) {
+        Ok(register) => register,
+        Err(error) => return Settled::Unknown(error),
+    };
+    let mut pacer = Backoff::within(core.config.deadlines.settle());
+    match register.cancel(&ready.attempt, &ready.cancel, &mut pacer).await {
+        Cancelled::Won { now } => run_again_from(sandbox, Some(now), cancelled(ready)),
+        Cancelled::Gone { cause } => run_again_from(sandbox, None, cause),
+        Cancelled::Landed { now } => Settled::Paused(now),
+        Cancelled::Superseded { by } if by.head.owner == core.owner && by.head.state == HeadState::Live => {
+            run_again_from(sandbox, Some(by), cancelled(ready))
+        }
+        Cancelled::Superseded { by } | Cancelled::Fenced { by } => fenced(sandbox, &by),
+        Cancelled::Unknown { cause } => unknown(sandbox, cause),
+    }
+}
+
+fn cancelled(ready: &ReadyToCommit) -> StoreError {
+    StoreError::new(ErrorKind::Unavailable, Operation::Put, format!("the head of {}", ready.attempt.head().sandbox))
+        .because("the commit was not confirmed in time and has been cancelled")
+}
+
+fn run_again_from(sandbox: &Sandbox, now: Option<Current>, cause: StoreError) -> Settled {
+    sandbox.set_head(now);
+    Settled::RunAgain(Error::Store { action: "commit the head", source: cause })
+}
+
+fn fenced(sandbox: &Sandbox, by: &Current) -> Settled {
+    sandbox.set_head(None);
+    Settled::Fenced(Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner.clone(), epoch: by.head.epoch })
+}
+
+fn unknown(sandbox: &Sandbox, cause: StoreError) -> Settled {
+    sandbox.set_head(None);
+    Settled::Unknown(Error::Unknown { id: sandbox.id.clone(), action: "pause", source: cause })
+}
+
+/// The commit has won: `paused`, whatever the journal says.
+pub(super) fn committed(core: &Core, sandbox: &Sandbox, now: &Current) -> Result<Record, Error> {
+    sandbox.set_head(Some(now.clone()));
+    core.registry.record(sandbox, Event::Committed, None, |record| {
+        record.commit.clone_from(&now.head.manifest);
+        (record.epoch, record.seq) = (now.head.epoch, now.head.seq);
+        (record.reason, record.vmm) = (None, None);
+    })
+}
+
+/// It is proven that nothing was committed: the guest goes on, or is lost if its VMM cannot.
+pub(super) async fn run_again(core: &Core, sandbox: &Sandbox, why: &str, guard: &OperationGuard) {
+    let unparked = match sandbox.vm() {
+        Some(vm) => core.unpark(sandbox, &vm).await,
+        None => Err(Error::VmmEnded { id: sandbox.id.clone(), reason: "it was gone".to_owned() }),
+    };
+    if let Err(error) = unparked {
+        tracing::error!(id = %sandbox.id, error = error.chain(), "the guest cannot go on after a failed pause");
+        core.lose(sandbox, guard).await;
+        return;
+    }
+    let note = format!("the pause failed, the guest goes on: {why}");
+    let moved = core.registry.record(sandbox, Event::Failed, Some(&note), |record| {
+        record.reason = Some(note.clone());
+        if let Some(head) = sandbox.head() {
+            (record.epoch, record.seq) = (head.head.epoch, head.head.seq);
+        }
+    });
+    if let Err(error) = moved {
+        tracing::error!(id = %sandbox.id, error = error.chain(), "after a failed pause");
+    }
+}

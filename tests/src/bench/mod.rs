@@ -1,0 +1,40 @@
+//! The benchmark: `make bench`. It drives the product as a client does (a `stasis serve` process over REST), with guests made for the
+//! parameters, and measures from outside: replies, the guest's console, the store's traffic, `/proc`.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`options`] | the command line |
+//! | [`case`] | what one measurement is about: guest, sizes, store, link |
+//! | [`matrix`] | the cases that are run without a command line: what issue and design ask for |
+//! | [`stasis`], [`many`], [`debian`] | drive the service with one pulse sandbox, many at once, a Linux guest |
+//! | [`scan`] | the capture's scan alone |
+//! | [`peer`] | drive other VMMs on the same guest |
+//! | [`bare`] | the same bytes moved by nothing but parallel PUTs and GETs |
+//! | [`console`], [`process`] | when the guest printed what; CPU time and memory of processes |
+//! | [`samples`], [`goals`], [`markdown`], [`plot`] | percentiles and rows; measured figures beside the goals; the report; its pictures |
+//!
+//! Everything but the console watch, which is a thread of its own, runs in one tokio runtime, the S3 server included.
+
+#![expect(
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    clippy::format_push_string,
+    reason = "figures to be printed: a few digits of them count"
+)]
+
+pub mod bare;
+pub mod case;
+pub mod console;
+pub mod debian;
+pub mod goals;
+pub mod many;
+pub mod markdown;
+pub mod matrix;
+pub mod options;
+pub mod peer;
+pub mod plot;
+pub mod process;
+pub mod run;
+pub mod samples;
+pub mod scan;
+pub mod stasis;

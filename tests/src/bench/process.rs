@@ -1,0 +1,89 @@
+//! CPU time and memory of processes, from `/proc`.
+
+use std::path::Path;
+use std::time::Duration;
+
+/// Name of the memory file of our VMM's guests.
+const GUEST_MEMORY: &str = "/memfd:guest-memory";
+
+/// USER_HZ, the unit of times in `/proc`: the same on every x86-64 Linux.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// User and system time of a process and of its children that have ended. `None` when it is gone.
+pub fn cpu(pid: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses, which may hold anything.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks: u64 = fields.split_whitespace().skip(11).take(4).filter_map(|n| n.parse::<u64>().ok()).sum();
+    Some(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
+}
+
+/// Resident memory of a process outside guest memory, KiB. Guest memory is what is mapped of our memory file, or for other VMMs every mapping
+/// of at least `guest_bytes`.
+pub fn overhead_kib(pid: u32, guest_bytes: u64) -> Option<u64> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    Some(resident_outside(&smaps, guest_bytes))
+}
+
+fn resident_outside(smaps: &str, guest_bytes: u64) -> u64 {
+    let (mut total, mut guest) = (0, false);
+    for line in smaps.lines() {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        if let Some((from, to)) = first.split_once('-')
+            && let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16))
+        {
+            guest = to - from >= guest_bytes || line.contains(GUEST_MEMORY);
+        } else if first == "Rss:" && !guest {
+            total += line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        }
+    }
+    total
+}
+
+/// What this machine is, in one line.
+pub fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, name: &str| {
+        text.lines()
+            .find(|line| line.starts_with(name))
+            .and_then(|line| line.split_once(':'))
+            .map(|(_, value)| value.trim().to_owned())
+    };
+    let cpu = field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| "unknown CPU".to_owned());
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let memory = field(&read("/proc/meminfo"), "MemTotal")
+        .and_then(|kib| kib.split_whitespace().next()?.parse::<u64>().ok())
+        .map_or_else(|| "unknown memory".to_owned(), |kib| format!("{:.1} GiB", kib as f64 / 1_048_576.0));
+    let kernel = read("/proc/sys/kernel/osrelease");
+    let kvm = if Path::new("/dev/kvm").exists() {
+        crate::host::no_linux_guest().map_or("KVM with hardware virtualization", |_| "software KVM (no VT-x or AMD-V)")
+    } else {
+        "no KVM"
+    };
+    format!("{cpu}, {cores} CPUs, {memory}, Linux {}, {kvm}", kernel.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_left_out() {
+        let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 12 kB\nPss: 3 kB\n10000-20000 rw-s 0 00:00 0 /dev/zero\nRss: 64 kB\n\
+                     30000-31000 r--p 0 00:00 0\nRss: 4 kB\n40000-41000 rw-s 0 00:00 0 /memfd:guest-memory (deleted)\nRss: 4 kB\n";
+        assert_eq!(resident_outside(smaps, 0x10000), 16);
+        assert_eq!(resident_outside(smaps, 0x100_000), 80);
+    }
+
+    #[test]
+    fn our_own_time_passes() {
+        let before = cpu(std::process::id()).unwrap();
+        let begun = std::time::Instant::now();
+        let mut sum = 0_u64;
+        while begun.elapsed() < Duration::from_millis(60) {
+            sum = sum.wrapping_mul(31).wrapping_add(1);
+        }
+        assert!(cpu(std::process::id()).unwrap() > before, "{sum}");
+        assert_eq!(cpu(u32::MAX), None);
+    }
+}
