@@ -87,6 +87,13 @@ pub struct Second {
     supervisor: Child,
 }
 
+impl Second {
+    /// Process ids of VMMs that hold a sandbox of it.
+    pub fn vmm_pids(&self) -> Vec<u32> {
+        vmms(&self.data.join("run"), |name| !name.starts_with("pool-"))
+    }
+}
+
 impl Drop for Second {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
@@ -256,13 +263,12 @@ impl Service {
 
     /// Runs `stasis --json ARGUMENTS` with the supervisor's configuration.
     #[expect(clippy::disallowed_methods, reason = "a program run as an operator runs it")]
-    pub fn stasis(&self, arguments: &[&str]) -> Result<Ran, Error> {
+    pub async fn stasis(&self, arguments: &[&str]) -> Result<Ran, Error> {
         let data = self.dir.path().join("d");
-        let ran = std::process::Command::new(host::program("stasis"))
-            .arg("--json")
-            .args(arguments)
-            .envs(environment(&data, &self.options, &self.direct_place(), 0))
-            .output()?;
+        let mut command = std::process::Command::new(host::program("stasis"));
+        command.arg("--json").args(arguments).envs(environment(&data, &self.options, &self.direct_place(), 0));
+        // Beside the runtime: the S3 server that it talks to is one of the runtime's tasks.
+        let ran = tokio::task::spawn_blocking(move || command.output()).await??;
         Ok(Ran {
             code: ran.status.code().unwrap_or(-1),
             json: serde_json::from_slice(&ran.stdout).unwrap_or(Value::Null),

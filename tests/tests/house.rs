@@ -16,6 +16,7 @@ fn main() {
     Suite::default()
         .test("a_copied_state_directory_owns_nothing_that_runs_elsewhere", no_pulse(), copied_while_running)
         .test("of_two_owners_that_wake_one_sandbox_exactly_one_wins", no_pulse(), copied_while_paused)
+        .test("two_supervisors_of_one_bucket_wake_one_sandbox_at_once", no_pulse(), woken_twice_at_once)
         .test("a_delayed_old_process_is_fenced_and_loses_nothing_committed", no_pulse(), delayed_process)
         .test("a_head_of_a_delayed_old_process_lands_too_late", no_pulse(), delayed_head)
         .test("a_deleted_sandbox_is_put_back_until_it_is_purged", no_pulse(), delete_and_undelete)
@@ -129,6 +130,59 @@ async fn stranger(service: &Service) -> Result<(Second, String), Error> {
     Ok((second, key))
 }
 
+/// Two supervisors that share nothing but the bucket are asked for the same sandboxes at the same time, several times each.
+async fn woken_twice_at_once() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let ids = [sleeps(&service).await?, sleeps(&service).await?];
+    // Its journal is empty, so it takes up what sleeps in the bucket by itself.
+    let (second, second_key) = stranger(&service).await?;
+    let there = |id: &str, verb: &str| {
+        let (service, url, key, path) =
+            (&service, second.url.clone(), second_key.clone(), format!("/v1/sandbox/{id}/{verb}"));
+        async move { service.call_at(&url, &key, "POST", &path, None).await }
+    };
+    let mut wins = [0, 0];
+    for round in 0..4 {
+        for id in &ids {
+            // Whose request is sent first alternates, or one of them might never win.
+            let asks = (0..6).map(async |n| {
+                let here = (n + round) % 2 == 0;
+                let reply = if here { service.resume(id).await } else { there(id, "resume").await };
+                reply.map(|reply| (here, reply))
+            });
+            let replies = futures::future::try_join_all(asks).await?;
+            let here_won = replies.iter().any(|(here, reply)| *here && reply.status == 200);
+            wins[usize::from(here_won)] += 1;
+            for (here, reply) in replies {
+                if here == here_won {
+                    // One wake serves them all; who comes when it is over finds it running.
+                    assert!(reply.status == 200 || reply.text("message").contains("is running"), "{reply:?}");
+                } else {
+                    assert!(reply.expect(409)?.text("message").contains("belongs to supervisor"), "only one may win");
+                }
+            }
+            if here_won {
+                service.pulse_is_well(id).await?;
+                let counts = service.vmm(id).metrics().await?.exit_counter.unwrap_or_default();
+                assert_eq!(counts.out_gaps, 0, "a wake that lost has taken something");
+                service.pause(id).await?.expect(201)?;
+            } else {
+                there(id, "pause").await?.expect(201)?;
+            }
+            assert!(service.vmm_pids().is_empty() && second.vmm_pids().is_empty(), "the loser's VMM is gone");
+            let verified = service.stasis(&["verify", id]).await?;
+            assert_eq!(verified.code, 0, "{verified:?}");
+        }
+    }
+    println!("won by the second and by the first: {wins:?}");
+    for id in &ids {
+        service.resume(id).await?.expect(200)?;
+        service.pulse_is_well(id).await?;
+        assert_eq!(service.vmm(id).metrics().await?.exit_counter.unwrap_or_default().out_gaps, 0);
+    }
+    Ok(())
+}
+
 async fn delayed_process() -> Outcome {
     let mut service = Service::start(Options::default()).await?;
     let id = sleeps(&service).await?;
@@ -183,8 +237,8 @@ async fn delayed_head() -> Outcome {
     service.pulse_is_well(&id).await
 }
 
-fn gc(service: &Service, arguments: &[&str]) -> Result<Value, Error> {
-    let ran = service.stasis(&[&["gc", "--tenant", "test"][..], arguments].concat())?;
+async fn gc(service: &Service, arguments: &[&str]) -> Result<Value, Error> {
+    let ran = service.stasis(&[&["gc", "--tenant", "test"][..], arguments].concat()).await?;
     assert_eq!(ran.code, 0, "{ran:?}");
     Ok(ran.json["tenants"][0].clone())
 }
@@ -201,8 +255,8 @@ async fn delete_and_undelete() -> Outcome {
     service.call("DELETE", &path, None).await?.expect(204)?;
     assert_eq!(service.state(&id).await?, "deleted");
     // The first pass notes the tombstone, and one within the grace changes nothing.
-    gc(&service, &["--grace", "0s"])?;
-    gc(&service, &[])?;
+    gc(&service, &["--grace", "0s"]).await?;
+    gc(&service, &[]).await?;
     service.call("POST", &format!("{path}/undelete"), None).await?.expect(200)?;
     assert_eq!(service.state(&id).await?, "paused");
     service.resume(&id).await?.expect(200)?;
@@ -210,8 +264,8 @@ async fn delete_and_undelete() -> Outcome {
     service.pause(&id).await?.expect(201)?;
 
     service.call("DELETE", &path, None).await?.expect(204)?;
-    gc(&service, &["--grace", "0s"])?;
-    let done = gc(&service, &["--grace", "0s"])?;
+    gc(&service, &["--grace", "0s"]).await?;
+    let done = gc(&service, &["--grace", "0s"]).await?;
     assert_eq!(done["purged"].as_array().map(Vec::len), Some(1), "{done}");
     assert_eq!(names(&service, &id), 1, "the tombstone alone is left");
     service.call("POST", &format!("{path}/undelete"), None).await?.expect(404)?;
@@ -234,20 +288,20 @@ async fn two_passes() -> Outcome {
     assert_eq!(names(&service, "manifest"), 4);
     // While it runs, its owner may yet use them.
     for _ in 0..2 {
-        assert_eq!(gc(&service, &["--grace", "0s"])?["deleted"], json!([]));
+        assert_eq!(gc(&service, &["--grace", "0s"]).await?["deleted"], json!([]));
     }
     service.pause(&failing).await?.expect(201)?;
-    assert_eq!(gc(&service, &[])?["deleted"], json!([]), "within the grace");
-    let would = gc(&service, &["--grace", "0s", "--dry-run"])?;
+    assert_eq!(gc(&service, &[]).await?["deleted"], json!([]), "within the grace");
+    let would = gc(&service, &["--grace", "0s", "--dry-run"]).await?;
     let orphans = would["deleted"].as_array().cloned().unwrap_or_default();
     assert!(orphans.iter().filter_map(Value::as_str).any(|key| key.ends_with("/manifest")), "{would}");
     assert!(orphans.iter().filter_map(Value::as_str).all(|key| key.contains(&failing)), "{would}");
-    let done = gc(&service, &["--grace", "0s"])?;
+    let done = gc(&service, &["--grace", "0s"]).await?;
     assert_eq!(done["deleted"], would["deleted"]);
-    let verified = service.stasis(&["verify", "--all"])?;
+    let verified = service.stasis(&["verify", "--all"]).await?;
     assert_eq!((verified.code, verified.json["heads"].as_u64()), (0, Some(3)), "{verified:?}");
     for id in [&kept, &failing] {
-        assert_eq!(service.stasis(&["verify", id])?.code, 0);
+        assert_eq!(service.stasis(&["verify", id]).await?.code, 0);
         service.resume(id).await?.expect(200)?;
         service.pulse_is_well(id).await?;
     }
@@ -255,12 +309,15 @@ async fn two_passes() -> Outcome {
 }
 
 async fn verify_and_repair() -> Outcome {
-    let service = Service::start(Options::default()).await?;
+    let mut options = Options::default();
+    // With its memory kept on this host a sandbox would wake without a look at the damage.
+    options.environment.push(("STASIS_KEEP_MEMORY_MIB".to_owned(), "0".to_owned()));
+    let service = Service::start(options).await?;
     let id = sleeps(&service).await?;
     service.resume(&id).await?.expect(200)?;
     service.pulse_is_well(&id).await?;
     service.pause(&id).await?.expect(201)?;
-    let sound = service.stasis(&["repair"])?;
+    let sound = service.stasis(&["repair"]).await?;
     assert_eq!((sound.code, sound.json["items"][0]["standing"].as_str()), (0, Some("whole")), "{sound:?}");
     let newest = service
         .objects("v1/test/sandbox")
@@ -269,17 +326,17 @@ async fn verify_and_repair() -> Outcome {
         .max_by_key(|path| path.metadata().and_then(|found| found.modified()).ok())
         .ok_or("no manifest")?;
     std::fs::remove_file(newest)?;
-    let verified = service.stasis(&["verify", &id])?;
+    let verified = service.stasis(&["verify", &id]).await?;
     assert_eq!(verified.code, DAMAGED, "{verified:?}");
-    assert_eq!(service.stasis(&["verify", "--all"])?.code, DAMAGED);
+    assert_eq!(service.stasis(&["verify", "--all"]).await?.code, DAMAGED);
     assert!(service.resume(&id).await?.status >= 500);
-    let blocked = service.stasis(&["gc", "--grace", "0s"])?;
+    let blocked = service.stasis(&["gc", "--grace", "0s"]).await?;
     assert_eq!(blocked.code, DAMAGED, "what a missing manifest names is not known: {blocked:?}");
-    let found = service.stasis(&["repair"])?;
+    let found = service.stasis(&["repair"]).await?;
     assert_eq!((found.code, found.json["items"][0]["standing"].as_str()), (DAMAGED, Some("repairable")), "{found:?}");
-    let applied = service.stasis(&["repair", "--apply", "--deep"])?;
+    let applied = service.stasis(&["repair", "--apply", "--deep"]).await?;
     assert_eq!((applied.code, applied.json["items"][0]["outcome"].as_str()), (0, Some("repaired")), "{applied:?}");
-    assert_eq!(service.stasis(&["verify", &id])?.code, 0);
+    assert_eq!(service.stasis(&["verify", &id]).await?.code, 0);
     service.resume(&id).await?.expect(200)?;
     service.pulse_is_well(&id).await
 }
