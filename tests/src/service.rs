@@ -79,6 +79,40 @@ pub struct Service {
     http: reqwest::Client,
 }
 
+/// Another supervisor over the same bucket, with a data directory of its own. It and its VMMs end when it is dropped.
+pub struct Second {
+    /// `http://…` of its API.
+    pub url: String,
+    data: PathBuf,
+    supervisor: Child,
+}
+
+impl Second {
+    /// Process ids of VMMs that hold a sandbox of it.
+    pub fn vmm_pids(&self) -> Vec<u32> {
+        vmms(&self.data.join("run"), |name| !name.starts_with("pool-"))
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.supervisor.kill();
+        let _ = self.supervisor.wait();
+        kill_all(&vmms(&self.data.join("run"), |_| true));
+    }
+}
+
+/// What a program said.
+#[derive(Debug)]
+pub struct Ran {
+    /// Exit code.
+    pub code: i32,
+    /// What it wrote to stdout, as JSON; null when it is none.
+    pub json: Value,
+    /// What it wrote to stderr.
+    pub stderr: String,
+}
+
 /// An answer of the API.
 #[derive(Debug)]
 pub struct Reply {
@@ -148,15 +182,19 @@ impl Service {
         let key = make_key(&data, "test")?;
         let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
         let place = store_of(&sleep, &s3, &proxy, dir.path());
-        let supervisor = spawn(&dir, &options, &place, port)?;
+        let supervisor = spawn(dir.path(), &data, &options, &place, port)?;
         let service = Self { proxy, url, key, dir, options, s3, sleep, supervisor, http };
         service.ready().await?;
         Ok(service)
     }
 
     async fn ready(&self) -> Result<(), Error> {
+        self.ready_at(&self.url).await
+    }
+
+    async fn ready_at(&self, url: &str) -> Result<(), Error> {
         for _ in 0..3000 {
-            if let Ok(answer) = self.http.get(format!("{}/healthz", self.url)).send().await
+            if let Ok(answer) = self.http.get(format!("{url}/healthz")).send().await
                 && answer.status().is_success()
             {
                 return Ok(());
@@ -181,6 +219,11 @@ impl Service {
         make_key(&self.dir.path().join("d"), "test")
     }
 
+    /// A key of the tenant `test` in the data directory `name`.
+    pub fn key_in(&self, name: &str) -> Result<String, Error> {
+        make_key(&self.dir.path().join(name), "test")
+    }
+
     /// Another tenant's key.
     pub fn other_key(&self) -> Result<String, Error> {
         make_key(&self.dir.path().join("d"), "other")
@@ -196,14 +239,50 @@ impl Service {
     /// Starts the supervisor again on the same data and address.
     pub async fn start_supervisor(&mut self) -> Result<(), Error> {
         let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
+        let data = self.dir.path().join("d");
         let place = store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path());
-        self.supervisor = spawn(&self.dir, &self.options, &place, port)?;
+        self.supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
         self.ready().await
     }
 
     /// Process id of the supervisor.
     pub fn supervisor_pid(&self) -> u32 {
         self.supervisor.id()
+    }
+
+    /// Starts another supervisor on the data directory `name`, past the proxy.
+    pub async fn start_second(&self, name: &str) -> Result<Second, Error> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let data = self.dir.path().join(name);
+        let place = self.direct_place();
+        let supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
+        let second = Second { url: format!("http://127.0.0.1:{port}"), data, supervisor };
+        self.ready_at(&second.url).await?;
+        Ok(second)
+    }
+
+    /// Runs `stasis --json ARGUMENTS` with the supervisor's configuration.
+    #[expect(clippy::disallowed_methods, reason = "a program run as an operator runs it")]
+    pub async fn stasis(&self, arguments: &[&str]) -> Result<Ran, Error> {
+        let data = self.dir.path().join("d");
+        let mut command = std::process::Command::new(host::program("stasis"));
+        command.arg("--json").args(arguments).envs(environment(&data, &self.options, &self.direct_place(), 0));
+        // Beside the runtime: the S3 server that it talks to is one of the runtime's tasks.
+        let ran = tokio::task::spawn_blocking(move || command.output()).await??;
+        Ok(Ran {
+            code: ran.status.code().unwrap_or(-1),
+            json: serde_json::from_slice(&ran.stdout).unwrap_or(Value::Null),
+            stderr: String::from_utf8_lossy(&ran.stderr).into_owned(),
+        })
+    }
+
+    /// Where the sandboxes sleep, past the proxy: its faults are for the first supervisor alone.
+    fn direct_place(&self) -> Place {
+        let sleep = match &self.sleep {
+            Sleep::Proxied => &Sleep::Direct,
+            other => other,
+        };
+        store_of(sleep, &self.s3, &self.proxy, self.dir.path())
     }
 
     /// The store that the supervisor uses, reached the same way.
@@ -221,7 +300,19 @@ impl Service {
 
     /// One request with this key and this body, well-formed or not.
     pub async fn call_as(&self, key: &str, method: &str, path: &str, body: Option<String>) -> Result<Reply, Error> {
-        let mut request = self.http.request(method.parse()?, format!("{}{path}", self.url));
+        self.call_at(&self.url, key, method, path, body).await
+    }
+
+    /// The same to any supervisor.
+    pub async fn call_at(
+        &self,
+        url: &str,
+        key: &str,
+        method: &str,
+        path: &str,
+        body: Option<String>,
+    ) -> Result<Reply, Error> {
+        let mut request = self.http.request(method.parse()?, format!("{url}{path}"));
         if !key.is_empty() {
             request = request.header("authorization", format!("Bearer {key}"));
         }
@@ -295,27 +386,12 @@ impl Service {
 
     /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them.
     pub fn vmm_pids(&self) -> Vec<u32> {
-        self.vmms(|name| !name.starts_with("pool-"))
+        vmms(&self.dir.path().join("d/run"), |name| !name.starts_with("pool-"))
     }
 
     /// Process ids of this service's VMMs that were started ahead and are used by nobody.
     pub fn idle_vmm_pids(&self) -> Vec<u32> {
-        self.vmms(|name| name.starts_with("pool-"))
-    }
-
-    /// Those whose run directory has a name that is `wanted`.
-    fn vmms(&self, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
-        let root = self.dir.path().join("d/run");
-        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-        processes
-            .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
-            .filter(|pid| {
-                let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let run_dir = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-                String::from_utf8_lossy(&cmdline).contains("stasis-vmm")
-                    && run_dir.strip_prefix(&root).is_ok_and(|name| wanted(&name.to_string_lossy()))
-            })
-            .collect()
+        vmms(&self.dir.path().join("d/run"), |name| name.starts_with("pool-"))
     }
 
     /// Objects in the bucket below `prefix`, by their paths in the S3 server's folder.
@@ -343,12 +419,30 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
         let _ = self.supervisor.wait();
-        for pid in self.vmm_pids() {
-            if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+        kill_all(&self.vmm_pids());
+    }
+}
+
+fn kill_all(pids: &[u32]) {
+    for pid in pids {
+        if let Some(pid) = i32::try_from(*pid).ok().and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
+}
+
+/// Process ids of VMMs whose run directory is one of `root` with a name that is `wanted`.
+fn vmms(root: &Path, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
+        .filter(|pid| {
+            let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let run_dir = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+            String::from_utf8_lossy(&cmdline).contains("stasis-vmm")
+                && run_dir.strip_prefix(root).is_ok_and(|name| wanted(&name.to_string_lossy()))
+        })
+        .collect()
 }
 
 enum Place {
@@ -396,17 +490,24 @@ fn store_environment(place: &Place) -> Vec<(&'static str, OsString)> {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
-fn spawn(dir: &tempfile::TempDir, options: &Options, place: &Place, port: u16) -> Result<Child, Error> {
-    let log = File::options().create(true).append(true).open(dir.path().join("supervisor.log"))?;
+/// What tells a program of ours its data, its images and its store.
+fn environment(data: &Path, options: &Options, place: &Place, port: u16) -> Vec<(String, OsString)> {
     let images = options.images.clone().unwrap_or_default();
+    let ours = [
+        ("STASIS_LISTEN", format!("127.0.0.1:{port}").into()),
+        ("STASIS_DATA_DIR", data.into()),
+        ("STASIS_IMAGES_DIR", images.into()),
+    ];
+    let ours = ours.into_iter().chain(store_environment(place)).map(|(name, value)| (name.to_owned(), value));
+    ours.chain(options.environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
+fn spawn(dir: &Path, data: &Path, options: &Options, place: &Place, port: u16) -> Result<Child, Error> {
+    let log = File::options().create(true).append(true).open(dir.join("supervisor.log"))?;
     let child = std::process::Command::new(host::program("stasis"))
         .arg("serve")
-        .env("STASIS_LISTEN", format!("127.0.0.1:{port}"))
-        .env("STASIS_DATA_DIR", dir.path().join("d"))
-        .env("STASIS_IMAGES_DIR", images)
-        .envs(store_environment(place))
-        .envs(options.environment.iter().map(|(k, v)| (k, v)))
+        .envs(environment(data, options, place, port))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
