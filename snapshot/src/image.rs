@@ -3,7 +3,7 @@
 //! A map is a list of runs that covers every page exactly once, in order, so that a mostly empty image is a few runs long.
 //! Maps are plain values: a new generation is the parent's map with newer runs laid over it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::pack::PackEntry;
 
@@ -42,10 +42,11 @@ pub struct Run {
     pub at: PageRef,
 }
 
-/// Where every page of an image is. Covers pages `0..pages()` exactly once, in order; neighbours that could be one run are one run.
+/// Where every page of an image is. Covers pages `0..pages()` exactly once, in order; neighbours that could be one run are one run. Clones share
+/// their runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageMap {
-    runs: Vec<Run>,
+    runs: Arc<Vec<Run>>,
     pages: u64,
 }
 
@@ -110,7 +111,7 @@ impl ImageMap {
                 runs.push(Run { start, pages: end - start, at });
             }
         }
-        Self { runs, pages }
+        Self { runs: Arc::new(runs), pages }
     }
 
     /// A map from runs that cover `pages` pages once and in order. For input that is not trusted; checks all but the references.
@@ -133,12 +134,12 @@ impl ImageMap {
             expected = run.end();
             push(&mut runs, run);
         }
-        if expected == pages { Ok(Self { runs, pages }) } else { Err(MapError::Gap { start: pages, expected }) }
+        if expected == pages { Ok(Self { runs: Arc::new(runs), pages }) } else { Err(MapError::Gap { start: pages, expected }) }
     }
 
     /// Checks every reference against the packs and the number of base blocks (0 without a base).
     pub fn check(&self, packs: &[PackEntry], base_blocks: u64) -> Result<(), MapError> {
-        for run in &self.runs {
+        for run in self.runs.iter() {
             let page = run.start;
             match run.at {
                 PageRef::Zero => {}
@@ -219,14 +220,14 @@ impl ImageMap {
             below.skip_until(run.end());
         }
         below.copy_until(self.pages, &mut runs);
-        Ok(Self { runs, pages: self.pages })
+        Ok(Self { runs: Arc::new(runs), pages: self.pages })
     }
 
     /// The same map with every pack number replaced by `renumber(pack)`.
     #[must_use]
     pub(crate) fn renumbered(&self, renumber: impl Fn(u32) -> u32) -> Self {
         let mut map = self.clone();
-        for run in &mut map.runs {
+        for run in Arc::make_mut(&mut map.runs) {
             if let PageRef::Pack { pack, .. } = &mut run.at {
                 *pack = renumber(*pack);
             }

@@ -51,7 +51,7 @@ pub(super) struct Golden {
 impl Golden {
     /// What of it is on this host already.
     pub(super) fn held(&self) -> Result<Held, Error> {
-        Ok(Held { manifest: Some((in_memory("manifest", &self.bytes)?, self.known.clone())), memory: None })
+        Ok(Held { manifest: Some((in_memory("manifest", &self.bytes)?, self.known.clone())), ..Held::default() })
     }
 }
 

@@ -5,7 +5,7 @@ use super::files::{Disks, in_memory};
 use super::machine::vmm_error;
 use super::{Core, blocking};
 use crate::error::Error;
-use crate::kept_memory::Kept;
+use crate::kept_memory::{Kept, SignedGrants};
 use crate::known_packs::KnownPacks;
 use crate::record::Spec;
 use crate::registry::Sandbox;
@@ -18,11 +18,14 @@ use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Grants live as long as pages may be fetched by them: a guest that is not swept touches some of its pages late.
 const GRANT_LIFE: Duration = Duration::from_hours(7 * 24);
+
+/// Grants that were signed so long ago are signed anew for a wake, ms.
+const GRANT_AGE_MS: i64 = 24 * 60 * 60 * 1000;
 
 /// How long a VMM whose connection broke may take to end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -34,11 +37,17 @@ pub(super) struct Held {
     pub(super) manifest: Option<(File, Arc<KnownPacks>)>,
     /// A memory file that nobody else uses, and the notes that belong to it.
     pub(super) memory: Option<(Arc<File>, File)>,
+    /// Leave to read the packs.
+    pub(super) grants: Option<SignedGrants>,
 }
 
 impl From<Kept> for Held {
     fn from(kept: Kept) -> Self {
-        Self { manifest: Some((kept.manifest, kept.known)), memory: Some((kept.memory, kept.notes)) }
+        Self {
+            manifest: Some((kept.manifest, kept.known)),
+            memory: Some((kept.memory, kept.notes)),
+            grants: kept.grants.get().cloned(),
+        }
     }
 }
 
@@ -76,6 +85,7 @@ async fn source(
     spec: &Spec,
     named: &ManifestRef,
     held: Option<(File, Arc<KnownPacks>)>,
+    signed: Option<SignedGrants>,
 ) -> Result<Source, Error> {
     let begun = Instant::now();
     let (manifest, known) = match held {
@@ -92,10 +102,33 @@ async fn source(
             source: "it refers to a template disk that is not the sandbox's".into(),
         });
     }
-    let keys = known.keys().cloned().collect();
-    let mut grants = core.store.grant_gets(keys, GRANT_LIFE).await?;
+    let now = core.sources.now_ms();
+    let mut grants = match signed {
+        Some(signed) if now - signed.signed_ms < GRANT_AGE_MS => Grants { objects: signed.objects, files: Vec::new() },
+        _ => core.store.grant_gets(known.keys().cloned().collect(), GRANT_LIFE).await?,
+    };
     core.add_cache_files(&mut grants);
     Ok(Source { manifest, grants, known, took: begun.elapsed() })
+}
+
+impl Core {
+    /// Signs leave to read these packs beside everything else. Grants that are opened files are left to whoever needs them.
+    pub(super) fn sign_ahead(self: &Arc<Self>, known: &KnownPacks) -> Arc<OnceLock<SignedGrants>> {
+        let (core, signed) = (self.clone(), Arc::new(OnceLock::new()));
+        let (keys, into) = (known.keys().cloned().collect(), signed.clone());
+        tokio::spawn(async move {
+            match core.store.grant_gets(keys, GRANT_LIFE).await {
+                Ok(grants) if grants.files.is_empty() => {
+                    let signed_ms = core.sources.now_ms();
+                    // Nobody else sets it.
+                    let _ = into.set(SignedGrants { objects: grants.objects, signed_ms });
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!(error = error.chain(), "packs are left to be granted at the wake"),
+            }
+        });
+        signed
+    }
 }
 
 /// A VM with the sandbox in it, parked. Its pages may still be on their way.
@@ -110,7 +143,7 @@ pub(super) async fn materialise(
     let begun = Instant::now();
     let start = async { (core.start_vmm(sandbox).await, begun.elapsed()) };
     let (rootfs, source, (vm, spawned)) =
-        tokio::join!(find_rootfs(core, &spec), source(core, &spec, named, held.manifest), start);
+        tokio::join!(find_rootfs(core, &spec), source(core, &spec, named, held.manifest, held.grants), start);
     let (rootfs, source, vm) = (rootfs?, source?, vm?);
     let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
     let manifest = core.store.token();

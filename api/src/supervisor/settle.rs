@@ -113,7 +113,8 @@ fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &mut ReadyToCommit) {
     let digest = ready.attempt.head().manifest.as_ref().map(|manifest| manifest.digest);
     match (memory, ready.notes.take(), ready.known.clone(), digest) {
         (Some(memory), Some((notes, manifest)), Some(known), Some(digest)) => {
-            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest, known });
+            let grants = core.sign_ahead(&known);
+            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest, known, grants });
         }
         (memory, ..) => close_memory(memory),
     }

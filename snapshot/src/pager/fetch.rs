@@ -39,6 +39,8 @@ pub(super) struct Shared {
     pub(super) gate: Arc<Gate>,
     pub(super) counters: Counters,
     pub(super) runtime: Handle,
+    /// Blocking work of the background runs there.
+    pub(super) background: Handle,
     /// All tasks and threads of the pager.
     pub(super) tracker: TaskTracker,
     /// Who decodes for the background; demand asks nobody.
@@ -128,7 +130,7 @@ impl Shared {
         let (near, mut far) = self.split(claims);
         if !near.is_empty() {
             let shared = Arc::clone(&self);
-            let missing = self.on_thread(move || shared.place_near(near, urgency)).await;
+            let missing = self.on_thread_for(urgency, move || shared.place_near(near, urgency)).await;
             far.extend(missing.map_err(|_| self.ended())?);
             far.sort_unstable_by_key(Claim::unit);
         }
@@ -376,6 +378,16 @@ impl Shared {
         self.tracker.spawn_blocking_on(work, &self.runtime)
     }
 
+    /// Likewise, on one of the background's when nobody waits.
+    fn on_thread_for<T: Send + 'static>(
+        &self,
+        urgency: Urgency,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        let runtime = if urgency == Urgency::Demand { &self.runtime } else { &self.background };
+        self.tracker.spawn_blocking_on(work, runtime)
+    }
+
     /// The same for the background, when it is its turn.
     async fn as_worker<T: Send + 'static>(
         &self,
@@ -383,7 +395,7 @@ impl Shared {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, PagerError> {
         let _turn = if urgency == Urgency::Demand { None } else { self.workers.acquire().await.ok() };
-        self.on_thread(work).await.map_err(|_| self.ended())
+        self.on_thread_for(urgency, work).await.map_err(|_| self.ended())
     }
 
     /// Waits so long, or until the pager ends.

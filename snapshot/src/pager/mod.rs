@@ -81,6 +81,21 @@ pub struct Sources {
     pub cache: Option<Arc<PackCache>>,
 }
 
+/// Where a pager's work runs.
+#[derive(Clone, Debug)]
+pub struct Threads {
+    /// Tasks, and what somebody waits for.
+    pub runtime: Handle,
+    /// Blocking work of the background. A runtime of its own can give it threads of a lower priority.
+    pub background: Handle,
+}
+
+impl From<Handle> for Threads {
+    fn from(runtime: Handle) -> Self {
+        Self { background: runtime.clone(), runtime }
+    }
+}
+
 /// How urgent a fetch is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Urgency {
@@ -181,18 +196,19 @@ pub struct Pager {
 }
 
 impl Pager {
-    /// A pager for the images of a manifest, with a target for each. Fetches nothing yet. `runtime` runs its tasks.
+    /// A pager for the images of a manifest, with a target for each. Fetches nothing yet.
     pub fn new(
         manifest: &Manifest,
         targets: Vec<Arc<dyn PageTarget>>,
         sources: Sources,
         options: Options,
-        runtime: Handle,
+        threads: impl Into<Threads>,
     ) -> Result<Self, PagerError> {
         if targets.len() != manifest.images.len() {
             return Err(PagerError::Targets { targets: targets.len(), images: manifest.images.len() });
         }
         let table = Table::new(manifest)?;
+        let threads = threads.into();
         let all = usize::from(options.connections.max(1));
         let background = all.saturating_sub(options.demand_connections.into()).max(1);
         let sweep = background.min(options.sweep_connections.max(1).into());
@@ -205,7 +221,8 @@ impl Pager {
             options,
             gate: Arc::new(Gate::new(Limits { all, background, sweep })),
             counters: stats::Counters::default(),
-            runtime,
+            runtime: threads.runtime,
+            background: threads.background,
             tracker: TaskTracker::new(),
             workers: Arc::new(Semaphore::new(parallelism)),
             parallelism,

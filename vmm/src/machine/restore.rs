@@ -13,7 +13,7 @@ use stasis_snapshot::granted::PackSource;
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::image::{PageRef, Run};
 use stasis_snapshot::manifest::{ImageKind, Manifest};
-use stasis_snapshot::pager::{Options, PackCache, PageTarget, Pager, Sources};
+use stasis_snapshot::pager::{Options, PackCache, PageTarget, Pager, Sources, Threads};
 use tokio_util::sync::CancellationToken;
 
 use super::capture::{Parent, VM, new_digests, vcpu_kind, wall_ns};
@@ -28,7 +28,7 @@ use crate::dirty::DirtyTracker;
 use crate::kvm;
 use crate::pages::PageSet;
 use crate::paging::targets::{DiskTarget, MemoryTarget};
-use crate::paging::{MEMORY, Paging, PagingError, WorkingSet};
+use crate::paging::{self, MEMORY, Paging, PagingError, WorkingSet};
 use crate::vcpu::state::{self as vcpu_state, VcpuState};
 use crate::vcpu::{VcpuError, cpuid};
 use crate::vm_state::{self, VmState};
@@ -118,7 +118,8 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     }
     let options = pager_options(input.paging);
     let sources = Sources { store: input.packs, cache: input.cache };
-    let pager = Pager::new(&to_fetch, targets, sources, options, tokio::runtime::Handle::current())
+    let threads = Threads { runtime: tokio::runtime::Handle::current(), background: paging::background().map_err(MachineError::from)? };
+    let pager = Pager::new(&to_fetch, targets, sources, options, threads)
         .map_err(PagingError::from)
         .map_err(MachineError::from)?;
     let lazy = !input.paging.eager && bare.presence.can_be_absent();

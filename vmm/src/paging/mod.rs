@@ -12,7 +12,8 @@
 //!
 //! # Threads
 //!
-//! Fault threads read the userfaultfd, block on the pager, and touch no guest mapping. The background fill is a task of the runtime. A page
+//! Fault threads read the userfaultfd, block on the pager, and touch no guest mapping. The background fill is a task of the runtime; what it
+//! fetched is decoded by threads of a lower priority ([`background`]), so that on a busy host the restore, the guest and its faults go first. A page
 //! that cannot be had ends the machine with [`Ended::PageLost`]: the guest is never shown wrong memory and never waits for ever.
 
 mod faults;
@@ -21,13 +22,13 @@ mod working_set;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use stasis_devices::overlay::BlockSource;
 use stasis_snapshot::manifest::Touch;
 use stasis_snapshot::pager::{Pager, PagerError, Urgency};
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 
 use crate::bus::lock;
@@ -53,6 +54,31 @@ pub enum PagingError {
     Presence(#[from] PresenceError),
     #[error("cannot start a thread that serves faults")]
     Thread(#[source] std::io::Error),
+    #[error("cannot make the threads of the background")]
+    Background(#[source] std::io::Error),
+}
+
+/// Added to the niceness of the background's threads: a third of a core's time against one that is wanted, so that a fault which has to wait
+/// for them is not starved.
+const BACKGROUND_NICE: i32 = 5;
+
+/// Blocking threads for what nobody waits for.
+pub(crate) fn background() -> Result<Handle, PagingError> {
+    // Its tasks would not be run by anybody; only its blocking threads are used. Never dropped: it ends with the process.
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    if let Some(runtime) = RUNTIME.get() {
+        return Ok(runtime.handle().clone());
+    }
+    let made = tokio::runtime::Builder::new_current_thread()
+        .thread_name("background")
+        .on_thread_start(|| {
+            if let Err(error) = rustix::process::nice(BACKGROUND_NICE) {
+                tracing::debug!(%error, "the background keeps its priority");
+            }
+        })
+        .build()
+        .map_err(PagingError::Background)?;
+    Ok(RUNTIME.get_or_init(|| made).handle().clone())
 }
 
 /// The pages of one restored machine on their way.
