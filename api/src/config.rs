@@ -122,11 +122,13 @@ pub struct Limits {
     pub connections: u16,
     /// Requests in flight of all captures and wakes together: shared evenly between them.
     pub host_connections: u16,
+    /// Memory that a VMM uses for what is on its way in a capture at most, MiB. Less of it means fewer packs in flight.
+    pub capture_memory_mib: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 32, host_connections: 64 }
+        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 32, host_connections: 64, capture_memory_mib: 64 }
     }
 }
 
@@ -250,6 +252,7 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_LIMITS_OUTPUT_BYTES", "limits.output_bytes"),
     ("STASIS_LIMITS_CONNECTIONS", "limits.connections"),
     ("STASIS_LIMITS_HOST_CONNECTIONS", "limits.host_connections"),
+    ("STASIS_LIMITS_CAPTURE_MEMORY_MIB", "limits.capture_memory_mib"),
     ("STASIS_KEEP_MEMORY_MIB", "warm.keep_memory_mib"),
     ("STASIS_VMM_POOL", "warm.vmm_pool"),
     ("STASIS_PACK_CACHE_MIB", "warm.pack_cache_mib"),
@@ -333,6 +336,7 @@ impl Config {
             ("limits.output_bytes", self.limits.output_bytes, 1024, 64 << 20),
             ("limits.connections", usize::from(self.limits.connections), 1, 256),
             ("limits.host_connections", usize::from(self.limits.host_connections), 2, 4096),
+            ("limits.capture_memory_mib", usize::try_from(self.limits.capture_memory_mib).unwrap_or(usize::MAX), 16, 4096),
         ] {
             if !(low..=high).contains(&value) {
                 return wrong(field, format!("must be between {low} and {high}, not {value}"));

@@ -24,6 +24,7 @@ mod bus;
 mod console;
 pub mod control;
 mod dirty;
+pub mod heap;
 mod io_thread;
 pub mod kvm;
 mod layout;

@@ -35,6 +35,7 @@ fn msr(text: &str) -> Result<u32, String> {
 }
 
 fn main() -> ExitCode {
+    stasis_vmm::heap::keep_freed();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)

@@ -87,7 +87,7 @@ impl Core {
             connections,
             deadline_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
             mode,
-            memory_bytes: None,
+            memory_bytes: Some(self.config.limits.capture_memory_mib << 20),
         };
         // The VMM keeps the deadline; ours is for a VMM that does not.
         let capture = tokio::time::timeout(limit + self.config.deadlines.control(), vm.client.capture(&request));

@@ -526,7 +526,10 @@ impl Server {
             if let Some(server) = server.upgrade()
                 && let Some(machine) = server.machine.lock().await.as_deref()
             {
-                tokio::task::block_in_place(|| machine.close_working_set());
+                tokio::task::block_in_place(|| {
+                    machine.close_working_set();
+                    crate::heap::give_back();
+                });
             }
         });
     }
@@ -611,6 +614,9 @@ impl Server {
                     (false, false) => failed(e),
                 }
             })?;
+        if request.mode != CaptureMode::Stopped {
+            tokio::task::spawn_blocking(crate::heap::give_back);
+        }
         let report = CaptureReport {
             state_us,
             upload_us,

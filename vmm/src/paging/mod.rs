@@ -173,7 +173,11 @@ impl Paging {
                     if let Some(paging) = paging.upgrade() {
                         // Their threads end by themselves; joined on a thread that may wait.
                         let threads = lock(&paging.faults).take();
-                        drop(tokio::task::spawn_blocking(move || drop(threads)).await);
+                        let end = move || {
+                            drop(threads);
+                            crate::heap::give_back();
+                        };
+                        drop(tokio::task::spawn_blocking(end).await);
                     }
                 }
                 Ok(()) | Err(PagerError::Cancelled | PagerError::Stopped) => {}
