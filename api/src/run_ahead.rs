@@ -8,8 +8,11 @@ use crate::sources::UnixMs;
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
-/// A guest that rewrites more than this share of what a round sent, in per cent, by the next look, is not getting ready to sleep.
+/// A guest that has written more than this share of what a round looked at, in per cent, by the next look, is not getting ready to sleep.
 const REWRITTEN: u64 = 50;
+/// After so many looks in vain a round is tried all the same: what is dirty does not tell a guest that goes on rewriting it from one that
+/// wrote it once and has been quiet since. By then the rests are long.
+const TRY_AFTER: u32 = 5;
 /// The longest rest after rounds that were not worth it, in intervals.
 const LONGEST_REST: u64 = 32;
 
@@ -36,9 +39,9 @@ pub struct Spent {
     /// Looks in a row that were not worth it.
     #[serde(skip)]
     pub in_vain: u32,
-    /// What the last round stored; 0 before the first.
+    /// Pages that the last round looked at; 0 before the first.
     #[serde(skip)]
-    pub last_bytes: u64,
+    pub last_pages: u64,
 }
 
 /// What is known of a running sandbox without asking its VMM.
@@ -79,9 +82,9 @@ fn near(config: &RunAhead, facts: Facts) -> bool {
 /// Whether a round is worth it with `dirty_pages` pages that a capture would look at.
 pub fn decide(config: &RunAhead, facts: Facts, spent: &Spent, dirty_pages: u64) -> Step {
     let bytes = dirty_pages.saturating_mul(PAGE);
-    let rewritten = spent.last_bytes > 0 && bytes > spent.last_bytes / 100 * REWRITTEN;
+    let rewritten = spent.last_pages > 0 && dirty_pages * 100 > spent.last_pages * REWRITTEN;
     // The last one before a pause may repeat what the guest rewrites: once.
-    let hopeless = rewritten && !(near(config, facts) && spent.in_vain == 0);
+    let hopeless = rewritten && spent.in_vain < TRY_AFTER && !(near(config, facts) && spent.in_vain == 0);
     if bytes < config.least_kib << 10 || bytes > spent.allowance || hopeless { Step::Skip } else { Step::Round }
 }
 
@@ -99,12 +102,14 @@ impl Spent {
         self.filled_at = now;
     }
 
-    /// A round has stored `bytes` and took `took_ms`: the rest after it keeps the share of a core.
-    pub fn round(&mut self, config: &RunAhead, now: UnixMs, bytes: u64, took_ms: u64) {
+    /// A round has looked at `pages`, stored `bytes` and took `took_ms`: the rest after it keeps the share of a core.
+    pub fn round(&mut self, config: &RunAhead, now: UnixMs, pages: u64, bytes: u64, took_ms: u64) {
         self.rounds += 1;
         self.bytes += bytes;
         self.allowance = self.allowance.saturating_sub(bytes);
-        (self.last_bytes, self.in_vain) = (bytes, 0);
+        self.last_pages = pages;
+        // One that was only tried is tried again after one long rest, not after all the short ones.
+        self.in_vain = if self.in_vain >= TRY_AFTER { TRY_AFTER - 1 } else { 0 };
         let rest = took_ms * (100 - config.core_percent.min(100)) / config.core_percent.max(1);
         self.rest_until = now + ms(rest.max(config.interval_ms));
     }
@@ -165,19 +170,20 @@ mod tests {
         assert_eq!(decide(&config, idle, &spent, 1024), Step::Round);
         assert_eq!(decide(&config, idle, &spent, 25_600), Step::Round);
         assert_eq!(decide(&config, idle, &spent, 25_601), Step::Skip, "beyond the budget");
-        let after = Spent { last_bytes: 32 << 20, ..spent };
+        let after = Spent { last_pages: 8192, ..spent };
         assert_eq!(decide(&config, idle, &after, 5000), Step::Skip, "more than half of it again");
         assert_eq!(decide(&config, idle, &after, 4000), Step::Round);
         let soon = facts(0, Some(1000));
         assert_eq!(decide(&config, soon, &after, 5000), Step::Round);
         assert_eq!(decide(&config, soon, &Spent { in_vain: 1, ..after }, 5000), Step::Skip);
+        assert_eq!(decide(&config, idle, &Spent { in_vain: 5, ..after }, 5000), Step::Round, "it may be quiet by now");
     }
 
     #[test]
     fn the_budget_and_the_rest_bound_what_rounds_cost() {
         let config = RunAhead { mib_per_minute: 60, core_percent: 25, interval_ms: 1000, ..RunAhead::default() };
         let mut spent = fresh(&config);
-        spent.round(&config, NOW, 50 << 20, 2000);
+        spent.round(&config, NOW, 20_000, 50 << 20, 2000);
         assert_eq!((spent.allowance, spent.rest_until), (10 << 20, NOW + 6000));
         spent.refill(&config, NOW + 5000);
         assert_eq!(spent.allowance, 15 << 20);
@@ -188,5 +194,8 @@ mod tests {
             assert_eq!(spent.rest_until, NOW + 1000 * rest);
         }
         assert_eq!((spent.rounds, spent.bytes, spent.skipped), (1, 50 << 20, 7));
+        spent.round(&config, NOW, 20_000, 1 << 20, 10);
+        spent.skip(&config, NOW);
+        assert_eq!(spent.rest_until, NOW + 16_000, "what was tried in vain is not tried again soon");
     }
 }

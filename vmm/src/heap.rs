@@ -9,10 +9,19 @@ const FROM_HEAP: libc::c_int = 32 << 20;
 /// Free memory at the end of the heap that is not given back at once, bytes.
 const KEPT: libc::c_int = 64 << 20;
 
+/// Heaps at most. Many of them, one for each thread, would each keep their freed memory.
+const HEAPS: libc::c_int = 2;
+
 /// Keeps freed memory from now on. Called before there are threads.
 pub fn keep_freed() {
     // SAFETY: `mallopt` takes plain numbers and is called before other threads allocate.
-    let done = unsafe { [libc::mallopt(libc::M_MMAP_THRESHOLD, FROM_HEAP), libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT)] };
+    let done = unsafe {
+        [
+            libc::mallopt(libc::M_MMAP_THRESHOLD, FROM_HEAP),
+            libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT),
+            libc::mallopt(libc::M_ARENA_MAX, HEAPS),
+        ]
+    };
     if done.contains(&0) {
         tracing::debug!("the C library keeps its own ways with freed memory");
     }

@@ -75,7 +75,7 @@ async fn round_if_worth_it(core: &Core, sandbox: &Arc<Sandbox>, facts: Facts) {
         Ok(report) => {
             let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
             tracing::info!(id = %sandbox.id, pages, bytes = report.sent_bytes, ms = took, "sent ahead of a pause");
-            sandbox.ahead(|spent| spent.round(config, core.sources.now_ms(), report.sent_bytes, took));
+            sandbox.ahead(|spent| spent.round(config, core.sources.now_ms(), pages, report.sent_bytes, took));
         }
         Err(error) => {
             tracing::debug!(id = %sandbox.id, error = error.chain(), "a round ahead of a pause was cut off");

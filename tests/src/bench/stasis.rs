@@ -213,13 +213,17 @@ impl Home {
     pub async fn pause(&self, id: &str) -> Result<Paused, Error> {
         let before = self.objects(id).await?;
         self.service.s3.take_exchanges();
+        let vmms = self.service.vmm_pids();
         let cpu = self.cpu();
         let begun = Instant::now();
         let reply = self.service.pause(id).await?;
         let took = begun.elapsed();
-        let cpu = self.cpu().saturating_sub(cpu);
         let requests = self.service.s3.take_exchanges().len();
         let reply = reply.expect(201)?;
+        // Its VMM is taken apart after the answer; its time counts once it was waited for.
+        let gone = || vmms.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        until("the end of a paused VMM", || Ok(gone().then_some(()))).await?;
+        let cpu = self.cpu().saturating_sub(cpu);
         let after = self.objects(id).await?;
         let (packs, sent) = stored(&before, &after);
         Ok(Paused { took, reply, packs, sent, requests: (requests > 0).then_some(requests), cpu })
@@ -295,9 +299,9 @@ impl Cycle<'_> {
         self.samples.time("bare_small_put", self.bare.small_put(self.home.store.as_ref()).await?);
 
         self.resume(wake, &id).await?;
+        self.home.settle(&id).await?;
         self.samples.add("overhead", "KiB", self.home.overhead_kib(&id).await? as f64);
         if self.case.measures.snapshot {
-            self.home.settle(&id).await?;
             self.snapshot(&id, run).await?;
         }
         self.home.delete(&id).await
