@@ -154,8 +154,8 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     }
     let paging = Arc::new(paging);
     if lazy {
-        // What the guest touches first is on its way before its vCPUs are.
-        paging.fill();
+        // What the guest touches first is on its way before its vCPUs are; the rest follows when they run.
+        paging.fill_early();
     }
     let metrics = paging.metrics();
     report.fetched_bytes = metrics.store_bytes + metrics.cache_bytes;

@@ -42,6 +42,8 @@ pub(crate) use working_set::WorkingSet;
 
 /// Position of memory among a manifest's images.
 pub(crate) const MEMORY: usize = 0;
+/// What is fetched of the recorded order before the vCPUs run, pages: 4 MiB.
+const EARLY_PAGES: u64 = 1024;
 /// Nothing is known of the time until all is resident.
 const NOT_YET: u64 = u64::MAX;
 
@@ -153,8 +155,26 @@ impl Paging {
         }
     }
 
+    /// Fetches what is touched first: for while the machine is put together. Everything at once would take the processors from that.
+    pub(crate) fn fill_early(self: &Arc<Self>) {
+        let mut pages = 0;
+        let early = self.order.iter().take_while(|touch| {
+            let wanted = pages < EARLY_PAGES;
+            pages += touch.pages;
+            wanted
+        });
+        let early = Arc::new(early.cloned().collect::<Vec<_>>());
+        if !early.is_empty() {
+            self.fill_with(early, false);
+        }
+    }
+
     /// Fetches in the background what nobody asked for yet. Does nothing when all is there or a fill runs.
     pub(crate) fn fill(self: &Arc<Self>) {
+        self.fill_with(self.order.clone(), self.sweep);
+    }
+
+    fn fill_with(self: &Arc<Self>, order: Arc<Vec<Touch>>, sweep: bool) {
         if self.is_resident() {
             return;
         }
@@ -165,7 +185,7 @@ impl Paging {
             fill.clone()
         };
         let paging = Arc::downgrade(self);
-        let (shared, order, sweep) = (self.shared.clone(), self.order.clone(), self.sweep);
+        let shared = self.shared.clone();
         self.runtime.spawn(async move {
             match shared.pager.fill(&order, sweep, &cancel).await {
                 Ok(()) if sweep => {
