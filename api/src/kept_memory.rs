@@ -6,12 +6,11 @@
 
 use crate::ids::SandboxId;
 use crate::known_packs::KnownPacks;
-use stasis_snapshot::grant::GrantedObject;
 use stasis_snapshot::ids::Digest;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Unit of `st_blocks`, bytes.
 const STAT_BLOCK: u64 = 512;
@@ -27,17 +26,6 @@ pub struct Kept {
     pub manifest: File,
     /// The packs that it names.
     pub known: Arc<KnownPacks>,
-    /// Leave to read them, once that is signed.
-    pub grants: Arc<OnceLock<SignedGrants>>,
-}
-
-/// Presigned URLs, which a wake need not wait for.
-#[derive(Clone, Debug)]
-pub struct SignedGrants {
-    /// One for each pack.
-    pub objects: Vec<GrantedObject>,
-    /// When they were signed, ms since the epoch.
-    pub signed_ms: i64,
 }
 
 /// What is kept now.
@@ -200,7 +188,7 @@ mod tests {
         let mut memory = tempfile::tempfile().unwrap();
         memory.write_all(&vec![1; kib << 10]).unwrap();
         let file = || tempfile::tempfile().unwrap();
-        Kept { memory: Arc::new(memory), notes: file(), manifest: file(), known: Arc::default(), grants: Arc::default() }
+        Kept { memory: Arc::new(memory), notes: file(), manifest: file(), known: Arc::default() }
     }
 
     fn id(text: &str) -> SandboxId {

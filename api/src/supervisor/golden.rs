@@ -138,7 +138,7 @@ impl Goldens {
 
 impl Core {
     /// The booted template of this shape, if there is one.
-    pub(super) async fn golden(&self, shape: Digest) -> Option<Arc<Golden>> {
+    pub(super) async fn golden(self: &Arc<Self>, shape: Digest) -> Option<Arc<Golden>> {
         match self.goldens.known().get(&shape) {
             Some(Known::Ready(golden)) => return Some(golden.clone()),
             Some(Known::Making | Known::Failed(_)) => return None,
@@ -147,6 +147,7 @@ impl Core {
         match self.fetch_golden(shape).await {
             Ok(golden) => {
                 let golden = Arc::new(golden?.0);
+                self.sign_ahead(&golden.known);
                 self.goldens.known().insert(shape, Known::Ready(golden.clone()));
                 Some(golden)
             }
@@ -186,6 +187,7 @@ impl Core {
                 Ok(golden) => {
                     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
                     tracing::info!(template = template.name, %shape, ms, "the template was booted and captured");
+                    core.sign_ahead(&golden.known);
                     Known::Ready(Arc::new(golden))
                 }
                 Err(error) => {

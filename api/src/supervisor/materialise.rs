@@ -5,8 +5,8 @@ use super::files::{Disks, in_memory};
 use super::machine::vmm_error;
 use super::{Core, blocking};
 use crate::error::Error;
-use crate::kept_memory::{Kept, SignedGrants};
-use crate::known_packs::KnownPacks;
+use crate::kept_memory::Kept;
+use crate::known_packs::{KnownPacks, SignedGrants};
 use crate::record::Spec;
 use crate::registry::Sandbox;
 use crate::store::Grants;
@@ -18,7 +18,7 @@ use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Grants live as long as pages may be fetched by them: a guest that is not swept touches some of its pages late.
@@ -37,8 +37,6 @@ pub(super) struct Held {
     pub(super) manifest: Option<(File, Arc<KnownPacks>)>,
     /// A memory file that nobody else uses, and the notes that belong to it.
     pub(super) memory: Option<(Arc<File>, File)>,
-    /// Leave to read the packs.
-    pub(super) grants: Option<SignedGrants>,
 }
 
 impl From<Kept> for Held {
@@ -46,7 +44,6 @@ impl From<Kept> for Held {
         Self {
             manifest: Some((kept.manifest, kept.known)),
             memory: Some((kept.memory, kept.notes)),
-            grants: kept.grants.get().cloned(),
         }
     }
 }
@@ -82,17 +79,19 @@ struct Source {
 /// The manifest, from memory or from the store.
 async fn source(
     core: &Core,
+    sandbox: &Sandbox,
     spec: &Spec,
     named: &ManifestRef,
     held: Option<(File, Arc<KnownPacks>)>,
-    signed: Option<SignedGrants>,
 ) -> Result<Source, Error> {
     let begun = Instant::now();
     let (manifest, known) = match held {
         Some(held) => held,
         None => {
             let (manifest, bytes) = core.fetch_manifest(named).await?;
-            (in_memory("manifest", &bytes)?, Arc::new(KnownPacks::of(&manifest)))
+            let found = KnownPacks::of(&manifest);
+            let known = sandbox.known_packs().filter(|known| known.equals(&found)).unwrap_or_else(|| Arc::new(found));
+            (in_memory("manifest", &bytes)?, known)
         }
     };
     let foreign = |digest: String| Some(digest.as_str()) != spec.rootfs_digest.as_deref();
@@ -102,10 +101,9 @@ async fn source(
             source: "it refers to a template disk that is not the sandbox's".into(),
         });
     }
-    let now = core.sources.now_ms();
-    let mut grants = match signed {
-        Some(signed) if now - signed.signed_ms < GRANT_AGE_MS => Grants { objects: signed.objects, files: Vec::new() },
-        _ => core.store.grant_gets(known.keys().cloned().collect(), GRANT_LIFE).await?,
+    let mut grants = match known.signed(core.sources.now_ms() - GRANT_AGE_MS) {
+        Some(signed) => Grants { objects: signed.objects.clone(), files: Vec::new() },
+        None => core.store.grant_gets(known.keys().cloned().collect(), GRANT_LIFE).await?,
     };
     core.add_cache_files(&mut grants);
     Ok(Source { manifest, grants, known, took: begun.elapsed() })
@@ -113,21 +111,17 @@ async fn source(
 
 impl Core {
     /// Signs leave to read these packs beside everything else. Grants that are opened files are left to whoever needs them.
-    pub(super) fn sign_ahead(self: &Arc<Self>, known: &KnownPacks) -> Arc<OnceLock<SignedGrants>> {
-        let (core, signed) = (self.clone(), Arc::new(OnceLock::new()));
-        let (keys, into) = (known.keys().cloned().collect(), signed.clone());
+    pub(super) fn sign_ahead(self: &Arc<Self>, known: &Arc<KnownPacks>) {
+        let (core, known) = (self.clone(), known.clone());
         tokio::spawn(async move {
-            match core.store.grant_gets(keys, GRANT_LIFE).await {
+            match core.store.grant_gets(known.keys().cloned().collect(), GRANT_LIFE).await {
                 Ok(grants) if grants.files.is_empty() => {
-                    let signed_ms = core.sources.now_ms();
-                    // Nobody else sets it.
-                    let _ = into.set(SignedGrants { objects: grants.objects, signed_ms });
+                    known.remember(SignedGrants { objects: grants.objects, signed_ms: core.sources.now_ms() });
                 }
                 Ok(_) => {}
                 Err(error) => tracing::debug!(error = error.chain(), "packs are left to be granted at the wake"),
             }
         });
-        signed
     }
 }
 
@@ -143,7 +137,7 @@ pub(super) async fn materialise(
     let begun = Instant::now();
     let start = async { (core.start_vmm(sandbox).await, begun.elapsed()) };
     let (rootfs, source, (vm, spawned)) =
-        tokio::join!(find_rootfs(core, &spec), source(core, &spec, named, held.manifest, held.grants), start);
+        tokio::join!(find_rootfs(core, &spec), source(core, sandbox, &spec, named, held.manifest), start);
     let (rootfs, source, vm) = (rootfs?, source?, vm?);
     let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
     let manifest = core.store.token();

@@ -109,12 +109,14 @@ pub(super) async fn finish(
 fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &mut ReadyToCommit) {
     let memory = sandbox.vm().and_then(|vm| vm.take_memory());
     core.let_go_of_vm(sandbox);
+    if let Some(known) = &ready.known {
+        core.sign_ahead(known);
+    }
     sandbox.set_known_packs(ready.known.clone());
     let digest = ready.attempt.head().manifest.as_ref().map(|manifest| manifest.digest);
     match (memory, ready.notes.take(), ready.known.clone(), digest) {
         (Some(memory), Some((notes, manifest)), Some(known), Some(digest)) => {
-            let grants = core.sign_ahead(&known);
-            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest, known, grants });
+            core.kept.put(&sandbox.id, digest, Kept { memory, notes, manifest, known });
         }
         (memory, ..) => close_memory(memory),
     }
