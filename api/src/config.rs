@@ -128,7 +128,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 32, host_connections: 64, capture_memory_mib: 64 }
+        Self {
+            body_bytes: 10 << 20,
+            sandboxes: 64,
+            output_bytes: 4 << 20,
+            connections: 32,
+            host_connections: 64,
+            capture_memory_mib: 64,
+        }
     }
 }
 
@@ -336,7 +343,12 @@ impl Config {
             ("limits.output_bytes", self.limits.output_bytes, 1024, 64 << 20),
             ("limits.connections", usize::from(self.limits.connections), 1, 256),
             ("limits.host_connections", usize::from(self.limits.host_connections), 2, 4096),
-            ("limits.capture_memory_mib", usize::try_from(self.limits.capture_memory_mib).unwrap_or(usize::MAX), 16, 4096),
+            (
+                "limits.capture_memory_mib",
+                usize::try_from(self.limits.capture_memory_mib).unwrap_or(usize::MAX),
+                16,
+                4096,
+            ),
         ] {
             if !(low..=high).contains(&value) {
                 return wrong(field, format!("must be between {low} and {high}, not {value}"));

@@ -134,7 +134,11 @@ impl ImageMap {
             expected = run.end();
             push(&mut runs, run);
         }
-        if expected == pages { Ok(Self { runs: Arc::new(runs), pages }) } else { Err(MapError::Gap { start: pages, expected }) }
+        if expected == pages {
+            Ok(Self { runs: Arc::new(runs), pages })
+        } else {
+            Err(MapError::Gap { start: pages, expected })
+        }
     }
 
     /// Checks every reference against the packs and the number of base blocks (0 without a base).

@@ -384,6 +384,17 @@ impl Service {
         if console.contains('!') { Err(format!("pulse lost something: {console}").into()) } else { Ok(()) }
     }
 
+    /// Waits until no VMM that held a sandbox is left, nor its run directory: the kernel takes a VMM apart after a pause is answered.
+    pub async fn await_no_vmm(&self) -> Result<(), Error> {
+        let run = self.dir.path().join("d/run");
+        let is_idle = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with("pool-");
+        until("the end of all VMMs with a sandbox", || {
+            let only_idle = std::fs::read_dir(&run)?.flatten().all(is_idle);
+            Ok((only_idle && self.vmm_pids().is_empty()).then_some(()))
+        })
+        .await
+    }
+
     /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them.
     pub fn vmm_pids(&self) -> Vec<u32> {
         vmms(&self.dir.path().join("d/run"), |name| !name.starts_with("pool-"))

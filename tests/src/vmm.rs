@@ -133,6 +133,17 @@ impl Vmm {
         Ok(tokens)
     }
 
+    /// The notes on the memory file of a paused machine.
+    pub async fn keep(&mut self) -> Result<Vec<u8>, Error> {
+        let mut notes = tempfile::tempfile()?;
+        let token = FdToken(self.next_token);
+        self.next_token += 1;
+        self.client.keep(token, notes.try_clone()?).await?;
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut notes, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Pauses and captures into `store` under `prefix`. The machine stays paused.
     pub async fn capture(&mut self, store: &dyn ObjectStore, prefix: &str) -> Result<Stored, Error> {
         let paused = self.client.pause().await?;

@@ -64,7 +64,7 @@ impl Guest {
         self.say("pause");
         let paused = self.service.pause(&self.id).await?.expect(201)?;
         self.say(&format!("paused: {}", paused.timing));
-        assert!(self.service.vmm_pids().is_empty());
+        self.service.await_no_vmm().await?;
         let resumed = self.service.resume(&self.id).await?.expect(200)?;
         self.say(&format!("resumed: {}", resumed.timing));
         Ok(())

@@ -128,7 +128,7 @@ async fn random_history(vcpus: u8) -> Outcome {
                 vmm.ask_pulse(b's', "S").await?;
                 let before = vmm.digest().await?;
                 let stored = vmm.capture(&*store, &prefix).await?;
-                let notes = vmm.client.keep().await?.to_vec();
+                let notes = vmm.keep().await?;
                 vmm.shutdown().await?;
                 vmm = Vmm::start(&dir.path().join(step.to_string())).await?;
                 let stays = what == 4;
@@ -208,7 +208,7 @@ async fn kept() -> Outcome {
     vmm.ask_pulse(b's', "S").await?;
     let before = vmm.digest().await?;
     let stored = vmm.capture(&*store, "v1/t/sandbox/p/1").await?;
-    let notes = vmm.client.keep().await?.to_vec();
+    let notes = vmm.keep().await?;
     vmm.shutdown().await?;
     // Without its packs: whatever was fetched would fail.
     std::fs::remove_dir_all(dir.path().join("store/v1"))?;

@@ -44,7 +44,7 @@ async fn sleeps_and_wakes() -> Outcome {
         for phase in ["stop", "state", "upload", "manifest", "head", "sent"] {
             assert!(paused.timing.contains(phase), "{phase} in {:?}", paused.timing);
         }
-        assert!(service.vmm_pids().is_empty(), "no VMM process is left");
+        service.await_no_vmm().await?;
         assert!(!service.run_dir(&id).exists(), "no socket is left");
         let left = walk(&service.dir.path().join("d"));
         let ours = |f: &String| {
@@ -60,7 +60,7 @@ async fn sleeps_and_wakes() -> Outcome {
         assert_eq!(counts.out_gaps, 0, "generation {generation}");
     }
     service.call("DELETE", &format!("/v1/sandbox/{id}"), None).await?.expect(204)?;
-    assert!(service.vmm_pids().is_empty());
+    service.await_no_vmm().await?;
     // What it had stays until `stasis gc` takes it after the grace (house.rs); the tombstone stays for ever.
     let head =
         service.objects("v1/test/sandbox").into_iter().find(|o| o.ends_with("head")).ok_or("the head is gone")?;
@@ -211,7 +211,7 @@ async fn damaged_objects() -> Outcome {
             assert!(woken.text("message").contains(part.trim_matches('/')), "{part} {fault:?}: {woken:?}");
             assert_eq!(service.state(&id).await?, "paused", "{part} {fault:?}");
         }
-        assert!(service.vmm_pids().is_empty(), "{part} {fault:?}");
+        service.await_no_vmm().await.map_err(|e| format!("{part} {fault:?}: {e}"))?;
         service.proxy.clear();
     }
     service.resume(&id).await?.expect(200)?;

@@ -100,7 +100,8 @@ fn leave_note(run_dir: &Path, note: &ExitNote) {
 fn start(arguments: Arguments) -> Result<Finished, Box<dyn std::error::Error>> {
     let files = Inbox::default();
     files.listen(std::os::unix::net::UnixListener::bind(arguments.run_dir.join(FDS_SOCKET))?)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("vmm-worker").enable_all().build()?;
     let finished = runtime.block_on(async {
         let listener = tokio::net::UnixListener::bind(arguments.run_dir.join(CONTROL_SOCKET))?;
         let mut terminate = signal(SignalKind::terminate())?;

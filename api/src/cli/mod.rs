@@ -37,7 +37,7 @@ pub fn main() -> std::process::ExitCode {
             return code.into();
         }
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().thread_name("stasis-worker").enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             output::complain(&format!("cannot start the runtime: {error}"));

@@ -48,12 +48,7 @@ pub(super) struct Published {
 
 impl Core {
     /// Leave to write the packs of `generation`, with the local files that are to hold `copies` as well.
-    pub(super) async fn grant_packs(
-        &self,
-        generation: &Generation,
-        size: Size,
-        copies: bool,
-    ) -> Result<Grants, Error> {
+    pub(super) async fn grant_packs(&self, generation: &Generation, size: Size, copies: bool) -> Result<Grants, Error> {
         let n = packs_to_grant(size, self.config.limits.connections);
         let keys = (0..n).map(|n| generation.pack(n)).collect();
         let mut grants = self.store.grant_puts(keys, self.config.deadlines.capture() + GRANT_SLACK).await?;

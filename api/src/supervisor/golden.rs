@@ -12,8 +12,8 @@
 use super::Core;
 use super::capture::Size;
 use super::files::in_memory;
-use super::materialise::Held;
 use super::machine::{close_memory, vmm_error};
+use super::materialise::Held;
 use crate::error::{Error, StoreContext as _};
 use crate::ids::SandboxId;
 use crate::known_packs::KnownPacks;

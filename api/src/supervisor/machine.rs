@@ -13,7 +13,7 @@ use base64::Engine as _;
 use stasis_agent::protocol::{Identity, WakeRequest};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::ClientError;
-use stasis_vmm::control::types::{BootRequest, PrepareRequest, FdToken, MachineConfig, VmState};
+use stasis_vmm::control::types::{BootRequest, FdToken, MachineConfig, PrepareRequest, VmState};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -41,10 +41,7 @@ pub(super) struct Held {
 
 impl From<Kept> for Held {
     fn from(kept: Kept) -> Self {
-        Self {
-            manifest: Some((kept.manifest, kept.known)),
-            memory: Some((kept.memory, kept.notes)),
-        }
+        Self { manifest: Some((kept.manifest, kept.known)), memory: Some((kept.memory, kept.notes)) }
     }
 }
 

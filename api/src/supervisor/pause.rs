@@ -174,7 +174,11 @@ async fn notes(core: &Core, sandbox: &Sandbox, vm: &Vmm) -> Option<File> {
     let noted = async {
         let notes = in_memory("notes", &[])?;
         let token = core.store.token();
-        vm.client.keep(token, duplicate(&notes)?).await.map_err(vmm_error(sandbox, vm, "note what its memory holds"))?;
+        vm.client.keep(token, duplicate(&notes)?).await.map_err(vmm_error(
+            sandbox,
+            vm,
+            "note what its memory holds",
+        ))?;
         Ok::<_, Error>(notes)
     };
     match noted.await {

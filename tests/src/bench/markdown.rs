@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::goals::{Result, Verdict};
 use super::process;
+use super::profile::Profile;
 use super::samples::{Row, figure};
 
 /// What a report says besides its figures.
@@ -16,6 +17,8 @@ pub struct About {
     pub seconds: u64,
     /// Names of plots and the folder they are in, as the report links to them.
     pub plots: Vec<String>,
+    /// Where the time goes.
+    pub profiles: Vec<Profile>,
     /// What was left out, and why.
     pub notes: Vec<String>,
 }
@@ -52,6 +55,7 @@ pub fn report(results: &[Result], verdicts: &[Verdict], about: &About) -> String
             let _ = writeln!(out, "| {word} | {} | {measured} | {limit} | {} |", verdict.goal, verdict.because);
         }
     }
+    profiled(&mut out, &about.profiles);
     for plot in &about.plots {
         let _ = writeln!(out, "\n![{plot}]({plot})");
     }
@@ -68,6 +72,35 @@ pub fn report(results: &[Result], verdicts: &[Verdict], about: &About) -> String
     }
     out
 }
+
+/// Shares under this are summed up, per cent.
+const SMALL: f64 = 1.0;
+
+fn profiled(out: &mut String, profiles: &[Profile]) {
+    if profiles.is_empty() {
+        return;
+    }
+    *out += PROFILES;
+    for profile in profiles {
+        let _ = writeln!(
+            out,
+            "\nIn {} of {:.0} ms:\n\n| | of the processors' time |\n| --- | ---: |",
+            profile.what, profile.took_ms
+        );
+        let (large, small): (Vec<_>, Vec<_>) = profile.shares.iter().partition(|(_, share)| *share >= SMALL);
+        for (name, share) in large {
+            let _ = writeln!(out, "| {name} | {share:.1} % |");
+        }
+        let _ = writeln!(
+            out,
+            "| what is below {SMALL:.0} % each | {:.1} % |",
+            small.iter().map(|(_, share)| share).sum::<f64>()
+        );
+    }
+}
+
+const PROFILES: &str = "\n## Where the time goes\n\nBoth processors sampled by `perf` while one pause or wake of the first case runs (which slows it). \
+The S3 server, the supervisor, the VMM and, in a wake, the guest share them.\n";
 
 const HOW: &str = "\nTimes are taken from outside. A pause is from the request to its 201, a wake (`resume_…`) from the request to the first byte \
 that the guest prints, its `hot_set` to the end of the first pass over the hot set, `resident` to the last absent page. A pass is what pulse \

@@ -10,6 +10,7 @@
 //! | [`scan`] | the capture's scan alone |
 //! | [`peer`] | drive other VMMs on the same guest |
 //! | [`bare`] | the same bytes moved by nothing but parallel PUTs and GETs |
+//! | [`profile`] | where the time of a pause and a wake goes |
 //! | [`console`], [`process`] | when the guest printed what; CPU time and memory of processes |
 //! | [`samples`], [`goals`], [`markdown`], [`plot`] | percentiles and rows; measured figures beside the goals; the report; its pictures |
 //!
@@ -34,6 +35,7 @@ pub mod options;
 pub mod peer;
 pub mod plot;
 pub mod process;
+pub mod profile;
 pub mod run;
 pub mod samples;
 pub mod scan;

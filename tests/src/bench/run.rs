@@ -4,9 +4,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::case::{Case, Guest};
 use super::goals::{self, Result as Shown};
+use super::matrix::Part;
 use super::options::Arguments;
+use super::profile::Profile;
 use super::samples::{Row, table};
-use super::{debian, many, markdown, peer, plot, stasis};
+use super::{debian, many, markdown, peer, plot, profile, stasis};
 use crate::vmm::{Error, no_pulse};
 
 /// A case that takes longer hangs.
@@ -40,7 +42,14 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
         failed.extend(errors);
         results.push(Shown { part: *part, case: case.clone(), rows });
     }
-    report(arguments, command, begun, &results, notes, &failed)?;
+    let profiles = match cases.iter().find(|(part, case)| *part == Part::Goals && case.guest == Guest::Pulse) {
+        Some((_, case)) if arguments.markdown.is_some() => profile::measure(case).await.unwrap_or_else(|error| {
+            notes.push(format!("where the time goes: {error}"));
+            Vec::new()
+        }),
+        _ => Vec::new(),
+    };
+    report(arguments, command, begun, &results, profiles, notes, &failed)?;
     if failed.is_empty() { Ok(()) } else { Err(format!("{} failed: {}", failed.len(), failed.join("; ")).into()) }
 }
 
@@ -70,6 +79,7 @@ fn report(
     command: &str,
     begun: Instant,
     results: &[Shown],
+    profiles: Vec<Profile>,
     mut notes: Vec<String>,
     failed: &[String],
 ) -> Result<(), Error> {
@@ -93,7 +103,8 @@ fn report(
         notes.extend(failed.iter().map(|error| format!("failed: {error}")));
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
         let seconds = begun.elapsed().as_secs();
-        let about = markdown::About { command: command.to_owned(), date: markdown::date(now), seconds, plots, notes };
+        let about =
+            markdown::About { command: command.to_owned(), date: markdown::date(now), seconds, plots, profiles, notes };
         std::fs::write(path, markdown::report(results, &verdicts, &about))?;
     }
     println!("{} rows in {} s", rows.len(), begun.elapsed().as_secs());

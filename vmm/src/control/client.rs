@@ -13,9 +13,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::types::{
-    KeepRequest, PrepareRequest,
-    BootRequest, CaptureReport, CaptureRequest, Connections, DirtyReport, ErrorBody, FdToken, Metrics, PauseReport,
-    RestoreReport, RestoreRequest, VmStatus,
+    BootRequest, CaptureReport, CaptureRequest, Connections, DirtyReport, ErrorBody, FdToken, KeepRequest, Metrics,
+    PauseReport, PrepareRequest, RestoreReport, RestoreRequest, VmStatus,
 };
 
 /// Deadline of a call that only moves state about.

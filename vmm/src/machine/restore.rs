@@ -16,12 +16,12 @@ use stasis_snapshot::manifest::{ImageKind, Manifest};
 use stasis_snapshot::pager::{Options, PackCache, PageTarget, Pager, Sources, Threads};
 use tokio_util::sync::CancellationToken;
 
+use super::bare::{Bare, BareMachine};
 use super::capture::{Parent, VM, new_digests, vcpu_kind, wall_ns};
 use super::devices::DeviceSet;
 use super::disk::Disk;
 use super::kept::Kept;
 use super::spec::{self, MachineSpec, SpecError};
-use super::bare::{Bare, BareMachine};
 use super::{Host, Machine, MachineError, Origin};
 use crate::control::types::{Paging as PagingOptions, RestoreReport};
 use crate::dirty::DirtyTracker;
@@ -118,7 +118,10 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     }
     let options = pager_options(input.paging);
     let sources = Sources { store: input.packs, cache: input.cache };
-    let threads = Threads { runtime: tokio::runtime::Handle::current(), background: paging::background().map_err(MachineError::from)? };
+    let threads = Threads {
+        runtime: tokio::runtime::Handle::current(),
+        background: paging::background().map_err(MachineError::from)?,
+    };
     let pager = Pager::new(&to_fetch, targets, sources, options, threads)
         .map_err(PagingError::from)
         .map_err(MachineError::from)?;

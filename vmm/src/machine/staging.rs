@@ -114,6 +114,7 @@ impl PageReader for Staging {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::ReservedRam;
 
     #[test]
     fn staged_pages_are_what_memory_was() {
