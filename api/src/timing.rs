@@ -26,6 +26,12 @@ impl Timing {
         self.bytes.push((name, bytes));
     }
 
+    /// Adds all of another operation's.
+    pub fn append(&mut self, other: Self) {
+        self.phases.extend(other.phases);
+        self.bytes.extend(other.bytes);
+    }
+
     /// As the header's value: durations in ms, byte counts as descriptions.
     pub fn header(&self) -> String {
         let mut out = String::new();

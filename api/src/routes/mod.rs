@@ -10,12 +10,14 @@ mod auth;
 mod health;
 mod host;
 mod inspect;
+mod presigned;
 mod sandboxes;
 mod snapshots;
 
 use crate::error::Error;
 use crate::supervisor::Core;
 use auth::Tenant;
+pub(crate) use auth::tenant_of;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -31,7 +33,7 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 16] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 18] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
@@ -41,6 +43,8 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
         ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
         ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
+        ("/v1/sandbox/{id}/presigned-url", post(presigned::create)),
+        ("/v1/sandbox/{id}/presigned-url/{url}", delete(presigned::delete)),
         ("/v1/snapshots", get(snapshots::list)),
         ("/v1/snapshot/restore", post(snapshots::restore)),
         ("/v1/snapshot/{id}", delete(snapshots::delete)),

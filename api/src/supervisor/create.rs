@@ -54,6 +54,7 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         timeout_s: asked.timeout_s,
         auto_pause: asked.auto_pause,
         env_vars: asked.env_vars,
+        port: template.port,
         network_policy: asked.network_policy,
         created_at: core.sources.now_ms(),
     };

@@ -51,12 +51,12 @@ use self::snapshots::Reservations;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
+use crate::front::{self, Front};
 use crate::host::{self, Kvm};
 use crate::journal::Journal;
 use crate::kept_memory::KeptMemory;
 use crate::memory_pressure;
 use crate::registry::Registry;
-use crate::routes;
 use crate::sources::Sources;
 use crate::store::Store;
 use crate::template::Templates;
@@ -73,6 +73,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 /// How long requests in flight may take when the supervisor stops, and then operations.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -175,6 +176,7 @@ impl Supervisor {
         // Bound before the adoption, so that a taken port changes nothing; served after it.
         let listener =
             TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
+        let tls = front::tls::of(&config.tls)?;
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
         let pool =
             VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
@@ -196,6 +198,7 @@ impl Supervisor {
             vmm_program,
             admission: Mutex::new(()),
         });
+        let front = Front::new(core.clone(), tls)?;
         restart::run(&core).await?;
         let stop = CancellationToken::new();
         let (pooled, pool_stop) = (core.clone(), stop.clone());
@@ -205,7 +208,7 @@ impl Supervisor {
             tokio::spawn(pressure::run(core.clone(), stop.clone())),
             tokio::spawn(ahead::run(core.clone(), stop.clone())),
         ];
-        let server = tokio::spawn(serve(listener, core.clone(), stop.clone()));
+        let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");
         Ok(Self { core, addr, stop, server, pool, background, _lock: lock })
     }
@@ -240,13 +243,6 @@ impl Supervisor {
         if tokio::time::timeout(DRAIN, idle).await.is_err() {
             tracing::warn!("operations under way are left to the next start");
         }
-    }
-}
-
-async fn serve(listener: TcpListener, core: Arc<Core>, stop: CancellationToken) {
-    let app = routes::router(core);
-    if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await {
-        tracing::error!(%error, "the API server ended");
     }
 }
 
@@ -285,7 +281,8 @@ fn take_lock(config: &Config) -> Result<File, Error> {
 async fn detached<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
-    match tokio::spawn(operation).await {
+    // In the request's span, so that its log has the request's id.
+    match tokio::spawn(operation.in_current_span()).await {
         Ok(outcome) => outcome,
         Err(error) => {
             tracing::error!(%error, "an operation did not end");
@@ -311,6 +308,6 @@ pub mod operations {
     pub use super::delete::{delete, undelete};
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
-    pub use super::resume::resume;
+    pub use super::resume::{ensure_running, resume};
     pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
 }

@@ -27,7 +27,7 @@ pub async fn resume(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(Record,
 }
 
 /// Returns when the sandbox runs; wakes it when it is paused. However many ask at once, there is one wake, and its failure is everybody's.
-pub(super) async fn ensure_running(
+pub async fn ensure_running(
     core: &Arc<Core>,
     sandbox: &Arc<Sandbox>,
     verb: &'static str,

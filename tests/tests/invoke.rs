@@ -1,0 +1,3 @@
+//! The invoke route.
+
+fn main() {}
