@@ -427,9 +427,15 @@ pub(crate) mod tests_support {
 
     /// The least that a configuration must say.
     pub(crate) fn directory() -> Vec<Setting> {
-        [("listen", "127.0.0.1:1"), ("data_dir", "/tmp/d"), ("images_dir", "/tmp/i"), ("store.kind", "directory"), ("store.path", "/tmp/s")]
-            .map(|(field, text)| Setting { field, origin: "test".to_owned(), text: text.to_owned() })
-            .to_vec()
+        [
+            ("listen", "127.0.0.1:1"),
+            ("data_dir", "/tmp/d"),
+            ("images_dir", "/tmp/i"),
+            ("store.kind", "directory"),
+            ("store.path", "/tmp/s"),
+        ]
+        .map(|(field, text)| Setting { field, origin: "test".to_owned(), text: text.to_owned() })
+        .to_vec()
     }
 }
 

@@ -231,9 +231,11 @@ impl Error {
             Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => StatusCode::NOT_FOUND,
             Self::BadJson(_) | Self::Invalid(_) | Self::Command(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::State { .. } | Self::Limit { .. } | Self::TooManyUrls { .. } | Self::Fenced { .. } | Self::SnapshotExists(_) => {
-                StatusCode::CONFLICT
-            }
+            Self::State { .. }
+            | Self::Limit { .. }
+            | Self::TooManyUrls { .. }
+            | Self::Fenced { .. }
+            | Self::SnapshotExists(_) => StatusCode::CONFLICT,
             Self::Template(e) => match e {
                 TemplateError::Unknown { .. } => StatusCode::BAD_REQUEST,
                 TemplateError::File { .. }

@@ -21,6 +21,7 @@
 //! | [`routes`] | the REST API |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
+//! | [`metrics`] | what is counted, for Prometheus |
 //! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
 //! | [`cli`] | the program `stasis` |
@@ -42,6 +43,7 @@ pub mod journal;
 pub mod kept_memory;
 pub mod known_packs;
 pub mod memory_pressure;
+pub mod metrics;
 pub mod network_policy;
 pub mod record;
 pub mod registry;

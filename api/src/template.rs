@@ -252,7 +252,7 @@ fn load(description: &Path, file: TemplateFile, journal: &Journal) -> Result<Tem
         ready: file.ready,
         min_memory_mib: file.min_memory_mib.unwrap_or(MIN_MEMORY_MIB),
         exit_counter: file.exit_counter,
-            port: file.port,
+        port: file.port,
         rootfs_digest,
     })
 }

@@ -103,7 +103,9 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
     // How much and how long may still be set by the environment; where things are is ours to say.
     let mut settings = from_environment(|name| std::env::var(name).ok());
     settings.retain(|setting| {
-        ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"].iter().any(|part| setting.field.starts_with(part))
+        ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"]
+            .iter()
+            .any(|part| setting.field.starts_with(part))
     });
     let images_dir = dev.images_dir.unwrap_or_else(images_dir);
     let named = dev.domain.unwrap_or_else(|| match dev.listen.port() {

@@ -62,7 +62,10 @@ impl Invoke {
     pub fn domain(&self) -> Result<Domain, ConfigError> {
         Domain::parse(&self.domain).ok_or_else(|| ConfigError::Value {
             field: "invoke.domain".to_owned(),
-            error: format!("must be a host name, with a port or without, such as box.example.com; not {:?}", self.domain),
+            error: format!(
+                "must be a host name, with a port or without, such as box.example.com; not {:?}",
+                self.domain
+            ),
         })
     }
 }

@@ -13,6 +13,7 @@ pub mod tls;
 
 use crate::error::Error;
 use crate::invoke::{self, Account, Client, Destination, Domain};
+use crate::metrics::{INVOKE_SECONDS, INVOKES};
 use crate::routes;
 use crate::supervisor::Core;
 use axum::Router;
@@ -93,8 +94,10 @@ impl Front {
         // Neither host nor path: the one may be a token, the other is the app's own affair.
         let (begun, method, mut account) = (Instant::now(), request.method().clone(), Account::default());
         let response = invoke::serve(&self.core, destination, request, client, &mut account).await;
-        let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let status = response.status().as_u16();
+        let (took, status) = (begun.elapsed(), response.status().as_u16());
+        self.core.metrics.answered(INVOKES, status);
+        self.core.metrics.observe(INVOKE_SECONDS, &[], took);
+        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         let id = account.sandbox.map(|id| id.to_string());
         tracing::info!(%method, id, port = account.port, url = account.url, status, ms, "invoke");
         response

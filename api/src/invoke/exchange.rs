@@ -99,8 +99,6 @@ pub(super) async fn exchange(
     Ok(response.map(|body| Body::new(Answer { body, _driver: driver, _kept: kept })))
 }
 
-
-
 /// Bytes in both directions until both have ended, or nothing moves.
 async fn tunnel(client: OnUpgrade, guest: OnUpgrade, motion: &Arc<Motion>, idle: Duration) {
     let both = async { tokio::try_join!(client, guest) };

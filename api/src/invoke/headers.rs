@@ -7,7 +7,7 @@
 
 use crate::journal::keys::looks_like_key;
 use http::header::{
-    AUTHORIZATION, CONNECTION, COOKIE, Entry, EXPECT, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue,
+    AUTHORIZATION, CONNECTION, COOKIE, EXPECT, Entry, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue,
     PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
 use std::net::IpAddr;
@@ -125,9 +125,7 @@ fn forwarded(headers: &mut HeaderMap, arrival: Arrival<'_>) {
     if let Ok(value) = HeaderValue::from_str(&way.join(", ")) {
         headers.insert(FORWARDED_FOR, value);
     }
-    if let (Entry::Vacant(entry), Ok(host)) =
-        (headers.entry(FORWARDED_HOST), HeaderValue::from_str(arrival.host))
-    {
+    if let (Entry::Vacant(entry), Ok(host)) = (headers.entry(FORWARDED_HOST), HeaderValue::from_str(arrival.host)) {
         entry.insert(host);
     }
     let proto = HeaderValue::from_static(if arrival.secure { "https" } else { "http" });
@@ -207,14 +205,16 @@ mod tests {
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["host", "x-end", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"]);
-        let mut headers = map(&[("connection", "x-hop"), ("x-hop", "1"), ("transfer-encoding", "chunked"), ("etag", "e")]);
+        let mut headers =
+            map(&[("connection", "x-hop"), ("x-hop", "1"), ("transfer-encoding", "chunked"), ("etag", "e")]);
         to_client(&mut headers, None);
         assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["etag"]);
     }
 
     #[test]
     fn an_upgrade_is_passed_on_and_http2_in_clear_is_not() {
-        let mut headers = map(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket"), ("sec-websocket-key", "k")]);
+        let mut headers =
+            map(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket"), ("sec-websocket-key", "k")]);
         to_guest(&mut headers, arrival(false));
         assert_eq!((text(&headers, "connection"), text(&headers, "upgrade")), (Some("upgrade"), Some("websocket")));
         assert_eq!(text(&headers, "sec-websocket-key"), Some("k"));
@@ -222,7 +222,9 @@ mod tests {
             map(&[("connection", "Upgrade, HTTP2-Settings"), ("upgrade", "h2c"), ("http2-settings", "AAMA")]);
         assert_eq!(wanted_upgrade(&headers), None);
         to_guest(&mut headers, arrival(false));
-        assert!(text(&headers, "upgrade").or(text(&headers, "connection")).or(text(&headers, "http2-settings")).is_none());
+        assert!(
+            text(&headers, "upgrade").or(text(&headers, "connection")).or(text(&headers, "http2-settings")).is_none()
+        );
         let mut headers = map(&[("connection", "te"), ("te", "trailers, deflate")]);
         to_guest(&mut headers, arrival(false));
         assert_eq!(text(&headers, "te"), Some("trailers"));
@@ -233,7 +235,12 @@ mod tests {
 
     #[test]
     fn forwarded_headers_say_what_we_saw_unless_a_proxy_of_ours_says_more() {
-        let claimed = [("x-forwarded-for", "1.1.1.1"), ("x-forwarded-proto", "http"), ("x-forwarded-host", "x"), ("forwarded", "for=1")];
+        let claimed = [
+            ("x-forwarded-for", "1.1.1.1"),
+            ("x-forwarded-proto", "http"),
+            ("x-forwarded-host", "x"),
+            ("forwarded", "for=1"),
+        ];
         let mut headers = map(&claimed);
         to_guest(&mut headers, arrival(false));
         assert_eq!(text(&headers, "x-forwarded-for"), Some("203.0.113.7"));

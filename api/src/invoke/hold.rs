@@ -94,11 +94,7 @@ pub(super) async fn reach(
     };
     match timeout(limit, held).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(Error::Deadline {
-            id: sandbox.id.clone(),
-            what: "waiting for it to run",
-            ms: limit.as_millis(),
-        }),
+        Err(_) => Err(Error::Deadline { id: sandbox.id.clone(), what: "waiting for it to run", ms: limit.as_millis() }),
     }
 }
 

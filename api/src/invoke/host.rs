@@ -148,12 +148,24 @@ mod tests {
 
     #[test]
     fn other_names_are_the_api_or_nobodys() {
-        for host in ["127.0.0.1:7878", "[::1]:7878", "box.example.test", "api.example.test", "xbox.example.test", "test"] {
+        for host in
+            ["127.0.0.1:7878", "[::1]:7878", "box.example.test", "api.example.test", "xbox.example.test", "test"]
+        {
             assert_eq!(of(host), Destination::Api, "{host}");
         }
         for host in [
-            "sbx-a1-0", "sbx-a1-080", "sbx-a1-65536", "sbx-a1-", "sbx-a1-80-80", "a.sbx-a1", "sbx-a1.b", "www", "-",
-            "sbx-", "snp-a1", "sbx-a1-8o",
+            "sbx-a1-0",
+            "sbx-a1-080",
+            "sbx-a1-65536",
+            "sbx-a1-",
+            "sbx-a1-80-80",
+            "a.sbx-a1",
+            "sbx-a1.b",
+            "www",
+            "-",
+            "sbx-",
+            "snp-a1",
+            "sbx-a1-8o",
         ] {
             assert_eq!(of(&format!("{host}.box.example.test")), Destination::Nobody, "{host}");
         }
@@ -164,8 +176,11 @@ mod tests {
 
     #[test]
     fn the_targets_own_authority_wins_and_two_hosts_are_none() {
-        let request =
-            Request::builder().uri("http://sbx-b2.box.example.test/x").header(HOST, "api.example.test").body(()).unwrap();
+        let request = Request::builder()
+            .uri("http://sbx-b2.box.example.test/x")
+            .header(HOST, "api.example.test")
+            .body(())
+            .unwrap();
         let found = domain().destination(request.version(), request.uri(), request.headers());
         assert_eq!(found, sandbox("sbx-b2", 0));
         let mut request = Request::builder().uri("/x").header(HOST, "a").header(HOST, "b").body(()).unwrap();

@@ -52,7 +52,9 @@ const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 #[derive(Debug, thiserror::Error)]
 pub enum InvokeError {
     /// The name belongs to nobody.
-    #[error("there is no sandbox and no URL of that name; a sandbox is reached as <id>.<domain> or <id>-<port>.<domain>")]
+    #[error(
+        "there is no sandbox and no URL of that name; a sandbox is reached as <id>.<domain> or <id>-<port>.<domain>"
+    )]
     NoName,
     /// A presigned URL that was never made, has expired or was deleted.
     #[error("there is no such URL, or it has expired or was deleted")]

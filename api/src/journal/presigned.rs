@@ -205,7 +205,9 @@ mod tests {
             assert!(journal.create_presigned(&sandbox, port(80), 3_600_000, &sources).unwrap().is_some());
         }
         assert!(journal.create_presigned(&sandbox, port(80), 3_600_000, &sources).unwrap().is_none());
-        assert!(journal.create_presigned(&SandboxId::parse("sbx-b").unwrap(), port(80), 1, &sources).unwrap().is_some());
+        assert!(
+            journal.create_presigned(&SandboxId::parse("sbx-b").unwrap(), port(80), 1, &sources).unwrap().is_some()
+        );
     }
 
     #[test]

@@ -111,6 +111,7 @@ async fn run(
                 Err(error)
             }
         };
+        core.metrics.operation("create", outcome.is_ok(), &timing);
         let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
         core.journal.end(operation, &note, core.sources.now_ms())?;
         drop(guard);

@@ -56,6 +56,7 @@ use crate::host::{self, Kvm};
 use crate::journal::Journal;
 use crate::kept_memory::KeptMemory;
 use crate::memory_pressure;
+use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::sources::Sources;
 use crate::store::Store;
@@ -113,6 +114,8 @@ pub struct Core {
     pub pack_cache: Option<CacheDir>,
     /// Booted templates.
     pub goldens: Goldens,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
     /// Names of snapshots that are being made.
     pub snapshot_names: Reservations,
     vmm_program: PathBuf,
@@ -160,7 +163,8 @@ impl Supervisor {
         let vmm_program = host::vmm_program(config.vmm.as_deref())?;
         let journal = Arc::new(Journal::open(&config.data_dir.join(JOURNAL))?);
         let owner = identity::owner(&journal, &config.data_dir, &sources)?;
-        let store = Store::open(&config, &owner, &sources).await?;
+        let metrics = Arc::new(Metrics::default());
+        let store = Store::open(&config, &owner, &sources, &metrics).await?;
         for caveat in store.caveats() {
             tracing::warn!("the store: {caveat}");
         }
@@ -186,6 +190,7 @@ impl Supervisor {
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
             goldens: Goldens::default(),
+            metrics,
             snapshot_names: Reservations::default(),
             config,
             journal,

@@ -80,6 +80,7 @@ async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -
         }
     };
     sandbox.set_phase(None);
+    core.metrics.operation("resume", outcome.is_ok(), &timing);
     let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
     core.journal.end(operation, &note, core.sources.now_ms())?;
     let outcome = match outcome {

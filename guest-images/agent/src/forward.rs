@@ -69,8 +69,7 @@ async fn read_line(host: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
 
 /// Connects to the port on the loopback: IPv4 first, as most servers listen there.
 async fn connect(port: NonZeroU16) -> io::Result<TcpStream> {
-    let both: [SocketAddr; 2] =
-        [(Ipv4Addr::LOCALHOST, port.get()).into(), (Ipv6Addr::LOCALHOST, port.get()).into()];
+    let both: [SocketAddr; 2] = [(Ipv4Addr::LOCALHOST, port.get()).into(), (Ipv6Addr::LOCALHOST, port.get()).into()];
     let mut first_failure = None;
     for address in both {
         let failure = match tokio::time::timeout(CONNECT_DEADLINE, TcpStream::connect(address)).await {

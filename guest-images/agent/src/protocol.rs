@@ -166,7 +166,8 @@ mod tests {
             let line = forward_line(port);
             assert_eq!(parse_forward_line(line.trim_end().as_bytes()), Some(port));
         }
-        for line in ["", "TCP", "TCP ", "TCP 0", "TCP 65536", "TCP +1", "TCP -1", "TCP 1 ", "tcp 1", "UDP 1", "TCP 1\r"] {
+        for line in ["", "TCP", "TCP ", "TCP 0", "TCP 65536", "TCP +1", "TCP -1", "TCP 1 ", "tcp 1", "UDP 1", "TCP 1\r"]
+        {
             assert_eq!(parse_forward_line(line.as_bytes()), None, "{line:?}");
         }
     }
