@@ -92,6 +92,9 @@ pub(super) struct Serve {
     /// The program stasis-vmm.
     #[arg(long)]
     pub(super) vmm: Option<String>,
+    /// At the end pause all running sandboxes, instead of leaving them to the next start.
+    #[arg(long, env = "STASIS_PAUSE_ALL")]
+    pub(super) pause_all: bool,
     /// Domain whose names are sandboxes: <id>.<domain>, <id>-<port>.<domain>; with a port if clients need one.
     #[arg(long)]
     pub(super) domain: Option<String>,

@@ -73,11 +73,19 @@ pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
     );
     let config = Config::load(serve.config.as_deref(), &settings)
         .map_err(|e| Failure::new(ExitStatus::Usage, crate::error::chain(&e)))?;
-    let supervisor = Supervisor::start(config).await.map_err(|e| started(&e))?;
+    let mut supervisor = Supervisor::start(config).await.map_err(|e| started(&e))?;
     let scheme = if supervisor.core().config.tls.cert.is_some() { "https" } else { "http" };
     tell(&format!("stasis serves on {scheme}://{}", supervisor.addr()));
     ended().await?;
-    tell("stasis stops serving; sandboxes keep running and are adopted by the next start");
+    if serve.pause_all {
+        tell("stasis stops serving and pauses all sandboxes");
+        match supervisor.pause_all().await {
+            0 => {}
+            left => tell(&format!("{left} sandboxes could not be paused; they keep running and are adopted by the next start")),
+        }
+    } else {
+        tell("stasis stops serving; sandboxes keep running and are adopted by the next start");
+    }
     supervisor.shutdown().await;
     Ok(ExitStatus::Ok)
 }

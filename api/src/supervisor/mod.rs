@@ -59,9 +59,11 @@ use crate::memory_pressure;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::sources::Sources;
+use crate::states::State;
 use crate::store::Store;
 use crate::template::Templates;
 use crate::vmm_pool::VmmPool;
+use futures::StreamExt as _;
 use rustix::fs::{FlockOperation, flock};
 use stasis_snapshot::pager::cache_dir::CacheDir;
 use std::fs::{self, File};
@@ -78,6 +80,8 @@ use tracing::Instrument as _;
 
 /// How long requests in flight may take when the supervisor stops, and then operations.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Sandboxes that are paused at once when all are: they share the connections to the store.
+const PAUSES: usize = 4;
 /// Where run directories are, in the data directory.
 const RUN: &str = "run";
 /// Where packs are kept, in the data directory.
@@ -129,7 +133,7 @@ pub struct Supervisor {
     core: Arc<Core>,
     addr: SocketAddr,
     stop: CancellationToken,
-    server: JoinHandle<()>,
+    server: Option<JoinHandle<()>>,
     pool: JoinHandle<()>,
     background: Vec<JoinHandle<()>>,
     /// Refuses a second supervisor on the same data directory.
@@ -215,7 +219,7 @@ impl Supervisor {
         ];
         let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");
-        Ok(Self { core, addr, stop, server, pool, background, _lock: lock })
+        Ok(Self { core, addr, stop, server: Some(server), pool, background, _lock: lock })
     }
 
     /// Where the API is.
@@ -228,18 +232,41 @@ impl Supervisor {
         &self.core
     }
 
+    /// Stops serving and pauses every sandbox that runs. What cannot be paused goes on, as at a [`Supervisor::shutdown`]; how many do is
+    /// answered.
+    pub async fn pause_all(&mut self) -> usize {
+        // First, so that no request wakes one again.
+        self.end_serving().await;
+        let running = self.core.registry.all().into_iter().filter(|sandbox| sandbox.state() == State::Running);
+        let pauses = futures::stream::iter(running).map(|sandbox| async move {
+            let outcome = operations::pause(&self.core, &sandbox).await;
+            if let Err(error) = &outcome {
+                tracing::warn!(id = %sandbox.id, error = error.chain(), "it is not paused and goes on");
+            }
+            outcome.is_err()
+        });
+        pauses.buffer_unordered(PAUSES).filter(|left| std::future::ready(*left)).count().await
+    }
+
+    async fn end_serving(&mut self) {
+        self.stop.cancel();
+        if let Some(server) = self.server.take()
+            && tokio::time::timeout(DRAIN, server).await.is_err()
+        {
+            tracing::warn!("requests in flight were cut off");
+        }
+    }
+
     /// Stops serving. Sandboxes keep running; the next supervisor on this data directory adopts them. Operations under way get a moment to
     /// end; those that need longer are finished or rolled back by the next supervisor.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(mut self) {
         self.stop.cancel();
         self.background.iter().for_each(JoinHandle::abort);
         if tokio::time::timeout(DRAIN, self.pool).await.is_err() {
             tracing::warn!("VMMs started ahead are left to the next start");
         }
         self.core.kept.shrink_to(0);
-        if tokio::time::timeout(DRAIN, self.server).await.is_err() {
-            tracing::warn!("requests in flight were cut off");
-        }
+        self.end_serving().await;
         let idle = async {
             for sandbox in self.core.registry.all() {
                 drop(sandbox.lock().await);
