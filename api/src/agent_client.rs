@@ -1,6 +1,7 @@
 //! The supervisor's end of the agent protocol: HTTP/1.1 over the host end of the guest's vsock (connect, `CONNECT <port>\n`, `OK …\n`).
 //! One connection a request, since connections do not survive a pause. Answers are untrusted: bounded, and never trusted beyond their text.
 
+use crate::vsock;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -9,14 +10,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stasis_agent::protocol::{AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, WakeReply, WakeRequest};
 use stasis_vmm::control::VSOCK_SOCKET;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UnixStream;
-
-/// Longest line that answers `CONNECT`.
-const MAX_OK: usize = 64;
 
 /// Why the agent did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +85,7 @@ impl Agent {
 
     async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, AgentFailure> {
         let broken = |e: &dyn std::fmt::Display| AgentFailure::Connection(e.to_string());
-        let stream = self.connect().await.map_err(|e| broken(&e))?;
+        let stream = vsock::connect(&self.socket, AGENT_PORT).await.map_err(|e| broken(&e))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
         let pump = tokio::spawn(connection);
@@ -121,30 +116,12 @@ impl Agent {
             .map_or_else(|_| String::from_utf8_lossy(bytes.get(..200).unwrap_or(&bytes)).into_owned(), |e| e.message);
         Err(AgentFailure::Refused { status: status.as_u16(), message })
     }
-
-    async fn connect(&self) -> io::Result<UnixStream> {
-        let mut stream = UnixStream::connect(&self.socket).await?;
-        stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).await?;
-        let mut line = Vec::with_capacity(MAX_OK);
-        // Octet by octet: what follows the line belongs to HTTP.
-        while line.last() != Some(&b'\n') {
-            if line.len() == MAX_OK {
-                return Err(io::Error::other("the vsock device answered something else than OK"));
-            }
-            line.push(stream.read_u8().await?);
-        }
-        if line.starts_with(b"OK ") || line == b"OK\n" {
-            Ok(stream)
-        } else {
-            Err(io::Error::other(format!("the vsock device answered {:?}", String::from_utf8_lossy(&line))))
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncBufReadExt as _, BufReader};
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::UnixListener;
 
     /// An agent that answers every request with this status line and body, `length` octets of which it announces.

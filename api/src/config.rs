@@ -14,10 +14,14 @@
 //! # access_key, secret_key: better in STASIS_STORE_ACCESS_KEY and STASIS_STORE_SECRET_KEY
 //! ```
 
+mod invoke;
 mod run_ahead;
+mod tls;
 mod warm;
 
+pub use invoke::{Invoke, Scheme};
 pub use run_ahead::RunAhead;
+pub use tls::Tls;
 pub use warm::Warm;
 
 use serde::Deserialize;
@@ -56,6 +60,12 @@ pub struct Config {
     /// What is sent ahead of a pause.
     #[serde(default)]
     pub run_ahead: RunAhead,
+    /// How apps in sandboxes are reached.
+    #[serde(default)]
+    pub invoke: Invoke,
+    /// TLS.
+    #[serde(default)]
+    pub tls: Tls,
 }
 
 /// The object store.
@@ -159,6 +169,12 @@ pub struct Deadlines {
     pub settle_ms: u64,
     /// The agent's answer to a wake.
     pub wake_ms: u64,
+    /// A request to an app waits this long for its sandbox to run.
+    pub hold_ms: u64,
+    /// And then for the app to take a connection.
+    pub connect_ms: u64,
+    /// A connection to an app on which nothing moves is ended after this time.
+    pub idle_ms: u64,
 }
 
 impl Default for Deadlines {
@@ -172,6 +188,9 @@ impl Default for Deadlines {
             commit_ms: 10_000,
             settle_ms: 40_000,
             wake_ms: 60_000,
+            hold_ms: 300_000,
+            connect_ms: 10_000,
+            idle_ms: 300_000,
         }
     }
 }
@@ -201,7 +220,10 @@ deadlines!(
     store = store_ms,
     commit = commit_ms,
     settle = settle_ms,
-    wake = wake_ms
+    wake = wake_ms,
+    hold = hold_ms,
+    connect = connect_ms,
+    idle = idle_ms
 );
 
 /// Why a configuration cannot be used.
@@ -282,6 +304,16 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_DEADLINES_COMMIT_MS", "deadlines.commit_ms"),
     ("STASIS_DEADLINES_SETTLE_MS", "deadlines.settle_ms"),
     ("STASIS_DEADLINES_WAKE_MS", "deadlines.wake_ms"),
+    ("STASIS_DEADLINES_HOLD_MS", "deadlines.hold_ms"),
+    ("STASIS_DEADLINES_CONNECT_MS", "deadlines.connect_ms"),
+    ("STASIS_DEADLINES_IDLE_MS", "deadlines.idle_ms"),
+    ("STASIS_DOMAIN", "invoke.domain"),
+    ("STASIS_DEFAULT_PORT", "invoke.default_port"),
+    ("STASIS_TRUST_FORWARDED", "invoke.trust_forwarded"),
+    ("STASIS_URL_SCHEME", "invoke.scheme"),
+    ("STASIS_TLS_CERT", "tls.cert"),
+    ("STASIS_TLS_KEY", "tls.key"),
+    ("STASIS_TLS_PLAIN", "tls.plain"),
 ];
 
 /// The settings that environment variables make.
@@ -360,9 +392,17 @@ impl Config {
             }
         }
         self.warm.check()?;
+        self.invoke.check()?;
+        self.tls.check()?;
         self.run_ahead.check()
     }
 }
+
+/// Fields that are true or false.
+const SWITCHES: [&str; 6] =
+    ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled", "invoke.trust_forwarded", "tls.plain"];
+/// What the other fields that are no text begin with.
+const NUMBERS: [&str; 5] = ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"];
 
 fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError> {
     let (section, name) = match setting.field.split_once('.') {
@@ -378,10 +418,9 @@ fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError
     let wrong = |kind: &str| {
         ConfigError::Syntax(format!("{} ({}): {:?} is not {kind}", setting.field, setting.origin, setting.text))
     };
-    let value = if ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled"].contains(&setting.field)
-    {
+    let value = if SWITCHES.contains(&setting.field) {
         toml::Value::Boolean(switch(&setting.text).ok_or_else(|| wrong("true or false"))?)
-    } else if ["limits.", "deadlines.", "warm.", "run_ahead."].iter().any(|part| setting.field.starts_with(part)) {
+    } else if NUMBERS.iter().any(|part| setting.field.starts_with(part)) {
         toml::Value::Integer(setting.text.parse().map_err(|_| wrong("a whole number"))?)
     } else {
         toml::Value::String(setting.text.clone())
@@ -395,6 +434,24 @@ fn switch(text: &str) -> Option<bool> {
         "true" | "on" | "1" => Some(true),
         "false" | "off" | "0" => Some(false),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests_support {
+    use super::Setting;
+
+    /// The least that a configuration must say.
+    pub(crate) fn directory() -> Vec<Setting> {
+        [
+            ("listen", "127.0.0.1:1"),
+            ("data_dir", "/tmp/d"),
+            ("images_dir", "/tmp/i"),
+            ("store.kind", "directory"),
+            ("store.path", "/tmp/s"),
+        ]
+        .map(|(field, text)| Setting { field, origin: "test".to_owned(), text: text.to_owned() })
+        .to_vec()
     }
 }
 

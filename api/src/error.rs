@@ -2,6 +2,7 @@
 //! becomes an HTTP status: exhaustive, so that a new variant must be placed.
 
 use crate::ids::SandboxId;
+use crate::invoke::InvokeError;
 use crate::journal::JournalError;
 use crate::record::PortableError;
 use crate::states::State;
@@ -53,6 +54,15 @@ pub enum Error {
         /// How many.
         limit: usize,
     },
+    /// A sandbox has as many presigned URLs as it may have.
+    #[error("sandbox {id} has as many presigned URLs as it may have: delete one or let one expire first")]
+    TooManyUrls {
+        /// Which.
+        id: SandboxId,
+    },
+    /// The sandbox has no presigned URL of that id.
+    #[error("there is no presigned URL {0:?}")]
+    NoPresignedUrl(String),
     /// The tenant has no snapshot of that name or id.
     #[error("there is no snapshot {0:?}")]
     NoSnapshot(String),
@@ -166,6 +176,9 @@ pub enum Error {
         /// Why not.
         what: String,
     },
+    /// An app in a sandbox did not answer.
+    #[error(transparent)]
+    Invoke(#[from] InvokeError),
     /// The agent refused to start the command.
     #[error("the command could not be started: {0}")]
     Command(String),
@@ -215,12 +228,14 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::NotFound(_) | Self::NoSnapshot(_) => StatusCode::NOT_FOUND,
+            Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => StatusCode::NOT_FOUND,
             Self::BadJson(_) | Self::Invalid(_) | Self::Command(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::State { .. } | Self::Limit { .. } | Self::Fenced { .. } | Self::SnapshotExists(_) => {
-                StatusCode::CONFLICT
-            }
+            Self::State { .. }
+            | Self::Limit { .. }
+            | Self::TooManyUrls { .. }
+            | Self::Fenced { .. }
+            | Self::SnapshotExists(_) => StatusCode::CONFLICT,
             Self::Template(e) => match e {
                 TemplateError::Unknown { .. } => StatusCode::BAD_REQUEST,
                 TemplateError::File { .. }
@@ -242,6 +257,7 @@ impl Error {
             | Self::Portable { .. }
             | Self::Name(_)
             | Self::Bug(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Invoke(e) => e.status(),
             Self::Shared(e) => e.status(),
         }
     }
@@ -250,13 +266,13 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
-            Self::NotFound(_) | Self::NoSnapshot(_) => "not-found",
+            Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => "not-found",
             Self::SnapshotExists(_) => "exists",
             Self::BadJson(_) => "bad-json",
             Self::TooLarge { .. } => "too-large",
             Self::Invalid(_) => "invalid",
             Self::State { .. } => "wrong-state",
-            Self::Limit { .. } => "limit",
+            Self::Limit { .. } | Self::TooManyUrls { .. } => "limit",
             Self::NoAgent { .. } => "no-agent",
             Self::Template(_) => "template",
             Self::Host(_) => "host",
@@ -276,6 +292,7 @@ impl Error {
             | Self::Portable { .. }
             | Self::Name(_)
             | Self::Bug(_) => "internal",
+            Self::Invoke(e) => e.code(),
             Self::Shared(e) => e.code(),
         }
     }

@@ -142,6 +142,7 @@ mod tests {
             ready,
             min_memory_mib: 64,
             exit_counter: false,
+            port: None,
             digest: String::new(),
             rootfs_digest: None,
         }

@@ -12,12 +12,16 @@
 //! | [`store`] | the object store, heads and grants as the supervisor uses them |
 //! | [`template`], [`host`] | what sandboxes boot from; what this host can run |
 //! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
+//! | [`vsock`] | the host end of a guest's vsock |
 //! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
 //! | [`run_ahead`] | whether pages are sent ahead of a pause |
 //! | [`known_packs`] | packs that are in the store for certain |
 //! | [`fair_share`] | how captures and wakes share the connections of a host |
+//! | [`front`] | the listener: TLS, HTTP/1.1 and HTTP/2, and who answers |
 //! | [`routes`] | the REST API |
+//! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
+//! | [`metrics`] | what is counted, for Prometheus |
 //! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
 //! | [`cli`] | the program `stasis` |
@@ -31,12 +35,15 @@ pub mod config;
 pub mod dev;
 pub mod error;
 pub mod fair_share;
+pub mod front;
 pub mod host;
 pub mod ids;
+pub mod invoke;
 pub mod journal;
 pub mod kept_memory;
 pub mod known_packs;
 pub mod memory_pressure;
+pub mod metrics;
 pub mod network_policy;
 pub mod record;
 pub mod registry;
@@ -53,3 +60,4 @@ pub mod timing;
 pub mod validate;
 pub mod vmm_pool;
 pub mod vmm_process;
+pub mod vsock;

@@ -8,6 +8,7 @@ use crate::states::State;
 use serde::{Deserialize, Serialize};
 use stasis_snapshot::manifest::{ManifestRef, Versioned};
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 
 /// What was asked for. Fixed for the life of the sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,9 @@ pub struct Spec {
     /// Environment of every command.
     #[serde(default)]
     pub env_vars: BTreeMap<String, String>,
+    /// TCP port that its template serves on: where requests go that name none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<NonZeroU16>,
     /// Egress policy.
     #[serde(default)]
     pub network_policy: Option<NetworkPolicy>,

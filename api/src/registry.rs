@@ -15,15 +15,17 @@ use crate::states::{self, Event, State};
 use crate::vmm_process::Vmm;
 use stasis_snapshot::commit::Current;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use tokio::sync::{Notify, OwnedMutexGuard, watch};
+use tokio::sync::{Notify, OwnedMutexGuard, Semaphore, watch};
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each critical section replaces or reads one value: a panic leaves the old or the new one.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Invoke connections to one guest at once. Its vsock device has 256; the rest is for the agent.
+const PLACES: usize = 192;
 /// How long a deleted sandbox is still answered with its reason after a restart.
 const REMEMBER_DELETED_MS: i64 = 24 * 3600 * 1000;
 
@@ -51,6 +53,8 @@ pub struct Sandbox {
     phase: Mutex<Option<&'static str>>,
     known_packs: Mutex<Option<Arc<KnownPacks>>>,
     last_request: AtomicI64,
+    visits: AtomicUsize,
+    places: Arc<Semaphore>,
     rounds: Arc<tokio::sync::Mutex<()>>,
     ahead: Mutex<Spent>,
 }
@@ -76,6 +80,8 @@ impl Sandbox {
             phase: Mutex::default(),
             known_packs: Mutex::default(),
             last_request: AtomicI64::new(0),
+            visits: AtomicUsize::new(0),
+            places: Arc::new(Semaphore::new(PLACES)),
             rounds: Arc::default(),
             ahead: Mutex::default(),
         }
@@ -153,6 +159,23 @@ impl Sandbox {
         self.last_request.load(Ordering::Relaxed)
     }
 
+    /// A request begins for its guest, or waits for it; it ends when the visit is dropped.
+    pub fn visit(self: &Arc<Self>, sources: &Sources) -> Visit {
+        self.visits.fetch_add(1, Ordering::SeqCst);
+        self.touched(sources.now_ms());
+        Visit { sandbox: self.clone(), sources: sources.clone() }
+    }
+
+    /// Requests that its guest works on, or that wait for it.
+    pub fn visits(&self) -> usize {
+        self.visits.load(Ordering::SeqCst)
+    }
+
+    /// The connections to apps in its guest that may still be made.
+    pub fn places(&self) -> Arc<Semaphore> {
+        self.places.clone()
+    }
+
     /// The right to run a round ahead of a pause, if nobody has it.
     pub fn try_round(&self) -> Option<OwnedMutexGuard<()>> {
         self.rounds.clone().try_lock_owned().ok()
@@ -176,6 +199,20 @@ impl Sandbox {
     /// Says what its operation is doing.
     pub fn set_phase(&self, phase: Option<&'static str>) {
         *locked(&self.phase) = phase;
+    }
+}
+
+/// A request that counts as activity of a sandbox until it is dropped.
+#[derive(Debug)]
+pub struct Visit {
+    sandbox: Arc<Sandbox>,
+    sources: Sources,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.sandbox.touched(self.sources.now_ms());
+        self.sandbox.visits.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -6,6 +6,7 @@
 use crate::config::{Config, StoreConfig};
 use crate::error::{Error, StoreContext as _};
 use crate::ids::SandboxId;
+use crate::metrics::{CountedStore, Metrics};
 use crate::sources::Sources;
 use bytes::Bytes;
 use stasis_snapshot::commit::{ObjectHead, Register};
@@ -44,14 +45,16 @@ pub struct Grants {
 
 impl Store {
     /// Opens the configured store and finds out what it does. `owner` is this supervisor's name.
-    pub async fn open(config: &Config, owner: &str, sources: &Sources) -> Result<Self, Error> {
+    /// Requests are counted in `metrics`.
+    pub async fn open(config: &Config, owner: &str, sources: &Sources, metrics: &Arc<Metrics>) -> Result<Self, Error> {
         if let StoreConfig::Directory { path } = &config.store {
             std::fs::create_dir_all(path).map_err(|source| Error::Local {
                 action: format!("create the store directory {}", path.display()),
                 source,
             })?;
         }
-        Self::over(Self::unprobed(config)?, owner, sources).await
+        let counted = CountedStore::new(Self::unprobed(config)?, metrics.clone());
+        Self::over(Arc::new(counted), owner, sources).await
     }
 
     /// The configured objects as they are: nothing is sent, made or checked. For programs that look at a bucket beside a supervisor.

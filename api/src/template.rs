@@ -8,6 +8,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 /// Least memory of a sandbox unless its template says less, MiB.
@@ -30,6 +31,8 @@ struct TemplateFile {
     min_memory_mib: Option<u32>,
     #[serde(default)]
     exit_counter: bool,
+    #[serde(default)]
+    port: Option<NonZeroU16>,
 }
 
 /// How a booted guest says that it takes requests.
@@ -63,6 +66,8 @@ pub struct Template {
     pub min_memory_mib: u32,
     /// Attach the exit counter.
     pub exit_counter: bool,
+    /// TCP port that its app serves on.
+    pub port: Option<NonZeroU16>,
     /// BLAKE3 of the whole, hex.
     pub digest: String,
     /// BLAKE3 of `rootfs`, hex: what a restore must find again.
@@ -247,6 +252,7 @@ fn load(description: &Path, file: TemplateFile, journal: &Journal) -> Result<Tem
         ready: file.ready,
         min_memory_mib: file.min_memory_mib.unwrap_or(MIN_MEMORY_MIB),
         exit_counter: file.exit_counter,
+        port: file.port,
         rootfs_digest,
     })
 }

@@ -26,6 +26,22 @@ impl Timing {
         self.bytes.push((name, bytes));
     }
 
+    /// Names and durations, in the order in which they ended.
+    pub fn phases(&self) -> &[(&'static str, Duration)] {
+        &self.phases
+    }
+
+    /// Names and values of the counts of bytes.
+    pub fn byte_counts(&self) -> &[(&'static str, u64)] {
+        &self.bytes
+    }
+
+    /// Adds all of another operation's.
+    pub fn append(&mut self, other: Self) {
+        self.phases.extend(other.phases);
+        self.bytes.extend(other.bytes);
+    }
+
     /// As the header's value: durations in ms, byte counts as descriptions.
     pub fn header(&self) -> String {
         let mut out = String::new();

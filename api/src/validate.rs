@@ -246,7 +246,7 @@ pub fn list(query: &[(String, String)]) -> Result<List, Vec<FieldError>> {
 }
 
 /// The integer under any of `names`; an error when it is no integer, out of range, or when two names disagree.
-fn integer(
+pub(crate) fn integer(
     body: &Map<String, Value>,
     names: &[&str],
     range: std::ops::RangeInclusive<i64>,

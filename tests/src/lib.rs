@@ -5,11 +5,13 @@
 //! | [`host`] | what this machine can run, and where the built parts are |
 //! | [`vmm`] | one `stasis-vmm` process without a supervisor, its pulse guest, and captures into a store |
 //! | [`service`] | the whole service: S3 server, fault proxy, supervisor, client |
+//! | [`invoke`] | a played guest and an app in it |
 //! | [`bench`] | the benchmark |
 //! | [`suite`] | a test binary whose tests may need what the machine lacks, and then say so |
 
 pub mod bench;
 pub mod host;
+pub mod invoke;
 pub mod service;
 pub mod suite;
 pub mod vmm;

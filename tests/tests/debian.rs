@@ -16,6 +16,7 @@ fn lacking() -> Option<String> {
 fn main() {
     Suite::default()
         .test("five_cycles_keep_memory_disk_processes_and_time", lacking(), five_cycles)
+        .test("a_server_in_the_guest_is_reached_and_woken_by_its_host_name", lacking(), invoke)
         .test("two_resumes_of_one_snapshot_draw_different_randomness", lacking(), two_resumes)
         .main();
 }
@@ -137,6 +138,63 @@ async fn five_cycles() -> Outcome {
     }
     let complained = guest.run(COMPLAINTS).await?;
     assert_eq!(complained, at_boot, "the guest's kernel is content");
+    Ok(())
+}
+
+/// A server that counts its requests in memory and sends bodies back, half-closing after each answer as HTTP/1.0 does.
+const SERVER: &str = r"
+import http.server, threading
+count, lock = 0, threading.Lock()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        global count
+        with lock:
+            count += 1
+        body = self.rfile.read(int(self.headers['content-length']))
+        self.send_response(200)
+        self.send_header('x-count', str(count))
+        self.send_header('content-length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        pass
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+Server(('127.0.0.1', 8000), Handler).serve_forever()
+";
+
+async fn invoke() -> Outcome {
+    const LARGE: usize = 100 << 20;
+    let guest = Guest::start().await?;
+    guest.run(&format!("cat > /root/server.py <<'EOF'\n{SERVER}\nEOF\nsetsid python3 /root/server.py >/dev/null 2>&1 &\nfor i in $(seq 300); do grep -q ' 0100007F:1F40 00000000:0000 0A' /proc/net/tcp && exit 0; sleep 0.1; done; exit 1")).await?;
+    let client = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
+    let post = |port: u16, body: Vec<u8>| {
+        let host = format!("{}-{port}.sandbox.localhost", guest.id);
+        client
+            .post(format!("{}/x", guest.service.url))
+            .header("host", host)
+            .bearer_auth(&guest.service.key)
+            .body(body)
+            .send()
+    };
+    let count = |answer: &reqwest::Response| answer.headers()["x-count"].to_str().unwrap_or_default().to_owned();
+    assert_eq!(post(8000, vec![1]).await?.bytes().await?, vec![1]);
+    guest.say("invoked");
+    assert_eq!(post(8001, vec![1]).await?.status().as_u16(), 502, "nobody listens there");
+    let large: Vec<u8> = (0..LARGE).map(|n| (n % 251) as u8).collect();
+    let answer = post(8000, large.clone()).await?.bytes().await?;
+    guest.say("100 MiB there and back");
+    assert!(answer == large, "100 MiB both ways");
+    let many = futures::future::try_join_all((0..100).map(|n| post(8000, vec![n; 10_000]))).await?;
+    assert!(many.iter().all(|answer| answer.status().is_success()));
+    drop(many);
+    guest.say("100 at once");
+    guest.service.pause(&guest.id).await?.expect(201)?;
+    guest.say("paused");
+    let woken = post(8000, b"wake".to_vec()).await?;
+    guest.say(&format!("woken: {:?}", woken.headers().get("server-timing")));
+    assert_eq!((woken.status().as_u16(), count(&woken).as_str()), (200, "103"), "the same process, and none twice");
+    assert_eq!(woken.bytes().await?, b"wake".as_slice());
     Ok(())
 }
 

@@ -92,6 +92,18 @@ pub(super) struct Serve {
     /// The program stasis-vmm.
     #[arg(long)]
     pub(super) vmm: Option<String>,
+    /// At the end pause all running sandboxes, instead of leaving them to the next start.
+    #[arg(long, env = "STASIS_PAUSE_ALL")]
+    pub(super) pause_all: bool,
+    /// Domain whose names are sandboxes: <id>.<domain>, <id>-<port>.<domain>; with a port if clients need one.
+    #[arg(long)]
+    pub(super) domain: Option<String>,
+    /// Certificate chain (PEM) for the API's name, the domain and *.domain.
+    #[arg(long, requires = "tls_key")]
+    pub(super) tls_cert: Option<String>,
+    /// Its private key (PEM).
+    #[arg(long, requires = "tls_cert")]
+    pub(super) tls_key: Option<String>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -108,6 +120,9 @@ pub(super) struct Dev {
     /// Address of the embedded S3 server; port 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:7879")]
     pub(super) s3_listen: SocketAddr,
+    /// Domain whose names are sandboxes. Its certificate is made here [default: sandbox.localhost and the port of --listen].
+    #[arg(long)]
+    pub(super) domain: Option<String>,
     /// The program stasis-vmm [default: beside this one].
     #[arg(long, env = "STASIS_VMM")]
     pub(super) vmm: Option<PathBuf>,

@@ -7,6 +7,8 @@ use super::{ExitStatus, Failure};
 use crate::config::{Config, Setting, from_environment};
 use crate::dev::EmbeddedS3;
 use crate::error::Error;
+use crate::front::authority::Authority;
+use crate::invoke::Domain;
 use crate::journal::{Journal, JournalError};
 use crate::sources::Sources;
 use crate::supervisor::{JOURNAL, Supervisor};
@@ -18,6 +20,8 @@ use tracing_subscriber::EnvFilter;
 /// Tenant of the key that `stasis dev` makes.
 const DEV_TENANT: &str = "dev";
 const DEV_BUCKET: &str = "stasis";
+/// Below `localhost`, so that its names lead to this machine.
+const DEV_DOMAIN: &str = "sandbox.localhost";
 
 fn log_to_stderr(default: &str) {
     let filter = EnvFilter::try_from_env("STASIS_LOG").unwrap_or_else(|_| EnvFilter::new(default));
@@ -58,6 +62,9 @@ pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
         ("data_dir", "--data-dir", serve.data_dir),
         ("images_dir", "--images-dir", serve.images_dir),
         ("vmm", "--vmm", serve.vmm),
+        ("invoke.domain", "--domain", serve.domain),
+        ("tls.cert", "--tls-cert", serve.tls_cert),
+        ("tls.key", "--tls-key", serve.tls_key),
     ];
     settings.extend(
         flags
@@ -66,10 +73,19 @@ pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
     );
     let config = Config::load(serve.config.as_deref(), &settings)
         .map_err(|e| Failure::new(ExitStatus::Usage, crate::error::chain(&e)))?;
-    let supervisor = Supervisor::start(config).await.map_err(|e| started(&e))?;
-    tell(&format!("stasis serves on http://{}", supervisor.addr()));
+    let mut supervisor = Supervisor::start(config).await.map_err(|e| started(&e))?;
+    let scheme = if supervisor.core().config.tls.cert.is_some() { "https" } else { "http" };
+    tell(&format!("stasis serves on {scheme}://{}", supervisor.addr()));
     ended().await?;
-    tell("stasis stops serving; sandboxes keep running and are adopted by the next start");
+    if serve.pause_all {
+        tell("stasis stops serving and pauses all sandboxes");
+        match supervisor.pause_all().await {
+            0 => {}
+            left => tell(&format!("{left} sandboxes could not be paused; they keep running and are adopted by the next start")),
+        }
+    } else {
+        tell("stasis stops serving; sandboxes keep running and are adopted by the next start");
+    }
     supervisor.shutdown().await;
     Ok(ExitStatus::Ok)
 }
@@ -95,9 +111,18 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
     // How much and how long may still be set by the environment; where things are is ours to say.
     let mut settings = from_environment(|name| std::env::var(name).ok());
     settings.retain(|setting| {
-        ["limits.", "deadlines.", "warm.", "run_ahead."].iter().any(|part| setting.field.starts_with(part))
+        ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"]
+            .iter()
+            .any(|part| setting.field.starts_with(part))
     });
     let images_dir = dev.images_dir.unwrap_or_else(images_dir);
+    let named = dev.domain.unwrap_or_else(|| match dev.listen.port() {
+        0 => DEV_DOMAIN.to_owned(),
+        port => format!("{DEV_DOMAIN}:{port}"),
+    });
+    let domain = Domain::parse(&named).ok_or_else(|| usage(&format!("{named:?} is no host name (--domain)")))?;
+    let certificates = Authority::prepare(&data_dir.join("tls"), &domain, &sources)
+        .map_err(|e| Failure::other(format!("cannot start: {}", e.chain())))?;
     let ours = [
         ("listen", dev.listen.to_string()),
         ("data_dir", data_dir.display().to_string()),
@@ -107,6 +132,11 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
         ("store.bucket", DEV_BUCKET.to_owned()),
         ("store.access_key", access_key.clone()),
         ("store.secret_key", secret_key.clone()),
+        ("invoke.domain", named.clone()),
+        ("tls.cert", certificates.cert.display().to_string()),
+        ("tls.key", certificates.key.display().to_string()),
+        // Of the loopback: the API is as easy to call as before, and clients that insist on TLS have it on the same port.
+        ("tls.plain", "true".to_owned()),
     ];
     let vmm = dev.vmm.map(|path| ("vmm", path.display().to_string()));
     settings.extend(ours.into_iter().chain(vmm).map(|(field, text)| Setting {
@@ -133,6 +163,7 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
 
   API        {url}
   API key    {api_key}
+  sandboxes  https://<id>-<port>.{named}/  (http:// works, too), signed by {ca}
   S3         {s3}  bucket {DEV_BUCKET}, access key {access_key}, secret key {secret_key}
   data       {data}
   templates  {images}
@@ -149,6 +180,7 @@ Ctrl-C stops the servers; running sandboxes go on and are adopted by the next `s
         s3 = s3.endpoint(),
         data = data_dir.display(),
         images = images.display(),
+        ca = certificates.ca.display(),
         profile = profile_path.display(),
     ));
     ended().await?;

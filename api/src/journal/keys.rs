@@ -32,6 +32,14 @@ fn hash(secret: &str) -> String {
     })
 }
 
+/// Whether a word has the form of a key, known here or not.
+pub fn looks_like_key(word: &str) -> bool {
+    let alphabet = |part: &str| part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    word.strip_prefix("sk_").and_then(|rest| rest.split_once('_')).is_some_and(|(id, secret)| {
+        id.len() == ID_CHARS && secret.len() == SECRET_CHARS && alphabet(id) && alphabet(secret)
+    })
+}
+
 /// A tenant is a path component in the store.
 pub fn is_tenant(name: &str) -> bool {
     (1..=40).contains(&name.len())
@@ -105,6 +113,7 @@ mod tests {
         let journal = Journal::in_memory().unwrap();
         let sources = Sources::system();
         let (key, secret) = journal.create_key("acme", "laptop", &sources).unwrap();
+        assert!(looks_like_key(&secret) && !looks_like_key("sk_live_x") && !looks_like_key(&secret[1..]));
         assert_eq!(journal.tenant_of_key(&secret).unwrap().as_deref(), Some("acme"));
         assert_eq!(journal.tenant_of_key(&format!("{secret}x")).unwrap(), None);
         assert_eq!(journal.tenant_of_key("").unwrap(), None);

@@ -4,6 +4,7 @@
 //! - `sandboxes`: the record of each sandbox as it was last moved, with the VMM that runs it.
 //! - `operations`: what was begun, written **before** it begins, and how it ended. What has no end when the supervisor starts was interrupted.
 //! - `transitions`: every move of every state machine, for people.
+//! - `presigned_urls`: presigned URLs, their tokens hashed.
 //! - `digests`: BLAKE3 of template files by path, size and time.
 //!
 //! Nothing here is needed by another host: the bucket is the catalogue, and an empty journal is rebuilt from it (`supervisor::catalogue`).
@@ -15,6 +16,7 @@
 
 pub mod keys;
 mod operations;
+pub mod presigned;
 mod sandboxes;
 
 pub use operations::{Interrupted, OperationId, OperationKind};
@@ -43,6 +45,9 @@ const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS transitions (
         number INTEGER PRIMARY KEY, sandbox TEXT NOT NULL, at INTEGER NOT NULL, before TEXT, event TEXT NOT NULL,
         after TEXT NOT NULL, note TEXT) STRICT;
+    CREATE TABLE IF NOT EXISTS presigned_urls (
+        id TEXT PRIMARY KEY, sandbox TEXT NOT NULL, port INTEGER NOT NULL, hash BLOB NOT NULL,
+        created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;
 ";
 

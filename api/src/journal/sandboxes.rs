@@ -125,6 +125,7 @@ pub(crate) mod tests_support {
             timeout_s: 300,
             auto_pause: false,
             env_vars: std::collections::BTreeMap::new(),
+            port: None,
             network_policy: None,
             created_at: 1000,
         };

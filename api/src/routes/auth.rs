@@ -16,9 +16,14 @@ impl FromRequestParts<Arc<Core>> for Tenant {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Error> {
-        let key = key_of(&parts.headers).ok_or(Error::Unauthorized)?;
-        core.journal.tenant_of_key(key)?.map(Self).ok_or(Error::Unauthorized)
+        tenant_of(core, &parts.headers).map(Self)
     }
+}
+
+/// The tenant that the key in these headers speaks for.
+pub(crate) fn tenant_of(core: &Core, headers: &HeaderMap) -> Result<String, Error> {
+    let key = key_of(headers).ok_or(Error::Unauthorized)?;
+    core.journal.tenant_of_key(key)?.ok_or(Error::Unauthorized)
 }
 
 fn key_of(headers: &HeaderMap) -> Option<&str> {

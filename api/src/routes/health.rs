@@ -35,7 +35,12 @@ pub(super) async fn ready(State(core): Shared) -> Response {
         return unready(&advice);
     }
     match core.store.objects().list("v1/probe/", None).await {
-        Ok(_) => Json(json!({ "status": "ready" })).into_response(),
+        Ok(_) => Json(json!({
+            "status": "ready",
+            "store": { "conditional_writes": core.store.is_shared() },
+            "kvm": true,
+        }))
+        .into_response(),
         Err(error) => unready(&chain(&error)),
     }
 }

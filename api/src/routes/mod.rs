@@ -10,17 +10,20 @@ mod auth;
 mod health;
 mod host;
 mod inspect;
+mod presigned;
 mod sandboxes;
 mod snapshots;
 
 use crate::error::Error;
+use crate::metrics::REQUESTS;
 use crate::supervisor::Core;
 use auth::Tenant;
+pub(crate) use auth::tenant_of;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, post};
 use http_body_util::BodyExt as _;
@@ -31,7 +34,7 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 16] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 19] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
@@ -41,18 +44,24 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
         ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
         ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
+        ("/v1/sandbox/{id}/presigned-url", post(presigned::create)),
+        ("/v1/sandbox/{id}/presigned-url/{url}", delete(presigned::delete)),
         ("/v1/snapshots", get(snapshots::list)),
         ("/v1/snapshot/restore", post(snapshots::restore)),
         ("/v1/snapshot/{id}", delete(snapshots::delete)),
         ("/v1/recover", post(sandboxes::recover)),
         ("/v1/host/metrics", get(host::metrics)),
+        ("/metrics", get(host::prometheus)),
         ("/healthz", get(health::health)),
         ("/readyz", get(health::ready)),
     ];
     for (path, methods) in routes {
         app = app.route(path, methods.clone()).route(&format!("{path}/"), methods);
     }
-    app.fallback(unknown_route).method_not_allowed_fallback(wrong_method).layer(from_fn(log)).with_state(core)
+    app.fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(core.clone(), log))
+        .with_state(core)
 }
 
 async fn unknown_route(request: Request) -> Response {
@@ -68,10 +77,11 @@ async fn wrong_method(request: Request) -> Response {
     answers::plain(StatusCode::METHOD_NOT_ALLOWED, &message, "wrong-method")
 }
 
-async fn log(request: Request, next: Next) -> Response {
+async fn log(State(core): Shared, request: Request, next: Next) -> Response {
     let (method, path, begun) = (request.method().clone(), request.uri().path().to_owned(), Instant::now());
     let response = next.run(request).await;
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    core.metrics.answered(REQUESTS, response.status().as_u16());
     tracing::info!(%method, path, status = response.status().as_u16(), ms, "request");
     response
 }

@@ -7,6 +7,7 @@
 
 use super::Core;
 use super::capture::Size;
+use super::timers::end_of_life;
 use crate::error::Error;
 use crate::registry::Sandbox;
 use crate::run_ahead::{Facts, Step, decide, look};
@@ -52,7 +53,7 @@ fn facts(core: &Core, sandbox: &Sandbox) -> Option<Facts> {
     (record.state == State::Running).then(|| Facts {
         now: core.sources.now_ms(),
         last_request: sandbox.last_request().max(record.launched_at.unwrap_or(0)),
-        auto_pause: record.deadline.filter(|_| record.spec.auto_pause),
+        auto_pause: end_of_life(&record, sandbox.last_request()).filter(|_| record.spec.auto_pause),
     })
 }
 

@@ -53,6 +53,7 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         timeout_s: asked.timeout_s,
         auto_pause: asked.auto_pause,
         env_vars: asked.env_vars,
+        port: template.port,
         network_policy: asked.network_policy,
         created_at: core.sources.now_ms(),
     };
@@ -109,6 +110,7 @@ async fn run(
                 Err(error)
             }
         };
+        core.metrics.operation("create", outcome.is_ok(), &timing);
         let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
         core.journal.end(operation, &note, core.sources.now_ms())?;
         drop(guard);

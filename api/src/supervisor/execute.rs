@@ -52,7 +52,8 @@ pub async fn execute(core: &Arc<Core>, sandbox: &Arc<Sandbox>, command: Execute)
         timeout_ms: u64::from(command.timeout_s) * 1000,
         output_limit: core.config.limits.output_bytes,
     };
-    sandbox.touched(core.sources.now_ms());
+    // A timer does not pause it under the command.
+    let _visit = sandbox.visit(&core.sources);
     let begun = Instant::now();
     let reply = match core.agent(&vm).exec(&request, limit + MARGIN).await {
         Ok(reply) => reply,
@@ -67,7 +68,6 @@ pub async fn execute(core: &Arc<Core>, sandbox: &Arc<Sandbox>, command: Execute)
         }
     };
     timing.since("exec", begun);
-    sandbox.touched(core.sources.now_ms());
     let text = |name: &str, encoded: &str| {
         base64::engine::general_purpose::STANDARD
             .decode(encoded)

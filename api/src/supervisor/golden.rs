@@ -268,6 +268,7 @@ mod tests {
             ready: Ready::Agent,
             min_memory_mib: 64,
             exit_counter: false,
+            port: None,
             digest: "d".repeat(64),
             rootfs_digest: None,
         }

@@ -51,16 +51,19 @@ use self::snapshots::Reservations;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
+use crate::front::{self, Front};
 use crate::host::{self, Kvm};
 use crate::journal::Journal;
 use crate::kept_memory::KeptMemory;
 use crate::memory_pressure;
+use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::routes;
 use crate::sources::Sources;
+use crate::states::State;
 use crate::store::Store;
 use crate::template::Templates;
 use crate::vmm_pool::VmmPool;
+use futures::StreamExt as _;
 use rustix::fs::{FlockOperation, flock};
 use stasis_snapshot::pager::cache_dir::CacheDir;
 use std::fs::{self, File};
@@ -73,9 +76,12 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 /// How long requests in flight may take when the supervisor stops, and then operations.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Sandboxes that are paused at once when all are: they share the connections to the store.
+const PAUSES: usize = 4;
 /// Where run directories are, in the data directory.
 const RUN: &str = "run";
 /// Where packs are kept, in the data directory.
@@ -112,6 +118,8 @@ pub struct Core {
     pub pack_cache: Option<CacheDir>,
     /// Booted templates.
     pub goldens: Goldens,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
     /// Names of snapshots that are being made.
     pub snapshot_names: Reservations,
     vmm_program: PathBuf,
@@ -125,7 +133,7 @@ pub struct Supervisor {
     core: Arc<Core>,
     addr: SocketAddr,
     stop: CancellationToken,
-    server: JoinHandle<()>,
+    server: Option<JoinHandle<()>>,
     pool: JoinHandle<()>,
     background: Vec<JoinHandle<()>>,
     /// Refuses a second supervisor on the same data directory.
@@ -159,7 +167,8 @@ impl Supervisor {
         let vmm_program = host::vmm_program(config.vmm.as_deref())?;
         let journal = Arc::new(Journal::open(&config.data_dir.join(JOURNAL))?);
         let owner = identity::owner(&journal, &config.data_dir, &sources)?;
-        let store = Store::open(&config, &owner, &sources).await?;
+        let metrics = Arc::new(Metrics::default());
+        let store = Store::open(&config, &owner, &sources, &metrics).await?;
         for caveat in store.caveats() {
             tracing::warn!("the store: {caveat}");
         }
@@ -175,6 +184,7 @@ impl Supervisor {
         // Bound before the adoption, so that a taken port changes nothing; served after it.
         let listener =
             TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
+        let tls = front::tls::of(&config.tls)?;
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
         let pool =
             VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
@@ -184,6 +194,7 @@ impl Supervisor {
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
             goldens: Goldens::default(),
+            metrics,
             snapshot_names: Reservations::default(),
             config,
             journal,
@@ -196,6 +207,7 @@ impl Supervisor {
             vmm_program,
             admission: Mutex::new(()),
         });
+        let front = Front::new(core.clone(), tls)?;
         restart::run(&core).await?;
         let stop = CancellationToken::new();
         let (pooled, pool_stop) = (core.clone(), stop.clone());
@@ -205,9 +217,9 @@ impl Supervisor {
             tokio::spawn(pressure::run(core.clone(), stop.clone())),
             tokio::spawn(ahead::run(core.clone(), stop.clone())),
         ];
-        let server = tokio::spawn(serve(listener, core.clone(), stop.clone()));
+        let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");
-        Ok(Self { core, addr, stop, server, pool, background, _lock: lock })
+        Ok(Self { core, addr, stop, server: Some(server), pool, background, _lock: lock })
     }
 
     /// Where the API is.
@@ -220,18 +232,41 @@ impl Supervisor {
         &self.core
     }
 
+    /// Stops serving and pauses every sandbox that runs. What cannot be paused goes on, as at a [`Supervisor::shutdown`]; how many do is
+    /// answered.
+    pub async fn pause_all(&mut self) -> usize {
+        // First, so that no request wakes one again.
+        self.end_serving().await;
+        let running = self.core.registry.all().into_iter().filter(|sandbox| sandbox.state() == State::Running);
+        let pauses = futures::stream::iter(running).map(|sandbox| async move {
+            let outcome = operations::pause(&self.core, &sandbox).await;
+            if let Err(error) = &outcome {
+                tracing::warn!(id = %sandbox.id, error = error.chain(), "it is not paused and goes on");
+            }
+            outcome.is_err()
+        });
+        pauses.buffer_unordered(PAUSES).filter(|left| std::future::ready(*left)).count().await
+    }
+
+    async fn end_serving(&mut self) {
+        self.stop.cancel();
+        if let Some(server) = self.server.take()
+            && tokio::time::timeout(DRAIN, server).await.is_err()
+        {
+            tracing::warn!("requests in flight were cut off");
+        }
+    }
+
     /// Stops serving. Sandboxes keep running; the next supervisor on this data directory adopts them. Operations under way get a moment to
     /// end; those that need longer are finished or rolled back by the next supervisor.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(mut self) {
         self.stop.cancel();
         self.background.iter().for_each(JoinHandle::abort);
         if tokio::time::timeout(DRAIN, self.pool).await.is_err() {
             tracing::warn!("VMMs started ahead are left to the next start");
         }
         self.core.kept.shrink_to(0);
-        if tokio::time::timeout(DRAIN, self.server).await.is_err() {
-            tracing::warn!("requests in flight were cut off");
-        }
+        self.end_serving().await;
         let idle = async {
             for sandbox in self.core.registry.all() {
                 drop(sandbox.lock().await);
@@ -240,13 +275,6 @@ impl Supervisor {
         if tokio::time::timeout(DRAIN, idle).await.is_err() {
             tracing::warn!("operations under way are left to the next start");
         }
-    }
-}
-
-async fn serve(listener: TcpListener, core: Arc<Core>, stop: CancellationToken) {
-    let app = routes::router(core);
-    if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await {
-        tracing::error!(%error, "the API server ended");
     }
 }
 
@@ -285,7 +313,8 @@ fn take_lock(config: &Config) -> Result<File, Error> {
 async fn detached<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
-    match tokio::spawn(operation).await {
+    // In the request's span, so that its log has the request's id.
+    match tokio::spawn(operation.in_current_span()).await {
         Ok(outcome) => outcome,
         Err(error) => {
             tracing::error!(%error, "an operation did not end");
@@ -311,6 +340,6 @@ pub mod operations {
     pub use super::delete::{delete, undelete};
     pub use super::execute::{Executed, execute};
     pub use super::pause::pause;
-    pub use super::resume::resume;
+    pub use super::resume::{ensure_running, resume};
     pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
 }

@@ -64,6 +64,7 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
         }
     };
     sandbox.set_phase(None);
+    core.metrics.operation("pause", matches!(result, Some((_, Ok(_)))), &timing);
     let note = match &result {
         Some((_, Err(error))) => error.chain(),
         Some((_, Ok(_))) => "ok".to_owned(),

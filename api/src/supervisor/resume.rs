@@ -27,7 +27,7 @@ pub async fn resume(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(Record,
 }
 
 /// Returns when the sandbox runs; wakes it when it is paused. However many ask at once, there is one wake, and its failure is everybody's.
-pub(super) async fn ensure_running(
+pub async fn ensure_running(
     core: &Arc<Core>,
     sandbox: &Arc<Sandbox>,
     verb: &'static str,
@@ -80,6 +80,7 @@ async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -
         }
     };
     sandbox.set_phase(None);
+    core.metrics.operation("resume", outcome.is_ok(), &timing);
     let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
     core.journal.end(operation, &note, core.sources.now_ms())?;
     let outcome = match outcome {

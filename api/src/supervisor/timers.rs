@@ -20,10 +20,18 @@ const LONGEST_SLEEP_MS: i64 = 30_000;
 /// An overdue sandbox whose lock is taken is looked at again this much later.
 const BUSY_MS: i64 = 500;
 
+/// When the present life is over. One that is paused then lives on while it is used: its time counts from the last request that reached it.
+/// One that is deleted then does not.
+pub(super) fn end_of_life(record: &Record, last_request: UnixMs) -> Option<UnixMs> {
+    let deadline = record.deadline?;
+    let used = last_request.saturating_add(i64::from(record.spec.timeout_s) * 1000);
+    Some(if record.spec.auto_pause { deadline.max(used) } else { deadline })
+}
+
 /// When something is next to be done about this sandbox, if ever.
-fn due(record: &Record) -> Option<UnixMs> {
+fn due(record: &Record, last_request: UnixMs) -> Option<UnixMs> {
     match record.state {
-        State::Running => record.deadline,
+        State::Running => end_of_life(record, last_request),
         State::Deleting => Some(record.state_changed_at + RETRY_DELETE_MS),
         State::Starting
         | State::Snapshotting
@@ -47,7 +55,7 @@ pub(super) async fn run(core: Arc<Core>, stop: CancellationToken) {
         let now = core.sources.now_ms();
         let mut next: Option<UnixMs> = None;
         for sandbox in core.registry.all() {
-            let Some(at) = due(&sandbox.record()) else { continue };
+            let Some(at) = due(&sandbox.record(), sandbox.last_request()) else { continue };
             if at <= now {
                 tokio::spawn(expire(core.clone(), sandbox));
             }
@@ -65,7 +73,11 @@ async fn expire(core: Arc<Core>, sandbox: Arc<Sandbox>) {
     // Somebody works on it: the end of that changes the deadline, or it is looked at again.
     let Some(guard) = sandbox.try_lock() else { return };
     let record = sandbox.record();
-    if due(&record).is_none_or(|at| at > core.sources.now_ms()) {
+    if due(&record, sandbox.last_request()).is_none_or(|at| at > core.sources.now_ms()) {
+        return;
+    }
+    // A request is on its way or being answered: the end of it puts the end of life off.
+    if record.spec.auto_pause && record.state == State::Running && sandbox.visits() > 0 {
         return;
     }
     let id = sandbox.id.clone();
@@ -102,11 +114,25 @@ mod tests {
         record.deadline = Some(5);
         for state in State::ALL {
             record.state = state;
-            assert_eq!(due(&record).is_some(), matches!(state, State::Running | State::Deleting), "{state}");
+            assert_eq!(due(&record, 0).is_some(), matches!(state, State::Running | State::Deleting), "{state}");
         }
         record.state = State::Running;
         record.deadline = None;
-        assert_eq!(due(&record), None);
+        assert_eq!(due(&record, 0), None);
+    }
+
+    #[test]
+    fn requests_put_an_auto_pause_off_and_a_delete_not() {
+        let mut record = sample("sbx-a");
+        (record.state, record.deadline) = (State::Running, Some(300_000));
+        record.spec.timeout_s = 300;
+        assert_eq!(due(&record, 200_000), Some(300_000));
+        record.spec.auto_pause = true;
+        assert_eq!(due(&record, 0), Some(300_000));
+        assert_eq!(due(&record, 200_000), Some(500_000));
+        // After a failed auto-pause the next try may come later than that.
+        record.deadline = Some(600_000);
+        assert_eq!(due(&record, 200_000), Some(600_000));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use axum::http::{Request, Response};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Limits, RunAhead, StoreConfig, Warm};
+use stasis_api::config::{Config, Deadlines, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
 use stasis_api::error::Error;
 use stasis_api::record::Spec;
 use stasis_api::sources::Sources;
@@ -55,6 +55,8 @@ impl Place {
             // The VMM here is a script that fails.
             warm: Warm { vmm_pool: 0, ..Warm::default() },
             run_ahead: RunAhead::default(),
+            invoke: Invoke::default(),
+            tls: Tls::default(),
         }
     }
 
@@ -113,6 +115,7 @@ pub(crate) fn spec() -> Spec {
         timeout_s: 300,
         auto_pause: false,
         env_vars: std::collections::BTreeMap::new(),
+        port: None,
         network_policy: None,
         created_at: 1000,
     }

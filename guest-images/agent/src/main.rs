@@ -5,10 +5,12 @@
 //! - `exec`: one command, its output and its end
 //! - `wake`: clock and random pool after a restore
 //! - `server`: HTTP over vsock
+//! - `forward`: connections to TCP ports of the guest
 //!
 //! One thread runs everything: tokio's current-thread runtime. No task blocks for longer than a `fork` takes.
 
 mod exec;
+mod forward;
 mod init;
 mod reaper;
 mod server;
@@ -16,18 +18,18 @@ mod wake;
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use reaper::{Adoption, Reaper};
-use stasis_agent::protocol::AGENT_PORT;
+use stasis_agent::protocol::{AGENT_PORT, FORWARD_PORT};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 const USAGE: &str = "usage: stasis-agent            serve on vsock, and first set the guest up when PID 1
-       stasis-agent --unix PATH  serve on a unix socket";
+       stasis-agent --unix PATH  serve on unix sockets: the agent on PATH, the forwarder on PATH_2";
 
 fn main() -> ExitCode {
     let is_init = std::process::id() == 1;
@@ -74,15 +76,15 @@ async fn serve(is_init: bool, socket: Option<PathBuf>) -> Result<(), Box<dyn Err
     let router = server::router(reaper);
     let served = async {
         if let Some(path) = socket {
-            let listener =
-                UnixListener::bind(&path).map_err(|source| format!("cannot listen on {}: {source}", path.display()))?;
+            let mut beside = path.clone().into_os_string();
+            beside.push(format!("_{FORWARD_PORT}"));
+            let (agent, forwarder) = (listen_unix(&path)?, listen_unix(Path::new(&beside))?);
             ready();
-            server::serve(listener, router).await;
+            tokio::join!(server::serve(agent, router), forward::serve(forwarder));
         } else {
-            let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT))
-                .map_err(|source| format!("cannot listen on vsock port {AGENT_PORT}: {source}"))?;
+            let (agent, forwarder) = (listen_vsock(AGENT_PORT)?, listen_vsock(FORWARD_PORT)?);
             ready();
-            server::serve(listener, router).await;
+            tokio::join!(server::serve(agent, router), forward::serve(forwarder));
         }
         Ok::<(), Box<dyn Error>>(())
     };
@@ -91,6 +93,15 @@ async fn serve(is_init: bool, socket: Option<PathBuf>) -> Result<(), Box<dyn Err
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     }
+}
+
+fn listen_unix(path: &Path) -> Result<UnixListener, Box<dyn Error>> {
+    UnixListener::bind(path).map_err(|source| format!("cannot listen on {}: {source}", path.display()).into())
+}
+
+fn listen_vsock(port: u32) -> Result<VsockListener, Box<dyn Error>> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .map_err(|source| format!("cannot listen on vsock port {port}: {source}").into())
 }
 
 /// Who watches the console waits for this line.

@@ -7,12 +7,20 @@
 //! | `POST /v1/wake` | [`WakeRequest`] | [`WakeReply`] |
 //!
 //! Fields may be added (both sides ignore what they do not know); a change of meaning is a new [`PROTOCOL`].
+//!
+//! On [`FORWARD_PORT`] the agent leads connections to TCP ports of the guest's loopback. The supervisor writes one line that names a port
+//! ([`forward_line`]), the agent answers with one line ([`Forwarded`]); after `OK` the connection is the TCP connection, half-closes included.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 
 /// vsock port of the agent.
 pub const AGENT_PORT: u32 = 1;
+/// vsock port of the agent's forwarder.
+pub const FORWARD_PORT: u32 = 2;
+/// Longest line of the forwarder's protocol without its line feed, bytes.
+pub const MAX_FORWARD_LINE: usize = 256;
 /// Protocol version in [`Health`].
 pub const PROTOCOL: u32 = 1;
 
@@ -93,4 +101,85 @@ pub struct WakeReply {
 pub struct AgentError {
     /// What happened, to what, and why.
     pub message: String,
+}
+
+/// The line that asks the forwarder for a TCP port of the guest, with its line feed.
+pub fn forward_line(port: NonZeroU16) -> String {
+    format!("TCP {port}\n")
+}
+
+/// The port that a line (without its line feed) asks for.
+pub fn parse_forward_line(line: &[u8]) -> Option<NonZeroU16> {
+    let port = line.strip_prefix(b"TCP ")?;
+    // `parse` alone would take a sign.
+    if !port.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(port).ok()?.parse().ok()
+}
+
+/// What the forwarder answers, in one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Forwarded {
+    /// From here on bytes go to and from the port.
+    Connected,
+    /// Nobody listens on the port.
+    Refused,
+    /// Something else went wrong.
+    Failed(String),
+}
+
+impl Forwarded {
+    /// The line, with its line feed.
+    pub fn line(&self) -> String {
+        match self {
+            Self::Connected => "OK\n".to_owned(),
+            Self::Refused => "REFUSED\n".to_owned(),
+            Self::Failed(why) => {
+                let mut line: String =
+                    format!("FAILED {why}").chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+                while line.len() > MAX_FORWARD_LINE {
+                    line.pop();
+                }
+                line + "\n"
+            }
+        }
+    }
+
+    /// Reads a line without its line feed; none when it is no answer of a forwarder.
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        match line {
+            b"OK" => Some(Self::Connected),
+            b"REFUSED" => Some(Self::Refused),
+            _ => line.strip_prefix(b"FAILED ").map(|why| Self::Failed(String::from_utf8_lossy(why).into_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forward_lines_read_back_and_nothing_else_does() {
+        for port in [1, 80, 65535].map(|port| NonZeroU16::new(port).unwrap()) {
+            let line = forward_line(port);
+            assert_eq!(parse_forward_line(line.trim_end().as_bytes()), Some(port));
+        }
+        for line in ["", "TCP", "TCP ", "TCP 0", "TCP 65536", "TCP +1", "TCP -1", "TCP 1 ", "tcp 1", "UDP 1", "TCP 1\r"]
+        {
+            assert_eq!(parse_forward_line(line.as_bytes()), None, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn forwarders_answers_read_back_and_fit_a_line() {
+        for answer in [Forwarded::Connected, Forwarded::Refused, Forwarded::Failed("no route".to_owned())] {
+            let line = answer.line();
+            assert_eq!(Forwarded::parse(line.strip_suffix('\n').unwrap().as_bytes()), Some(answer));
+        }
+        let long = Forwarded::Failed(format!("a\nb{}", "ä".repeat(500))).line();
+        assert!(long.len() <= MAX_FORWARD_LINE + 1 && long.find('\n') == Some(long.len() - 1), "{long:?}");
+        assert_eq!(Forwarded::parse(b"ok"), None);
+    }
 }

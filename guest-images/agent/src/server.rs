@@ -56,20 +56,25 @@ impl Listen for UnixListener {
     }
 }
 
+/// The next connection, however often `accept` fails before.
+pub(crate) async fn next<L: Listen>(listener: &L) -> L::Stream {
+    loop {
+        match listener.accept().await {
+            Ok(stream) => return stream,
+            Err(error) => {
+                eprintln!("stasis-agent: cannot accept a connection: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
 /// Serves connections for ever.
 pub(crate) async fn serve(listener: impl Listen, router: Router) {
     let free = Arc::new(Semaphore::new(CONNECTIONS));
     // The semaphore is never closed, so this ends only with the task.
     while let Ok(permit) = Arc::clone(&free).acquire_owned().await {
-        let stream = loop {
-            match listener.accept().await {
-                Ok(stream) => break stream,
-                Err(error) => {
-                    eprintln!("stasis-agent: cannot accept a connection: {error}");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        };
+        let stream = next(&listener).await;
         let service = TowerToHyperService::new(router.clone());
         tokio::spawn(async move {
             let mut http = http1::Builder::new();
