@@ -114,8 +114,14 @@ fn default_true() -> bool {
 pub struct Limits {
     /// Bytes of a request body at most.
     pub body_bytes: usize,
-    /// Sandboxes with a VM at once, of one tenant.
+    /// Sandboxes with a VM at once, of one tenant. Paused and stopped ones do not count.
     pub sandboxes: usize,
+    /// The same of all tenants together.
+    pub host_sandboxes: usize,
+    /// Requests a minute of one tenant; 0 is no limit.
+    pub requests_per_minute: u32,
+    /// The same of all tenants together.
+    pub host_requests_per_minute: u32,
     /// Bytes kept of each of stdout and stderr of a command.
     pub output_bytes: usize,
     /// Requests in flight of one capture or wake at most.
@@ -126,7 +132,16 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 10 << 20, sandboxes: 64, output_bytes: 4 << 20, connections: 32, host_connections: 64 }
+        Self {
+            body_bytes: 10 << 20,
+            sandboxes: 64,
+            host_sandboxes: 256,
+            requests_per_minute: 6000,
+            host_requests_per_minute: 0,
+            output_bytes: 4 << 20,
+            connections: 32,
+            host_connections: 64,
+        }
     }
 }
 
@@ -150,6 +165,8 @@ pub struct Deadlines {
     pub settle_ms: u64,
     /// The agent's answer to a wake.
     pub wake_ms: u64,
+    /// From an auto-pause that failed to the next try.
+    pub pause_retry_ms: u64,
 }
 
 impl Default for Deadlines {
@@ -163,6 +180,7 @@ impl Default for Deadlines {
             commit_ms: 10_000,
             settle_ms: 40_000,
             wake_ms: 60_000,
+            pause_retry_ms: 15_000,
         }
     }
 }
@@ -192,7 +210,8 @@ deadlines!(
     store = store_ms,
     commit = commit_ms,
     settle = settle_ms,
-    wake = wake_ms
+    wake = wake_ms,
+    pause_retry = pause_retry_ms
 );
 
 /// Why a configuration cannot be used.
@@ -247,6 +266,9 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_STORE_PATH_STYLE", "store.path_style"),
     ("STASIS_LIMITS_BODY_BYTES", "limits.body_bytes"),
     ("STASIS_LIMITS_SANDBOXES", "limits.sandboxes"),
+    ("STASIS_LIMITS_HOST_SANDBOXES", "limits.host_sandboxes"),
+    ("STASIS_LIMITS_REQUESTS_PER_MINUTE", "limits.requests_per_minute"),
+    ("STASIS_LIMITS_HOST_REQUESTS_PER_MINUTE", "limits.host_requests_per_minute"),
     ("STASIS_LIMITS_OUTPUT_BYTES", "limits.output_bytes"),
     ("STASIS_LIMITS_CONNECTIONS", "limits.connections"),
     ("STASIS_LIMITS_HOST_CONNECTIONS", "limits.host_connections"),
@@ -272,6 +294,7 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_DEADLINES_COMMIT_MS", "deadlines.commit_ms"),
     ("STASIS_DEADLINES_SETTLE_MS", "deadlines.settle_ms"),
     ("STASIS_DEADLINES_WAKE_MS", "deadlines.wake_ms"),
+    ("STASIS_DEADLINES_PAUSE_RETRY_MS", "deadlines.pause_retry_ms"),
 ];
 
 /// The settings that environment variables make.
@@ -330,6 +353,7 @@ impl Config {
         for (field, value, low, high) in [
             ("limits.body_bytes", self.limits.body_bytes, 1024, 1 << 30),
             ("limits.sandboxes", self.limits.sandboxes, 1, 100_000),
+            ("limits.host_sandboxes", self.limits.host_sandboxes, 1, 100_000),
             ("limits.output_bytes", self.limits.output_bytes, 1024, 64 << 20),
             ("limits.connections", usize::from(self.limits.connections), 1, 256),
             ("limits.host_connections", usize::from(self.limits.host_connections), 2, 4096),
@@ -413,6 +437,8 @@ mod tests {
             (vec![("listen", "nowhere")], "listen"),
             (vec![("limits.sandboxes", "0")], "limits.sandboxes"),
             (vec![("limits.sandboxes", "many")], "limits.sandboxes"),
+            (vec![("limits.host_sandboxes", "0")], "limits.host_sandboxes"),
+            (vec![("limits.requests_per_minute", "-1")], "requests_per_minute"),
             (vec![("deadlines.commit_ms", "1")], "deadlines.commit_ms"),
             (vec![("store.kind", "tape")], "kind"),
             (vec![("warm.golden", "perhaps")], "warm.golden"),

@@ -126,6 +126,7 @@ pub(crate) mod tests_support {
             auto_pause: false,
             env_vars: std::collections::BTreeMap::new(),
             network_policy: None,
+            snapshot: None,
             created_at: 1000,
         };
         Record::new(SandboxId::parse(id).unwrap(), "dev".to_owned(), spec)

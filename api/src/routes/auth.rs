@@ -9,7 +9,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use std::sync::Arc;
 
-/// The tenant that the request's key speaks for.
+/// The tenant that the request's key speaks for. Each request that takes this counts against the rates.
 pub(super) struct Tenant(pub(super) String);
 
 impl FromRequestParts<Arc<Core>> for Tenant {
@@ -17,7 +17,9 @@ impl FromRequestParts<Arc<Core>> for Tenant {
 
     async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Error> {
         let key = key_of(&parts.headers).ok_or(Error::Unauthorized)?;
-        core.journal.tenant_of_key(key)?.map(Self).ok_or(Error::Unauthorized)
+        let tenant = core.journal.tenant_of_key(key)?.ok_or(Error::Unauthorized)?;
+        core.rates.take(&tenant, core.sources.now_ms())?;
+        Ok(Self(tenant))
     }
 }
 

@@ -64,15 +64,20 @@ impl Restored {
 }
 
 /// What a restore reads: the manifest and its digest, and leave to read its packs.
-struct Source {
-    bytes: Bytes,
-    grants: Grants,
-    known: Arc<KnownPacks>,
-    took: Duration,
+pub(super) struct Source {
+    pub(super) bytes: Bytes,
+    pub(super) grants: Grants,
+    pub(super) known: Arc<KnownPacks>,
+    pub(super) took: Duration,
 }
 
 /// The manifest, from memory or from the store.
-async fn source(core: &Core, spec: &Spec, named: &ManifestRef, held: Option<Bytes>) -> Result<Source, Error> {
+pub(super) async fn source(
+    core: &Core,
+    spec: &Spec,
+    named: &ManifestRef,
+    held: Option<Bytes>,
+) -> Result<Source, Error> {
     let begun = Instant::now();
     let (manifest, bytes) = match held {
         Some(bytes) => {

@@ -114,6 +114,7 @@ pub(crate) fn spec() -> Spec {
         auto_pause: false,
         env_vars: std::collections::BTreeMap::new(),
         network_policy: None,
+        snapshot: None,
         created_at: 1000,
     }
 }
