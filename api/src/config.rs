@@ -124,8 +124,14 @@ fn default_true() -> bool {
 pub struct Limits {
     /// Bytes of a request body at most.
     pub body_bytes: usize,
-    /// Sandboxes with a VM at once, of one tenant.
+    /// Sandboxes with a VM at once, of one tenant. Paused and stopped ones do not count.
     pub sandboxes: usize,
+    /// The same of all tenants together.
+    pub host_sandboxes: usize,
+    /// Requests a minute of one tenant; 0 is no limit.
+    pub requests_per_minute: u32,
+    /// The same of all tenants together.
+    pub host_requests_per_minute: u32,
     /// Bytes kept of each of stdout and stderr of a command.
     pub output_bytes: usize,
     /// Requests in flight of one capture or wake at most.
@@ -141,6 +147,9 @@ impl Default for Limits {
         Self {
             body_bytes: 10 << 20,
             sandboxes: 64,
+            host_sandboxes: 256,
+            requests_per_minute: 6000,
+            host_requests_per_minute: 0,
             output_bytes: 4 << 20,
             connections: 32,
             host_connections: 64,
@@ -175,6 +184,8 @@ pub struct Deadlines {
     pub connect_ms: u64,
     /// A connection to an app on which nothing moves is ended after this time.
     pub idle_ms: u64,
+    /// From an auto-pause that failed to the next try.
+    pub pause_retry_ms: u64,
 }
 
 impl Default for Deadlines {
@@ -191,6 +202,7 @@ impl Default for Deadlines {
             hold_ms: 300_000,
             connect_ms: 10_000,
             idle_ms: 300_000,
+            pause_retry_ms: 15_000,
         }
     }
 }
@@ -223,7 +235,8 @@ deadlines!(
     wake = wake_ms,
     hold = hold_ms,
     connect = connect_ms,
-    idle = idle_ms
+    idle = idle_ms,
+    pause_retry = pause_retry_ms
 );
 
 /// Why a configuration cannot be used.
@@ -278,6 +291,9 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_STORE_PATH_STYLE", "store.path_style"),
     ("STASIS_LIMITS_BODY_BYTES", "limits.body_bytes"),
     ("STASIS_LIMITS_SANDBOXES", "limits.sandboxes"),
+    ("STASIS_LIMITS_HOST_SANDBOXES", "limits.host_sandboxes"),
+    ("STASIS_LIMITS_REQUESTS_PER_MINUTE", "limits.requests_per_minute"),
+    ("STASIS_LIMITS_HOST_REQUESTS_PER_MINUTE", "limits.host_requests_per_minute"),
     ("STASIS_LIMITS_OUTPUT_BYTES", "limits.output_bytes"),
     ("STASIS_LIMITS_CONNECTIONS", "limits.connections"),
     ("STASIS_LIMITS_HOST_CONNECTIONS", "limits.host_connections"),
@@ -314,6 +330,7 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_TLS_CERT", "tls.cert"),
     ("STASIS_TLS_KEY", "tls.key"),
     ("STASIS_TLS_PLAIN", "tls.plain"),
+    ("STASIS_DEADLINES_PAUSE_RETRY_MS", "deadlines.pause_retry_ms"),
 ];
 
 /// The settings that environment variables make.
@@ -372,6 +389,7 @@ impl Config {
         for (field, value, low, high) in [
             ("limits.body_bytes", self.limits.body_bytes, 1024, 1 << 30),
             ("limits.sandboxes", self.limits.sandboxes, 1, 100_000),
+            ("limits.host_sandboxes", self.limits.host_sandboxes, 1, 100_000),
             ("limits.output_bytes", self.limits.output_bytes, 1024, 64 << 20),
             ("limits.connections", usize::from(self.limits.connections), 1, 256),
             ("limits.host_connections", usize::from(self.limits.host_connections), 2, 4096),
@@ -486,6 +504,8 @@ mod tests {
             (vec![("listen", "nowhere")], "listen"),
             (vec![("limits.sandboxes", "0")], "limits.sandboxes"),
             (vec![("limits.sandboxes", "many")], "limits.sandboxes"),
+            (vec![("limits.host_sandboxes", "0")], "limits.host_sandboxes"),
+            (vec![("limits.requests_per_minute", "-1")], "requests_per_minute"),
             (vec![("deadlines.commit_ms", "1")], "deadlines.commit_ms"),
             (vec![("store.kind", "tape")], "kind"),
             (vec![("warm.golden", "perhaps")], "warm.golden"),

@@ -1,9 +1,11 @@
 //! What can go wrong with a request, in the words of the domain. [`Error::status`] and [`Error::code`] are the only place where an error
 //! becomes an HTTP status: exhaustive, so that a new variant must be placed.
 
+use crate::admission::{NoPlace, Scope};
 use crate::ids::SandboxId;
 use crate::invoke::InvokeError;
 use crate::journal::JournalError;
+use crate::rate::TooMany;
 use crate::record::PortableError;
 use crate::states::State;
 use crate::template::TemplateError;
@@ -48,12 +50,6 @@ pub enum Error {
         /// What was asked.
         verb: &'static str,
     },
-    /// The tenant has as many as it may have.
-    #[error("the limit of {limit} sandboxes is reached: delete or pause one first")]
-    Limit {
-        /// How many.
-        limit: usize,
-    },
     /// A sandbox has as many presigned URLs as it may have.
     #[error("sandbox {id} has as many presigned URLs as it may have: delete one or let one expire first")]
     TooManyUrls {
@@ -63,12 +59,26 @@ pub enum Error {
     /// The sandbox has no presigned URL of that id.
     #[error("there is no presigned URL {0:?}")]
     NoPresignedUrl(String),
+    /// The tenant has as many as it may have, or the host has.
+    #[error(transparent)]
+    Limit(#[from] NoPlace),
+    /// The tenant asks too often, or all do.
+    #[error(transparent)]
+    Rate(#[from] TooMany),
     /// The tenant has no snapshot of that name or id.
     #[error("there is no snapshot {0:?}")]
     NoSnapshot(String),
     /// The tenant has a snapshot of that name, or is making one.
     #[error("there is a snapshot {0:?} already")]
     SnapshotExists(String),
+    /// A sandbox was restored from the snapshot and runs.
+    #[error("snapshot {snapshot:?} is in use by sandbox {sandbox}: delete, pause or stop that first")]
+    SnapshotInUse {
+        /// Its id.
+        snapshot: String,
+        /// By which.
+        sandbox: SandboxId,
+    },
     /// The guest of this sandbox has no agent.
     #[error("sandbox {id}: template {template:?} has no agent, so it runs no commands")]
     NoAgent {
@@ -232,10 +242,12 @@ impl Error {
             Self::BadJson(_) | Self::Invalid(_) | Self::Command(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::State { .. }
-            | Self::Limit { .. }
             | Self::TooManyUrls { .. }
             | Self::Fenced { .. }
-            | Self::SnapshotExists(_) => StatusCode::CONFLICT,
+            | Self::SnapshotExists(_)
+            | Self::SnapshotInUse { .. } => StatusCode::CONFLICT,
+            Self::Limit(refused) => refused.status(),
+            Self::Rate(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Template(e) => match e {
                 TemplateError::Unknown { .. } => StatusCode::BAD_REQUEST,
                 TemplateError::File { .. }
@@ -272,7 +284,11 @@ impl Error {
             Self::TooLarge { .. } => "too-large",
             Self::Invalid(_) => "invalid",
             Self::State { .. } => "wrong-state",
-            Self::Limit { .. } | Self::TooManyUrls { .. } => "limit",
+            Self::SnapshotInUse { .. } => "in-use",
+            Self::TooManyUrls { .. } => "limit",
+            Self::Limit(NoPlace { scope: Scope::Tenant, .. }) => "limit",
+            Self::Limit(NoPlace { scope: Scope::Host, .. }) => "capacity",
+            Self::Rate(_) => "rate",
             Self::NoAgent { .. } => "no-agent",
             Self::Template(_) => "template",
             Self::Host(_) => "host",
@@ -294,6 +310,16 @@ impl Error {
             | Self::Bug(_) => "internal",
             Self::Invoke(e) => e.code(),
             Self::Shared(e) => e.code(),
+        }
+    }
+
+    /// When a client that was refused for want of room may ask again, seconds.
+    pub fn retry_after_s(&self) -> Option<u32> {
+        match self {
+            Self::Limit(refused) => Some(refused.retry_after_s),
+            Self::Rate(refused) => Some(refused.retry_after_s),
+            Self::Shared(error) => error.retry_after_s(),
+            _ => None,
         }
     }
 

@@ -16,6 +16,7 @@
 //! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
 //! | [`run_ahead`] | whether pages are sent ahead of a pause |
 //! | [`known_packs`] | packs that are in the store for certain |
+//! | [`admission`], [`rate`] | how many sandboxes may run and how many requests may come, of a tenant and on a host |
 //! | [`fair_share`] | how captures and wakes share the connections of a host |
 //! | [`front`] | the listener: TLS, HTTP/1.1 and HTTP/2, and who answers |
 //! | [`routes`] | the REST API |
@@ -29,6 +30,7 @@
 //! A test drives it with [`supervisor::Supervisor::start`], or as the program `stasis serve`.
 //!
 //! This crate knows no KVM and no devices: it talks to `stasis-vmm` over its control socket, and to a guest over its agent's protocol.
+pub mod admission;
 pub mod agent_client;
 pub mod cli;
 pub mod config;
@@ -45,6 +47,7 @@ pub mod known_packs;
 pub mod memory_pressure;
 pub mod metrics;
 pub mod network_policy;
+pub mod rate;
 pub mod record;
 pub mod registry;
 pub mod routes;

@@ -4,7 +4,7 @@
 use crate::ids::SandboxId;
 use crate::network_policy::NetworkPolicy;
 use crate::sources::UnixMs;
-use crate::states::State;
+use crate::states::{Event, State};
 use serde::{Deserialize, Serialize};
 use stasis_snapshot::manifest::{ManifestRef, Versioned};
 use std::collections::BTreeMap;
@@ -42,6 +42,9 @@ pub struct Spec {
     /// Egress policy.
     #[serde(default)]
     pub network_policy: Option<NetworkPolicy>,
+    /// Id of the named snapshot that it was restored from.
+    #[serde(default)]
+    pub snapshot: Option<String>,
     /// When the sandbox was created.
     pub created_at: UnixMs,
 }
@@ -49,7 +52,8 @@ pub struct Spec {
 /// What heads and manifests carry for the supervisor, as JSON under [`Portable::VERSION`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Portable {
-    /// State at the commit: `running` (an owner holds it), `paused`, or `deleted`.
+    /// State at the commit: `running` (an owner holds it), `paused` or `stopped`. `stopped` for as long as the head names the manifest of a
+    /// stop, which holds disks alone, whoever runs it since.
     pub state: State,
     /// What was asked for.
     pub spec: Spec,
@@ -116,6 +120,9 @@ pub struct Record {
     pub seq: u64,
     /// The manifest that the head names, if it was ever paused.
     pub commit: Option<ManifestRef>,
+    /// The commit is a stop's: it holds disks alone, and is started rather than resumed.
+    #[serde(default)]
+    pub disks_only: bool,
     /// The booted template that it was started from.
     #[serde(default)]
     pub origin: Option<ManifestRef>,
@@ -140,9 +147,24 @@ impl Record {
             epoch: 0,
             seq: 0,
             commit: None,
+            disks_only: false,
             origin: None,
             vmm: None,
             reason: None,
+        }
+    }
+
+    /// Where it is back when its VM is gone: `None` when there is no commit to go back to.
+    pub fn rest(&self) -> Option<State> {
+        self.commit.as_ref().map(|_| if self.disks_only { State::Stopped } else { State::Paused })
+    }
+
+    /// What has happened when its VM is gone.
+    pub fn lost(&self) -> Event {
+        match self.rest() {
+            Some(State::Stopped) => Event::LostStored,
+            Some(_) => Event::LostCommitted,
+            None => Event::Lost,
         }
     }
 

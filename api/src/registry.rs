@@ -314,12 +314,17 @@ impl Registry {
         let mut next = record.clone();
         next.state = states::next(Some(record.state), event)?;
         next.state_changed_at = now;
-        if next.state == State::Running {
-            // The life starts anew at each entry, or a woken sandbox would be overdue at once.
-            next.launched_at = Some(now);
-            next.deadline = Some(now + i64::from(record.spec.timeout_s) * 1000);
-        } else {
-            next.deadline = None;
+        match next.state {
+            // A life starts with each wake and each boot, or a woken sandbox would be overdue at once. A pause or a snapshot that did not
+            // end it neither shortens nor prolongs it.
+            State::Running if event == Event::Ready || next.deadline.is_none() => {
+                next.launched_at = Some(now);
+                next.deadline = Some(now + i64::from(record.spec.timeout_s) * 1000);
+            }
+            State::Running | State::Snapshotting | State::Stopping => {}
+            State::Starting | State::Paused | State::Unpausing | State::Stopped | State::Deleting | State::Deleted => {
+                next.deadline = None
+            }
         }
         change(&mut next);
         Some(next)
@@ -336,12 +341,11 @@ impl Registry {
         self.deadlines_changed.notified().await;
     }
 
-    /// Sandboxes of `tenant` that have a VM or are about to.
-    pub fn with_vm(&self, tenant: &str) -> usize {
-        self.all()
-            .iter()
-            .filter(|s| s.tenant == tenant && !matches!(s.state(), State::Paused | State::Stopped | State::Deleted))
-            .count()
+    /// Sandboxes that have a VM or are about to.
+    pub fn with_vm(&self) -> Vec<Arc<Sandbox>> {
+        let mut all = self.all();
+        all.retain(|s| !matches!(s.state(), State::Paused | State::Stopped | State::Deleted));
+        all
     }
 }
 
@@ -365,14 +369,24 @@ mod tests {
     }
 
     #[test]
-    fn a_life_starts_at_each_entry_to_running() {
+    fn a_life_starts_with_a_wake_and_outlives_what_does_not_end_it() {
         let registry = registry();
         let sandbox = registry.add(sample("sbx-a"), None).unwrap();
         let running = registry.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
         assert_eq!(running.deadline.unwrap() - running.launched_at.unwrap(), 300_000);
-        assert_eq!(registry.begin(&sandbox, Event::Pause, "pause").unwrap().deadline, None);
-        let again = registry.record(&sandbox, Event::Failed, None, |_| {}).unwrap();
-        assert!(again.deadline.unwrap() >= running.deadline.unwrap());
+        for (begun, ended) in
+            [(Event::Pause, Event::Failed), (Event::Stop, Event::Failed), (Event::Snapshot, Event::Captured)]
+        {
+            assert_eq!(registry.begin(&sandbox, begun, "end").unwrap().deadline, running.deadline);
+            let again = registry.record(&sandbox, ended, None, |_| {}).unwrap();
+            assert_eq!((again.launched_at, again.deadline), (running.launched_at, running.deadline), "the same life");
+        }
+        registry.amend(&sandbox, |record| record.deadline = Some(1)).unwrap();
+        registry.begin(&sandbox, Event::Pause, "pause").unwrap();
+        assert_eq!(registry.record(&sandbox, Event::Committed, None, |_| {}).unwrap().deadline, None);
+        registry.begin(&sandbox, Event::Resume, "resume").unwrap();
+        let woken = registry.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
+        assert!(woken.deadline.unwrap() >= running.deadline.unwrap(), "a new one");
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Requests about named snapshots, from JSON and queries to checked values. Pure, as [`crate::validate`] is.
 
 use crate::network_policy::NetworkPolicy;
-use crate::validate::{FieldError, FieldErrors, boolean, timeout};
+use crate::validate::{FieldError, FieldErrors, boolean, environment, timeout};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
 /// Characters of a name at most.
 const MAX_NAME: usize = 64;
@@ -27,6 +28,8 @@ pub struct Restore {
     pub auto_pause: bool,
     /// Egress policy; the snapshot's when absent.
     pub network_policy: Option<NetworkPolicy>,
+    /// Environment of every process, on top of the snapshot's.
+    pub env_vars: BTreeMap<String, String>,
 }
 
 /// How a list is sorted.
@@ -91,7 +94,8 @@ pub fn restore(body: &Map<String, Value>) -> Result<Restore, Vec<FieldError>> {
         None | Some(Value::Null) => None,
         Some(value) => NetworkPolicy::from_json(value, &mut errors),
     };
-    errors.or(Restore { name: name.unwrap_or_default(), timeout_s, auto_pause, network_policy })
+    let env_vars = environment(body, &["env_vars"], &mut errors);
+    errors.or(Restore { name: name.unwrap_or_default(), timeout_s, auto_pause, network_policy, env_vars })
 }
 
 /// Checks the query of a list. Names are matched with `-` and `_` alike.

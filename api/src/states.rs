@@ -6,6 +6,8 @@
 //!     │ failed          │ ▲                │ failed, cancelled      ▲                 │ failed
 //!     ▼                 │ └────────────────┘                        └─────────────────┘
 //!  deleted ◀──gone── deleting ◀──delete── running, paused, stopped, deleting
+//!
+//! running ──stop──▶ stopping ──stored──▶ stopped ──start──▶ starting ──ready──▶ running
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -65,8 +67,14 @@ pub enum Event {
     Failed,
     /// The VM died and a commit exists.
     LostCommitted,
+    /// The VM died and the last commit is a stop's.
+    LostStored,
     /// The VM died and nothing was ever committed.
     Lost,
+    /// Another supervisor had it, and paused it.
+    FoundPaused,
+    /// Another supervisor had it, and stopped it.
+    FoundStopped,
     /// Delete.
     Delete,
     /// Nothing is left.
@@ -114,11 +122,17 @@ pub const TABLE: &[Row] = &[
     row(State::Deleting, Event::Gone, State::Deleted),
     // A VM may die at any time that it exists.
     row(State::Running, Event::LostCommitted, State::Paused),
+    row(State::Running, Event::LostStored, State::Stopped),
     row(State::Running, Event::Lost, State::Deleted),
     row(State::Snapshotting, Event::LostCommitted, State::Paused),
+    row(State::Snapshotting, Event::LostStored, State::Stopped),
     row(State::Snapshotting, Event::Lost, State::Deleted),
     row(State::Stopping, Event::LostCommitted, State::Paused),
+    row(State::Stopping, Event::LostStored, State::Stopped),
     row(State::Stopping, Event::Lost, State::Deleted),
+    // Supervisors share a bucket: what rests here may have run elsewhere since.
+    row(State::Stopped, Event::FoundPaused, State::Paused),
+    row(State::Paused, Event::FoundStopped, State::Stopped),
 ];
 
 /// Where `event` leads from `from`; `None` when the table forbids it.
@@ -182,7 +196,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const EVENTS: [Event; 16] = [
+    const EVENTS: [Event; 19] = [
         Event::Create,
         Event::Ready,
         Event::Pause,
@@ -196,7 +210,10 @@ mod tests {
         Event::StartFailed,
         Event::Failed,
         Event::LostCommitted,
+        Event::LostStored,
         Event::Lost,
+        Event::FoundPaused,
+        Event::FoundStopped,
         Event::Delete,
         Event::Gone,
     ];
@@ -242,20 +259,28 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens in whatever order: `paused` is only entered from a proven commit, a failed wake, or a loss with a commit.
+        /// Whatever happens in whatever order: `paused` is only entered with a whole commit, `stopped` only with one of disks alone.
         #[test]
-        fn paused_means_committed(events in prop::collection::vec(0..EVENTS.len(), 0..200)) {
+        fn rest_means_committed(events in prop::collection::vec(0..EVENTS.len(), 0..200)) {
             let mut state = next(None, Event::Create);
-            let mut committed = false;
+            let mut commit = None;
             for event in events.into_iter().map(|i| EVENTS[i]) {
-                // The caller's part of the contract: it reports a loss as what it is.
-                if (event == Event::LostCommitted && !committed) || (event == Event::Lost && committed) {
-                    continue;
+                // The caller's part of the contract: it reports a loss, and the failure of a first boot or a later one, as what it is.
+                let honest = match event {
+                    Event::LostCommitted => commit == Some(State::Paused),
+                    Event::LostStored | Event::StartFailed => commit == Some(State::Stopped),
+                    Event::Lost => commit.is_none(),
+                    Event::Failed if state == Some(State::Starting) => commit.is_none(),
+                    _ => true,
+                };
+                let Some(to) = next(state, event).filter(|_| honest) else { continue };
+                match event {
+                    Event::Committed | Event::FoundPaused => commit = Some(State::Paused),
+                    Event::Stored | Event::FoundStopped => commit = Some(State::Stopped),
+                    _ => {}
                 }
-                let Some(to) = next(state, event) else { continue };
-                committed |= matches!(event, Event::Committed | Event::Stored);
-                if to == State::Paused {
-                    prop_assert!(committed);
+                if matches!(to, State::Paused | State::Stopped) {
+                    prop_assert_eq!(commit, Some(to));
                 }
                 if state == Some(State::Deleted) {
                     prop_assert!(false, "left deleted");

@@ -181,6 +181,26 @@ impl Templates {
         Ok(None)
     }
 
+    /// The template with that digest, `preferred` first. `None` when there is none here.
+    pub fn by_digest(
+        &self,
+        digest: &str,
+        preferred: &str,
+        journal: &Journal,
+    ) -> Result<Option<Template>, TemplateError> {
+        let mut known = self.scan()?;
+        let first = known.remove(preferred);
+        for (path, file) in first.into_iter().chain(known.into_values()) {
+            // A broken neighbour must not hide the one that is looked for.
+            match load(&path, file, journal) {
+                Ok(template) if template.digest == digest => return Ok(Some(template)),
+                Ok(_) => {}
+                Err(e) => tracing::warn!(error = &e as &dyn std::error::Error, "a template cannot be used"),
+            }
+        }
+        Ok(None)
+    }
+
     /// Names of all templates whose description can be read.
     pub fn names(&self) -> Result<Vec<String>, TemplateError> {
         Ok(self.scan()?.into_keys().collect())

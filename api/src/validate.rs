@@ -290,7 +290,11 @@ pub(crate) fn boolean(body: &Map<String, Value>, name: &str, errors: &mut FieldE
     }
 }
 
-fn environment(body: &Map<String, Value>, names: &[&str], errors: &mut FieldErrors) -> BTreeMap<String, String> {
+pub(crate) fn environment(
+    body: &Map<String, Value>,
+    names: &[&str],
+    errors: &mut FieldErrors,
+) -> BTreeMap<String, String> {
     let mut out = BTreeMap::new();
     for name in names {
         match body.get(*name) {

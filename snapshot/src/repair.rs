@@ -53,6 +53,16 @@ pub struct Candidate {
     /// The supervisor's record in it.
     #[serde(skip)]
     pub record: Versioned,
+    /// It is of a stop: it holds disks alone.
+    pub disks_only: bool,
+}
+
+impl Candidate {
+    /// The record as a head carries it.
+    fn record(&self) -> Result<serde_json::Value, NoProposal> {
+        let body: serde_json::Value = serde_json::from_slice(&self.record.bytes).map_err(NoProposal::Record)?;
+        Ok(serde_json::json!({ "version": self.record.version, "body": body }))
+    }
 }
 
 /// What was found of one sandbox or named snapshot.
@@ -179,7 +189,8 @@ impl Survey<'_> {
             });
             if own {
                 let manifest_ref = ManifestRef { key: key.to_owned(), digest };
-                return Ok(Some(Candidate { manifest: manifest_ref, seq, epoch, record: manifest.record }));
+                let disks_only = manifest.state.is_empty();
+                return Ok(Some(Candidate { manifest: manifest_ref, seq, epoch, record: manifest.record, disks_only }));
             }
         }
         Ok(None)
@@ -265,16 +276,16 @@ pub enum NoProposal {
 pub fn propose(finding: &Finding, owner: &str, commit: CommitId) -> Result<Attempt, NoProposal> {
     let Some(candidate) = &finding.candidate else { return Err(NoProposal::Nothing) };
     let manifest = Some(candidate.manifest.clone());
+    let state = if candidate.disks_only { HeadState::Stopped } else { HeadState::Paused };
     match (finding.standing, &finding.head) {
         (Standing::Repairable, Some(current)) => {
-            let change = Change { state: HeadState::Paused, manifest, record: current.head.record.clone() };
+            // A sandbox's record says what its manifest is of; a named snapshot's has its name, too, and its manifest is always whole.
+            let record = if finding.of_sandbox { candidate.record()? } else { current.head.record.clone() };
+            let change = Change { state, manifest, record };
             Ok(Attempt::next(current, change, commit)?)
         }
         (Standing::HeadLost, None) => {
-            let body: serde_json::Value =
-                serde_json::from_slice(&candidate.record.bytes).map_err(NoProposal::Record)?;
-            let record = serde_json::json!({ "version": candidate.record.version, "body": body });
-            let change = Change { state: HeadState::Paused, manifest, record };
+            let change = Change { state, manifest, record: candidate.record()? };
             Ok(Attempt::first(&finding.id, owner, change, commit)?)
         }
         (Standing::HeadUnreadable, _) => Err(NoProposal::Unreadable),

@@ -312,7 +312,7 @@ async fn owner_life(world: Arc<World>, id: String, name: String, mut rng: SmallR
                 for _ in 0..rng.random_range(0..200) {
                     pause().await;
                 }
-                Attempt::undelete(&current, &name, serde_json::Value::Null, world.id()).unwrap()
+                Attempt::undelete(&current, HeadState::Paused, &name, serde_json::Value::Null, world.id()).unwrap()
             }
             HeadState::Paused | HeadState::Stopped if rng.random_ratio(1, 6) => {
                 Attempt::delete(&current, world.id()).unwrap()

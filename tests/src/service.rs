@@ -122,6 +122,8 @@ pub struct Reply {
     pub json: Value,
     /// The `Server-Timing` header.
     pub timing: String,
+    /// The `Retry-After` header, seconds.
+    pub retry_after: Option<u64>,
 }
 
 impl Reply {
@@ -322,8 +324,9 @@ impl Service {
         let answer = request.send().await?;
         let status = answer.status().as_u16();
         let timing = answer.headers().get("server-timing").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let retry_after = answer.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse().ok());
         let json = serde_json::from_slice(&answer.bytes().await?).unwrap_or(Value::Null);
-        Ok(Reply { status, json, timing })
+        Ok(Reply { status, json, timing, retry_after })
     }
 
     /// Creates a small pulse sandbox and answers its id.

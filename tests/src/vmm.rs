@@ -116,6 +116,7 @@ impl Vmm {
             cmdline: cmdline.to_owned(),
             disks: vec![],
             memory,
+            disks_from: None,
             id: None,
         };
         self.client.boot(&request).await?;

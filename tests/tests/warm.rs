@@ -199,10 +199,14 @@ async fn named_snapshot() -> Outcome {
     service.resume(&clone).await?.expect(200)?;
     service.pulse_is_well(&clone).await?;
     let delete = format!("/v1/snapshot/{}", made.text("id"));
+    service.call("DELETE", &delete, None).await?.expect(409)?;
+    service.pause(&clone).await?.expect(201)?;
     service.call("DELETE", &delete, None).await?.expect(204)?;
     service.call("DELETE", &delete, None).await?.expect(404)?;
     service.call("POST", "/v1/snapshot/restore", Some(json!({"snapshot_name": "warm"}))).await?.expect(404)?;
-    Ok(())
+    // What was made from it needs it no more.
+    service.resume(&clone).await?.expect(200)?;
+    service.pulse_is_well(&clone).await
 }
 
 fn kill(pid: u32) {

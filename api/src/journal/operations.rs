@@ -22,6 +22,10 @@ pub enum OperationKind {
     Resume,
     /// Capture while it runs, commit under a name.
     Snapshot,
+    /// Capture its disks, commit, end its VM.
+    Stop,
+    /// Claim, boot over the disks of its stop.
+    Start,
     /// Tombstone, end its VM, remove its objects.
     Delete,
 }
@@ -34,12 +38,14 @@ impl OperationKind {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Snapshot => "snapshot",
+            Self::Stop => "stop",
+            Self::Start => "start",
             Self::Delete => "delete",
         }
     }
 
     fn parse(word: &str) -> Option<Self> {
-        [Self::Create, Self::Pause, Self::Resume, Self::Snapshot, Self::Delete]
+        [Self::Create, Self::Pause, Self::Resume, Self::Snapshot, Self::Stop, Self::Start, Self::Delete]
             .into_iter()
             .find(|kind| kind.as_str() == word)
     }

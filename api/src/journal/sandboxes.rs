@@ -127,6 +127,7 @@ pub(crate) mod tests_support {
             env_vars: std::collections::BTreeMap::new(),
             port: None,
             network_policy: None,
+            snapshot: None,
             created_at: 1000,
         };
         Record::new(SandboxId::parse(id).unwrap(), "dev".to_owned(), spec)

@@ -6,6 +6,7 @@ use crate::registry::Sandbox;
 use crate::sources::rfc3339;
 use crate::timing::Timing;
 use axum::Json;
+use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
@@ -100,14 +101,18 @@ pub(super) fn error(error: &Error) -> Response {
     if status.is_server_error() {
         tracing::error!(status = status.as_u16(), code = error.code(), "{message}");
     }
-    match error {
+    let mut response = match error {
         Error::Invalid(errors) => {
             let mut response = (status, Json(json!({ "message": message, "errors": errors }))).into_response();
             response.headers_mut().insert(STASIS_ERROR, HeaderValue::from_static(error.code()));
             response
         }
         _ => plain(status, &message, error.code()),
+    };
+    if let Some(seconds) = error.retry_after_s() {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
+    response
 }
 
 #[cfg(test)]

@@ -9,14 +9,16 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use std::sync::Arc;
 
-/// The tenant that the request's key speaks for.
+/// The tenant that the request's key speaks for. Each request that takes this counts against the rates.
 pub(super) struct Tenant(pub(super) String);
 
 impl FromRequestParts<Arc<Core>> for Tenant {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Error> {
-        tenant_of(core, &parts.headers).map(Self)
+        let tenant = tenant_of(core, &parts.headers)?;
+        core.rates.take(&tenant, core.sources.now_ms())?;
+        Ok(Self(tenant))
     }
 }
 

@@ -10,6 +10,7 @@ mod auth;
 mod health;
 mod host;
 mod inspect;
+mod lifecycle;
 mod presigned;
 mod sandboxes;
 mod snapshots;
@@ -34,20 +35,24 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 19] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 22] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
         ("/v1/sandbox/{id}/pause", post(sandboxes::pause)),
         ("/v1/sandbox/{id}/resume", post(sandboxes::resume)),
+        ("/v1/sandbox/{id}/stop", post(lifecycle::stop)),
+        ("/v1/sandbox/{id}/start", post(lifecycle::start)),
         ("/v1/sandbox/{id}/undelete", post(sandboxes::undelete)),
         ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
         ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
         ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
         ("/v1/sandbox/{id}/presigned-url", post(presigned::create)),
         ("/v1/sandbox/{id}/presigned-url/{url}", delete(presigned::delete)),
+        ("/v1/sandbox/{id}/snapshot/pause", post(snapshots::pause)),
         ("/v1/snapshots", get(snapshots::list)),
         ("/v1/snapshot/restore", post(snapshots::restore)),
+        ("/v1/snapshot/resume", post(snapshots::restore)),
         ("/v1/snapshot/{id}", delete(snapshots::delete)),
         ("/v1/recover", post(sandboxes::recover)),
         ("/v1/host/metrics", get(host::metrics)),

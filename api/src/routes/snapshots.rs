@@ -1,4 +1,5 @@
-//! Named snapshots: create, list, restore, delete. Dialect C of the contract.
+//! Named snapshots: create, list, restore, delete. `snapshot/create` and `snapshot/restore` are the contract's present words;
+//! `snapshot/pause` (create, and end the sandbox) and `snapshot/resume` (restore) are its older ones.
 
 use super::sandboxes::pairs;
 use super::{Shared, Tenant, answers, json_body};
@@ -27,6 +28,25 @@ pub(super) async fn create(
     let (snapshot, timing) = operations::create_snapshot(&core, &sandbox, asked).await?;
     core.metrics.operation("snapshot", true, &timing);
     Ok(answers::timed(StatusCode::CREATED, answer(&snapshot), &timing))
+}
+
+/// The same, and the sandbox is deleted once the snapshot is durable. Clients of this dialect read `state` from the answer.
+pub(super) async fn pause(
+    State(core): Shared,
+    Tenant(tenant): Tenant,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Response, Error> {
+    let sandbox = core.registry.find(&tenant, &id)?;
+    let body = json_body(&core, body).await?;
+    let mut asked = snapshot_request::create(&body).map_err(Error::Invalid)?;
+    asked.kill_sandbox_after = true;
+    let (snapshot, timing) = operations::create_snapshot(&core, &sandbox, asked).await?;
+    let mut body = answer(&snapshot);
+    if let Some(fields) = body.as_object_mut() {
+        fields.insert("state".to_owned(), json!("paused"));
+    }
+    Ok(answers::timed(StatusCode::CREATED, body, &timing))
 }
 
 /// 201 with the new sandbox, once it runs.

@@ -75,7 +75,7 @@ impl Core {
         let share = self.shares.join(Some(&vm.client));
         let connections = match mode {
             CaptureMode::Round => share.connections().min(self.config.run_ahead.connections),
-            CaptureMode::Stopped | CaptureMode::Staged => share.connections(),
+            CaptureMode::Stopped | CaptureMode::Disks | CaptureMode::Staged => share.connections(),
         };
         let request = CaptureRequest {
             packs: grants.objects,

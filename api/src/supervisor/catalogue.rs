@@ -1,7 +1,7 @@
 //! The bucket is the catalogue: sandboxes found by their heads alone, for a data directory that was lost or is new.
 //!
-//! A head that says `paused` belongs to whoever resumes it, so it is taken up. One that says `live` belongs to its owner: it is only
-//! reported, unless the caller knows that the owner is dead and asks to take it over, which puts it back to its last pause.
+//! A head that says `paused` or `stopped` belongs to whoever resumes or starts it, so it is taken up. One that says `live` belongs to its owner: it is only
+//! reported, unless the caller knows that the owner is dead and asks to take it over, which puts it back to its last pause or stop.
 
 use super::Core;
 use crate::error::{Error, StoreContext as _};
@@ -112,15 +112,26 @@ pub(super) fn adopt(
     id: &SandboxId,
     current: Current,
 ) -> Result<std::sync::Arc<Sandbox>, Error> {
-    let portable = portable(id, &current.head)?;
+    let (portable, rest) = (portable(id, &current.head)?, rest(id, &current.head)?);
     let mut record = Record::new(id.clone(), tenant.to_owned(), portable.spec);
-    record.state = State::Paused;
+    record.state = rest;
+    record.disks_only = rest == State::Stopped;
     record.state_changed_at = core.sources.now_ms();
     record.commit.clone_from(&current.head.manifest);
     (record.epoch, record.seq) = (current.head.epoch, current.head.seq);
     let sandbox = core.registry.add(record, Some("found in the bucket"))?;
     sandbox.set_head(Some(current));
     Ok(sandbox)
+}
+
+/// Where a sandbox is, or is back, that nobody runs: `paused`, or `stopped` when the head names the manifest of a stop.
+pub(super) fn rest(id: &SandboxId, head: &Head) -> Result<State, Error> {
+    let stopped = match head.state {
+        HeadState::Paused => false,
+        HeadState::Stopped => true,
+        HeadState::Live | HeadState::Deleted => portable(id, head)?.state == State::Stopped,
+    };
+    Ok(if stopped { State::Stopped } else { State::Paused })
 }
 
 /// Our record in a head, as a head that says `state` carries it.

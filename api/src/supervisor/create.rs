@@ -6,6 +6,7 @@
 use super::machine::vmm_error;
 use super::materialise::{Held, materialise};
 use super::{Core, blocking, detached};
+use crate::admission::Purpose;
 use crate::error::Error;
 use crate::ids::SandboxId;
 use crate::journal::{OperationId, OperationKind};
@@ -18,7 +19,7 @@ use crate::validate::{self, FieldError, TemplateLimits};
 use serde_json::{Map, Value};
 use stasis_snapshot::commit::{Attempt, Change, HeadState};
 use stasis_snapshot::manifest::ManifestRef;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Makes a sandbox of `tenant` as `body` asks for it and waits until it runs.
@@ -55,6 +56,7 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         env_vars: asked.env_vars,
         port: template.port,
         network_policy: asked.network_policy,
+        snapshot: None,
         created_at: core.sources.now_ms(),
     };
     run(core, tenant, spec, Beginning::Template(template), begun).await
@@ -85,7 +87,12 @@ async fn run(
 ) -> Result<(Record, Timing), Error> {
     let (core, tenant) = (core.clone(), tenant.to_owned());
     detached(async move {
-        let sandbox = admit(&core, tenant, spec)?;
+        let purpose = match from {
+            Beginning::Template(_) => Purpose::Create,
+            Beginning::Manifest(_) => Purpose::Restore,
+        };
+        let record = Record::new(SandboxId::new(&core.sources), tenant.clone(), spec);
+        let sandbox = core.admitted(&tenant, purpose, || core.registry.add(record, None))?;
         // Nobody else knows the sandbox yet, and the table forbids everything in `starting`.
         let guard = sandbox.lock().await;
         let operation = core.journal.begin(&sandbox.id, OperationKind::Create, core.sources.now_ms())?;
@@ -117,15 +124,6 @@ async fn run(
         outcome.map(|record| (record, timing))
     })
     .await
-}
-
-fn admit(core: &Core, tenant: String, spec: Spec) -> Result<Arc<Sandbox>, Error> {
-    let limit = core.config.limits.sandboxes;
-    let _one_at_a_time = core.admission.lock().unwrap_or_else(PoisonError::into_inner);
-    if core.registry.with_vm(&tenant) >= limit {
-        return Err(Error::Limit { limit });
-    }
-    core.registry.add(Record::new(SandboxId::new(&core.sources), tenant, spec), None)
 }
 
 async fn make(
@@ -193,7 +191,7 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
     let vm = core.start_vmm(sandbox).await?;
     let spawned = begun.elapsed();
     let begun = Instant::now();
-    core.boot(sandbox, &vm, template).await?;
+    core.boot(sandbox, &vm, template, None).await?;
     if let Some(shape) = shape {
         core.make_golden(template.clone(), &spec, shape);
     }

@@ -65,7 +65,7 @@ async fn run(core: &Core, sandbox: &Sandbox) -> Result<(), Error> {
     Ok(())
 }
 
-/// Puts a deleted sandbox back, `paused` as it was at its last pause, while the collector has not purged it. One that is not known here is looked
+/// Puts a deleted sandbox back, `paused` or `stopped` as it was at its last pause or stop, while the collector has not purged it. One that is not known here is looked
 /// for in the bucket.
 pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record, Error> {
     let id = SandboxId::parse(id).ok_or_else(|| Error::NotFound(id.to_owned()))?;
@@ -85,8 +85,10 @@ pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record
         let now = match (current.head.state, &current.head.manifest) {
             (HeadState::Deleted, None) => return Err(gone()),
             (HeadState::Deleted, Some(_)) => {
-                let record = catalogue::record_at(&id, &current.head, State::Paused)?;
-                let attempt = Attempt::undelete(&current, &core.owner, record, core.commit_id())
+                let rest = catalogue::rest(&id, &current.head)?;
+                let record = catalogue::record_at(&id, &current.head, rest)?;
+                let state = if rest == State::Stopped { HeadState::Stopped } else { HeadState::Paused };
+                let attempt = Attempt::undelete(&current, state, &core.owner, record, core.commit_id())
                     .map_err(|source| Error::Head { id: id.clone(), source })?;
                 let mut pacer = Backoff::within(core.config.deadlines.settle());
                 match register.commit(&attempt, Sent::Never, &mut pacer).await {
@@ -105,7 +107,7 @@ pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record
                 }
             }
             // Put back elsewhere, or by an earlier call whose answer was lost: known here only as deleted.
-            (HeadState::Paused, Some(_)) => current,
+            (HeadState::Paused | HeadState::Stopped, Some(_)) => current,
             _ => return Err(Error::Fenced { id, owner: current.head.owner, epoch: current.head.epoch }),
         };
         Ok(catalogue::adopt(&core, &tenant, &id, now)?.record())

@@ -31,7 +31,8 @@ pub(super) fn complete(record: &Record, draft: &[u8], lineage: Lineage) -> Resul
         return Err(wrong("it refers to a template disk that is not the sandbox's"));
     }
     manifest.lineage = Some(lineage);
-    manifest.record = record.portable(State::Paused).encode().map_err(|_| Error::Bug("a record that is no JSON"))?;
+    let rest = if record.state == State::Stopping { State::Stopped } else { State::Paused };
+    manifest.record = record.portable(rest).encode().map_err(|_| Error::Bug("a record that is no JSON"))?;
     let bytes = manifest.encode().map_err(malformed)?;
     // What was pruned by the encoding is not needed, and must not be asked for.
     let manifest = Manifest::decode(&bytes).map_err(malformed)?;

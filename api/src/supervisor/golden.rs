@@ -221,7 +221,7 @@ async fn capture_booted(
     template: &Template,
     shape: Digest,
 ) -> Result<Golden, Error> {
-    core.boot(sandbox, vm, template).await?;
+    core.boot(sandbox, vm, template, None).await?;
     let stopped = vm.client.pause().await.map_err(vmm_error(sandbox, vm, "stop the guest"))?;
     let owner = Owner::template(shape);
     let commit = core.commit_id();

@@ -4,7 +4,7 @@ use super::Core;
 use crate::error::{Error, StoreContext as _};
 use crate::journal::OperationId;
 use crate::registry::Sandbox;
-use crate::states::State;
+use crate::states::{Event, State};
 use crate::store::place;
 use stasis_snapshot::commit::{
     Attempt, Backoff, Change, Current, HeadError, HeadState, ObjectHead, Outcome, Register, Sent,
@@ -84,7 +84,7 @@ impl Core {
         }
     }
 
-    /// Says in the bucket that nobody runs the guest, so that anybody may resume it. Best effort: when it fails, the head still names us as
+    /// Says in the bucket that nobody runs the guest, so that anybody may resume or start it. Best effort: when it fails, the head still names us as
     /// the owner, and the next resume here takes over from ourselves.
     pub(super) async fn lay_to_rest(&self, sandbox: &Sandbox) {
         let rest = async {
@@ -92,13 +92,35 @@ impl Core {
             if current.head.owner != self.owner || current.head.state != HeadState::Live {
                 return Ok(());
             }
-            let change =
-                Change { state: HeadState::Paused, manifest: None, record: Self::head_record(sandbox, State::Paused)? };
+            let (state, rest) = match sandbox.record().rest() {
+                Some(State::Stopped) => (HeadState::Stopped, State::Stopped),
+                _ => (HeadState::Paused, State::Paused),
+            };
+            let change = Change { state, manifest: None, record: Self::head_record(sandbox, rest)? };
             let attempt = Attempt::next(&current, change, self.commit_id()).map_err(Self::head_error(sandbox))?;
             self.commit(sandbox, &attempt, "say in the head that it rests").await.map(drop)
         };
         if let Err(error) = rest.await {
             tracing::warn!(id = %sandbox.id, error = error.chain(), "the head still says live");
+        }
+    }
+
+    /// Takes over from the head what another supervisor made of a sandbox that rests here: `stopped` where it was paused, or the other way.
+    pub(super) fn follow_head(&self, sandbox: &Sandbox) {
+        let Some(Current { head, .. }) = sandbox.head() else { return };
+        let event = match (sandbox.state(), head.state) {
+            (State::Paused, HeadState::Stopped) => Event::FoundStopped,
+            (State::Stopped, HeadState::Paused) => Event::FoundPaused,
+            _ => return,
+        };
+        let note = "as its head says: another supervisor had it";
+        let followed = self.registry.record(sandbox, event, Some(note), |record| {
+            record.disks_only = event == Event::FoundStopped;
+            record.commit = head.manifest;
+            (record.epoch, record.seq, record.reason) = (head.epoch, head.seq, None);
+        });
+        if let Err(error) = followed {
+            tracing::error!(id = %sandbox.id, error = error.chain(), "cannot follow its head");
         }
     }
 

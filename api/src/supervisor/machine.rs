@@ -2,6 +2,7 @@
 
 use super::Core;
 use super::files::{Disks, duplicate, guest_memory};
+use super::start::StoredDisks;
 use crate::agent_client::{Agent, AgentFailure};
 use crate::error::Error;
 use crate::registry::{OperationGuard, Sandbox};
@@ -125,14 +126,16 @@ impl Core {
             |vm| format!("its VMM ended: {}", vm.exit_reason()),
         );
         self.end_vm(sandbox).await;
-        let committed = sandbox.record().commit.is_some();
-        let (event, reason) = if committed {
-            (
-                Event::LostCommitted,
-                format!("{reason}; what ran since the last pause is lost, the sandbox is back at that pause"),
-            )
-        } else {
-            (Event::Lost, format!("{reason}; it was never paused, so nothing is left of it"))
+        let event = sandbox.record().lost();
+        let committed = event != Event::Lost;
+        let reason = match event {
+            Event::LostStored => {
+                format!("{reason}; what ran since the last stop is lost, the sandbox is back at that stop")
+            }
+            Event::LostCommitted => {
+                format!("{reason}; what ran since the last pause is lost, the sandbox is back at that pause")
+            }
+            _ => format!("{reason}; it was never paused, so nothing is left of it"),
         };
         tracing::error!(id = %sandbox.id, reason, "a sandbox was lost");
         let moved = self.registry.record(sandbox, event, Some(&reason), |record| record.reason = Some(reason.clone()));
@@ -153,8 +156,15 @@ impl Core {
         self.config.data_dir.join(super::RUN)
     }
 
-    /// Boots `template` in `vm` and waits until the guest is ready.
-    pub(super) async fn boot(&self, sandbox: &Sandbox, vm: &Vmm, template: &Template) -> Result<(), Error> {
+    /// Boots `template` in `vm` and waits until the guest is ready. Its disks hold what they held at the stop that `stored` is from, where
+    /// there was one.
+    pub(super) async fn boot(
+        &self,
+        sandbox: &Sandbox,
+        vm: &Vmm,
+        template: &Template,
+        stored: Option<StoredDisks>,
+    ) -> Result<(), Error> {
         let spec = sandbox.record().spec;
         let open = |part: &'static str, path: &Path| {
             File::open(path)
@@ -173,6 +183,7 @@ impl Core {
         };
         let memory = self.memory_to_keep()?;
         let memory_token = memory.as_deref().map(|file| self.enclose(&mut files, file)).transpose()?;
+        let disks_from = stored.map(|stored| stored.enclose(self, &mut files)).transpose()?;
         let request = BootRequest {
             machine: MachineConfig {
                 vcpus: spec.vcpu,
@@ -185,6 +196,7 @@ impl Core {
             cmdline: template.cmdline.clone(),
             disks,
             memory: memory_token,
+            disks_from,
             id: Some(sandbox.id.to_string()),
         };
         let limit = self.config.deadlines.boot();

@@ -66,15 +66,15 @@ impl Restored {
 }
 
 /// What a restore reads: the manifest and its digest, and leave to read its packs.
-struct Source {
-    manifest: File,
-    grants: Grants,
-    known: Arc<KnownPacks>,
-    took: Duration,
+pub(super) struct Source {
+    pub(super) manifest: File,
+    pub(super) grants: Grants,
+    pub(super) known: Arc<KnownPacks>,
+    pub(super) took: Duration,
 }
 
 /// The manifest, from memory or from the store.
-async fn source(
+pub(super) async fn source(
     core: &Core,
     sandbox: &Sandbox,
     spec: &Spec,

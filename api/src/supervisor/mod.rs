@@ -2,9 +2,10 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `create`, `pause`, `resume`, `delete`, `execute` | one operation each |
+//! | `create`, `pause`, `resume`, `stop`, `start`, `delete`, `execute` | one operation each |
+//! | `admission` | who may have a VM |
 //! | `capture` | from a VM to packs and a stored manifest |
-//! | `settle` | the end of a pause: the head, and what may be done with the guest |
+//! | `settle` | the end of a pause or a stop: the head, and what may be done with the guest |
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
 //! | `snapshots` | named snapshots |
@@ -25,6 +26,7 @@
 //! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
 //! killed supervisor can settle it.
 
+mod admission;
 mod ahead;
 mod capture;
 pub mod catalogue;
@@ -44,6 +46,8 @@ mod restart;
 mod resume;
 mod settle;
 pub mod snapshots;
+mod start;
+mod stop;
 mod timers;
 
 use self::golden::Goldens;
@@ -57,6 +61,7 @@ use crate::journal::Journal;
 use crate::kept_memory::KeptMemory;
 use crate::memory_pressure;
 use crate::metrics::Metrics;
+use crate::rate::Rates;
 use crate::registry::Registry;
 use crate::sources::Sources;
 use crate::states::State;
@@ -122,8 +127,10 @@ pub struct Core {
     pub metrics: Arc<Metrics>,
     /// Names of snapshots that are being made.
     pub snapshot_names: Reservations,
+    /// Requests a minute.
+    pub rates: Rates,
     vmm_program: PathBuf,
-    /// Held from counting a tenant's sandboxes to adding one, so that two creates cannot both take the last place.
+    /// Held from counting sandboxes to adding one, so that two requests cannot both take the last place.
     admission: Mutex<()>,
 }
 
@@ -196,6 +203,7 @@ impl Supervisor {
             goldens: Goldens::default(),
             metrics,
             snapshot_names: Reservations::default(),
+            rates: Rates::new(config.limits.requests_per_minute, config.limits.host_requests_per_minute),
             config,
             journal,
             sources,
@@ -342,4 +350,6 @@ pub mod operations {
     pub use super::pause::pause;
     pub use super::resume::{ensure_running, resume};
     pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
+    pub use super::start::start;
+    pub use super::stop::stop;
 }

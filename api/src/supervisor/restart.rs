@@ -32,15 +32,18 @@ enum Step {
     Lose,
     /// It never became ready: end what there is of it.
     FailCreate,
+    /// It did not become ready again: end its VM, it is stopped as before.
+    FailStart,
     /// It was not handed over yet: end its VM, it is paused as before.
     FailResume,
     /// Go on deleting.
     Delete,
 }
 
-fn plan(state: State, vmm_lives: bool, attempted: bool) -> Step {
+fn plan(state: State, stopped_before: bool, vmm_lives: bool, attempted: bool) -> Step {
     match (state, vmm_lives, attempted) {
         (State::Paused | State::Stopped | State::Deleted, ..) => Step::Rest,
+        (State::Starting, ..) if stopped_before => Step::FailStart,
         (State::Starting, ..) => Step::FailCreate,
         (State::Unpausing, ..) => Step::FailResume,
         (State::Deleting, ..) => Step::Delete,
@@ -76,8 +79,10 @@ pub(super) async fn run(core: &Arc<Core>) -> Result<(), Error> {
     for sandbox in sandboxes {
         let vm = alive.remove(sandbox.id.as_str());
         let operations = interrupted.remove(&sandbox.id).unwrap_or_default();
-        let attempts = operations.iter().rev().find(|o| o.kind == OperationKind::Pause).and_then(attempts_of);
-        let step = plan(sandbox.state(), vm.is_some(), attempts.is_some());
+        let commits = |o: &&Interrupted| matches!(o.kind, OperationKind::Pause | OperationKind::Stop);
+        let attempts = operations.iter().rev().find(commits).and_then(attempts_of);
+        let stopped_before = sandbox.record().disks_only;
+        let step = plan(sandbox.state(), stopped_before, vm.is_some(), attempts.is_some());
         if step != Step::Rest {
             tracing::info!(id = %sandbox.id, state = %sandbox.state(), vmm = vm.is_some(), ?step, "found again");
         }
@@ -144,10 +149,10 @@ async fn execute(
                 tracing::warn!(id = %sandbox.id, error = error.chain(), "a failed create may have left a head");
             }
         }
-        Step::FailResume => {
+        Step::FailResume | Step::FailStart => {
             core.end_vm(sandbox).await;
-            core.registry
-                .record(sandbox, Event::Failed, Some(reason), |record| record.reason = Some(reason.to_owned()))?;
+            let event = if step == Step::FailStart { Event::StartFailed } else { Event::Failed };
+            core.registry.record(sandbox, event, Some(reason), |record| record.reason = Some(reason.to_owned()))?;
             core.lay_to_rest(sandbox).await;
         }
         Step::Delete => {
@@ -207,7 +212,7 @@ mod tests {
     fn every_state_has_a_step_and_none_is_stuck() {
         for state in State::ALL {
             for (lives, attempted) in [(false, false), (false, true), (true, false), (true, true)] {
-                let step = plan(state, lives, attempted);
+                let step = plan(state, false, lives, attempted);
                 assert_eq!(step == Step::Rest, !state.in_transition() && state != State::Running, "{state}");
             }
         }
@@ -215,17 +220,27 @@ mod tests {
 
     #[test]
     fn a_guest_runs_again_only_when_nothing_can_have_been_sent() {
-        assert_eq!(plan(State::Snapshotting, true, false), Step::RunAgain);
-        assert_eq!(plan(State::Snapshotting, true, true), Step::Settle);
-        assert_eq!(plan(State::Snapshotting, false, true), Step::Settle);
-        assert_eq!(plan(State::Snapshotting, false, false), Step::Lose);
+        for state in [State::Snapshotting, State::Stopping] {
+            assert_eq!(plan(state, false, true, false), Step::RunAgain);
+            assert_eq!(plan(state, false, true, true), Step::Settle);
+            assert_eq!(plan(state, false, false, true), Step::Settle);
+            assert_eq!(plan(state, false, false, false), Step::Lose);
+        }
     }
 
     #[test]
     fn running_ones_are_adopted_or_lost() {
-        assert_eq!(plan(State::Running, true, false), Step::Adopt);
-        assert_eq!(plan(State::Running, false, false), Step::Lose);
+        assert_eq!(plan(State::Running, false, true, false), Step::Adopt);
+        assert_eq!(plan(State::Running, false, false, false), Step::Lose);
         // A pause that was settled as failed may have left its attempts open; the state says that the guest runs.
-        assert_eq!(plan(State::Running, true, true), Step::Adopt);
+        assert_eq!(plan(State::Running, false, true, true), Step::Adopt);
+    }
+
+    #[test]
+    fn a_start_that_was_interrupted_leaves_what_was_stopped() {
+        for lives in [false, true] {
+            assert_eq!(plan(State::Starting, true, lives, false), Step::FailStart);
+            assert_eq!(plan(State::Starting, false, lives, false), Step::FailCreate);
+        }
     }
 }

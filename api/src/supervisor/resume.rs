@@ -5,6 +5,7 @@
 use super::machine::vmm_error;
 use super::materialise::{Held, materialise};
 use super::{Core, detached};
+use crate::admission::Purpose;
 use crate::error::Error;
 use crate::journal::{OperationId, OperationKind};
 use crate::record::Record;
@@ -57,7 +58,11 @@ pub async fn ensure_running(
 
 async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -> Result<(Record, Timing), Error> {
     let operation = core.journal.begin(&sandbox.id, OperationKind::Resume, core.sources.now_ms())?;
-    core.registry.begin(sandbox, Event::Resume, "resume")?;
+    let begin = || core.registry.begin(sandbox, Event::Resume, "resume");
+    if let Err(error) = core.admitted(&sandbox.tenant, Purpose::Wake, begin) {
+        core.journal.end(operation, &error.chain(), core.sources.now_ms())?;
+        return Err(error);
+    }
     let mut timing = Timing::default();
     let outcome = match restore(core, sandbox, operation, &mut timing).await {
         Ok(()) => {
@@ -66,6 +71,7 @@ async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -
                 if let Some(head) = head {
                     (record.epoch, record.seq) = (head.head.epoch, head.head.seq);
                     record.commit = head.head.manifest;
+                    record.disks_only = false;
                 }
                 record.reason = None;
             })
@@ -76,6 +82,7 @@ async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -
             core.registry
                 .record(sandbox, Event::Failed, Some(&reason), |record| record.reason = Some(reason.clone()))?;
             core.lay_to_rest(sandbox).await;
+            core.follow_head(sandbox);
             Err(error)
         }
     };
@@ -153,7 +160,10 @@ fn missing(sandbox: &Sandbox, what: &str, why: &str) -> Error {
 fn claim_of(core: &Core, sandbox: &Sandbox, current: &Current) -> Result<Attempt, Error> {
     let ours = current.head.owner == core.owner;
     match current.head.state {
-        HeadState::Paused | HeadState::Stopped => Attempt::claim(current, &core.owner, core.commit_id()),
+        HeadState::Paused => Attempt::claim(current, &core.owner, core.commit_id()),
+        HeadState::Stopped => {
+            return Err(Error::State { id: sandbox.id.clone(), state: State::Stopped, verb: "resume" });
+        }
         // We own it and have no VM for it: an earlier life of ours that could not say that it rests.
         HeadState::Live if ours => Attempt::take_over(current, &core.owner, core.commit_id()),
         HeadState::Live => {

@@ -7,7 +7,7 @@ use crate::kept_memory::Kept;
 use crate::known_packs::KnownPacks;
 use crate::record::Record;
 use crate::registry::{OperationGuard, Sandbox};
-use crate::states::Event;
+use crate::states::{Event, State};
 use crate::timing::Timing;
 use stasis_snapshot::commit::{Attempt, Backoff, Cancelled, Current, HeadState, PauseEnd, Sent};
 use stasis_snapshot::store::{ErrorKind, Operation, StoreError};
@@ -86,9 +86,8 @@ pub(super) async fn finish(
             Settled::Fenced(error) => {
                 core.end_vm(sandbox).await;
                 let note = error.chain();
-                let event = if sandbox.record().commit.is_some() { Event::LostCommitted } else { Event::Lost };
                 core.registry
-                    .record(sandbox, event, Some(&note), |record| record.reason = Some(note.clone()))
+                    .record(sandbox, sandbox.record().lost(), Some(&note), |record| record.reason = Some(note.clone()))
                     .and(Err(error))
             }
             Settled::Unknown(error) => {
@@ -186,11 +185,14 @@ fn unknown(sandbox: &Sandbox, cause: StoreError) -> Settled {
     Settled::Unknown(Error::Unknown { id: sandbox.id.clone(), action: "pause", source: cause })
 }
 
-/// The commit has won: `paused`, whatever the journal says.
+/// The commit has won: `paused` or `stopped`, whatever the journal says.
 pub(super) fn committed(core: &Core, sandbox: &Sandbox, now: &Current) -> Result<Record, Error> {
     sandbox.set_head(Some(now.clone()));
-    core.registry.record(sandbox, Event::Committed, None, |record| {
+    let disks_only = now.head.state == HeadState::Stopped;
+    let event = if disks_only { Event::Stored } else { Event::Committed };
+    core.registry.record(sandbox, event, None, |record| {
         record.commit.clone_from(&now.head.manifest);
+        record.disks_only = disks_only;
         (record.epoch, record.seq) = (now.head.epoch, now.head.seq);
         (record.reason, record.vmm) = (None, None);
     })
@@ -207,7 +209,8 @@ pub(super) async fn run_again(core: &Core, sandbox: &Sandbox, why: &str, guard: 
         core.lose(sandbox, guard).await;
         return;
     }
-    let note = format!("the pause failed, the guest goes on: {why}");
+    let what = if sandbox.state() == State::Stopping { "stop" } else { "pause" };
+    let note = format!("the {what} failed, the guest goes on: {why}");
     let moved = core.registry.record(sandbox, Event::Failed, Some(&note), |record| {
         record.reason = Some(note.clone());
         if let Some(head) = sandbox.head() {

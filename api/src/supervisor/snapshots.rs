@@ -10,6 +10,7 @@ use super::capture::Size;
 use super::machine::vmm_error;
 use super::{Core, detached};
 use crate::error::{Error, StoreContext as _};
+use crate::ids::SandboxId;
 use crate::journal::OperationKind;
 use crate::record::{Portable, Record, Spec};
 use crate::registry::Sandbox;
@@ -113,7 +114,6 @@ pub async fn create(
         // Held as long as the work goes on, whatever becomes of the client.
         let _reserved = reserved;
         let operation = core.journal.begin(&sandbox.id, OperationKind::Snapshot, core.sources.now_ms())?;
-        let before = sandbox.record();
         let outcome = match core.registry.begin(&sandbox, Event::Snapshot, "snapshot") {
             Ok(_) => {
                 let mut timing = Timing::default();
@@ -124,11 +124,7 @@ pub async fn create(
                     core.lose(&sandbox, &guard).await;
                     return made.map(|snapshot| (snapshot, timing));
                 }
-                core.registry.record(&sandbox, event, note.as_deref(), |record| {
-                    record.reason.clone_from(&note);
-                    // The same life goes on.
-                    (record.launched_at, record.deadline) = (before.launched_at, before.deadline);
-                })?;
+                core.registry.record(&sandbox, event, note.as_deref(), |record| record.reason.clone_from(&note))?;
                 made.map(|snapshot| (snapshot, timing))
             }
             Err(error) => Err(error),
@@ -136,8 +132,12 @@ pub async fn create(
         sandbox.set_phase(None);
         let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
         core.journal.end(operation, &note, core.sources.now_ms())?;
-        if outcome.is_ok() && asked.kill_sandbox_after {
-            super::delete::delete_locked(&core, &sandbox, guard).await?;
+        if outcome.is_ok()
+            && asked.kill_sandbox_after
+            && let Err(error) = super::delete::delete_locked(&core, &sandbox, guard).await
+        {
+            // The snapshot is what was asked for, and it is there; the timers ask for the delete again.
+            tracing::warn!(id = %sandbox.id, error = error.chain(), "the source of a snapshot is still being deleted");
         }
         outcome
     })
@@ -310,6 +310,16 @@ fn snapshot_in(tenant: &str, current: Current) -> Result<Option<Snapshot>, Strin
     Ok(Some(Snapshot { id, tenant, name: named.name, created_at: named.created_at, spec: portable.spec, manifest }))
 }
 
+/// A sandbox that was restored from the snapshot and has a VM here. Nothing of it would be lost: its own head names the packs it needs. Clients
+/// are told all the same that the snapshot is in use.
+fn user_of(core: &Core, tenant: &str, id: &str) -> Option<SandboxId> {
+    let users = core.registry.with_vm().into_iter();
+    users
+        .filter(|sandbox| sandbox.tenant == tenant && sandbox.record().spec.snapshot.as_deref() == Some(id))
+        .map(|sandbox| sandbox.id.clone())
+        .next()
+}
+
 /// Deletes a snapshot: a tombstone in place of its head. What only it named is left to the collector. Sandboxes that were made from it name
 /// what they need in their own heads.
 pub async fn delete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<(), Error> {
@@ -322,6 +332,9 @@ pub async fn delete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<(), Erro
     }
     let attempt = Attempt::delete(&current, core.commit_id())
         .map_err(|e| Error::Damaged { object: place.head(), source: e.into() })?;
+    if let Some(user) = user_of(core, tenant, id) {
+        return Err(Error::SnapshotInUse { snapshot: id.to_owned(), sandbox: user });
+    }
     let settle = core.config.deadlines.settle();
     detached(async move {
         match register.commit(&attempt, Sent::Never, &mut Backoff::within(settle)).await {
@@ -348,6 +361,8 @@ pub async fn restore(
         timeout_s: asked.timeout_s,
         auto_pause: asked.auto_pause,
         network_policy: asked.network_policy.or(snapshot.spec.network_policy),
+        env_vars: snapshot.spec.env_vars.into_iter().chain(asked.env_vars).collect(),
+        snapshot: Some(snapshot.id),
         created_at: core.sources.now_ms(),
         ..snapshot.spec
     };

@@ -11,8 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-/// After an auto-pause that failed.
-const RETRY_PAUSE_MS: i64 = 15_000;
 /// After a delete that failed.
 const RETRY_DELETE_MS: i64 = 30_000;
 /// The clock may be set while we sleep.
@@ -85,9 +83,11 @@ async fn expire(core: Arc<Core>, sandbox: Arc<Sandbox>) {
         tracing::info!(%id, "its time is over: auto-pause");
         if let Err(error) = pause_locked(&core, &sandbox, guard).await {
             tracing::warn!(%id, error = error.chain(), "an auto-pause failed and is tried again");
-            let again = core.sources.now_ms() + RETRY_PAUSE_MS;
+            let retry = i64::try_from(core.config.deadlines.pause_retry_ms).unwrap_or(i64::MAX);
+            let again = core.sources.now_ms().saturating_add(retry);
             let amended = core.registry.amend(&sandbox, |record| {
-                if record.state == State::Running {
+                // While an outcome is not known yet, it is still `snapshotting`: its life ends when the guest runs again.
+                if record.deadline.is_some() {
                     record.deadline = Some(again);
                 }
             });
@@ -97,6 +97,12 @@ async fn expire(core: Arc<Core>, sandbox: Arc<Sandbox>) {
         }
     } else {
         tracing::info!(%id, state = %record.state, "its time is over: delete");
+        if record.state == State::Running {
+            let why = format!("its {} s were over, and it has no auto_pause", record.spec.timeout_s);
+            if let Err(error) = core.registry.amend(&sandbox, |record| record.reason = Some(why)) {
+                tracing::warn!(%id, error = error.chain(), "cannot note why it ends");
+            }
+        }
         if let Err(error) = delete_locked(&core, &sandbox, guard).await {
             tracing::warn!(%id, error = error.chain(), "a delete failed and is tried again");
         }

@@ -117,6 +117,7 @@ pub(crate) fn spec() -> Spec {
         env_vars: std::collections::BTreeMap::new(),
         port: None,
         network_policy: None,
+        snapshot: None,
         created_at: 1000,
     }
 }

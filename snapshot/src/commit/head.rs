@@ -89,7 +89,7 @@ pub enum Rule {
     Claim,
     #[error("a paused sandbox needs a manifest")]
     NoManifest,
-    #[error("a tombstone is final, but for being put back (paused, epoch + 1) or purged while it names a manifest")]
+    #[error("a tombstone is final, but for being put back (at rest, epoch + 1) or purged while it names a manifest")]
     Deleted,
     #[error("only a deleted sandbox can be put back")]
     NotDeleted,
@@ -212,8 +212,7 @@ pub fn validate(new: &Head, current: Option<&Head>) -> Result<(), Rule> {
             && new.manifest.is_none()
             && new.epoch == current.epoch
             && new.owner == current.owner;
-        let put_back =
-            new.state == HeadState::Paused && new.manifest == current.manifest && new.epoch == current.epoch + 1;
+        let put_back = new.state.at_rest() && new.manifest == current.manifest && new.epoch == current.epoch + 1;
         return if current.manifest.is_some() && (purged || put_back) { Ok(()) } else { Err(Rule::Deleted) };
     }
     if new.epoch == current.epoch {
@@ -325,12 +324,13 @@ pub(super) mod tests {
             validate(&new, Some(&tombstone))
         };
         assert_eq!(follows(Paused, 4, true), Ok(()));
+        assert_eq!(follows(Stopped, 4, true), Ok(()));
         assert_eq!(follows(Deleted, 3, false), Ok(()));
         for (state, epoch, manifest) in [
             (Live, 4, true),
             (Live, 3, true),
             (Paused, 3, true),
-            (Stopped, 4, true),
+            (Stopped, 3, true),
             (Deleted, 3, true),
             (Deleted, 4, false),
         ] {

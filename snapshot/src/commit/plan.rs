@@ -110,9 +110,10 @@ impl Attempt {
         Self::checked(head, Some(current))
     }
 
-    /// `owner` puts a deleted sandbox back as it was at its last pause.
+    /// `owner` puts a deleted sandbox back as it was at its last pause or stop: `state` says which of the two its manifest is of.
     pub fn undelete(
         current: &Current,
+        state: HeadState,
         owner: &str,
         record: serde_json::Value,
         commit: CommitId,
@@ -121,7 +122,7 @@ impl Attempt {
             return Err(HeadError::Rule(Rule::NotDeleted));
         }
         let head = Head {
-            state: HeadState::Paused,
+            state,
             epoch: current.head.epoch + 1,
             owner: owner.to_owned(),
             record,
@@ -275,15 +276,24 @@ mod tests {
     fn a_deleted_sandbox_is_put_back_or_purged() {
         let buried = Attempt::delete(&current(HeadState::Paused), id(8)).unwrap();
         let tombstone = Current { head: buried.head.clone(), etag: ETag("t".into()) };
-        let back = Attempt::undelete(&tombstone, "host-b", serde_json::Value::Null, id(9)).unwrap();
+        let back = Attempt::undelete(&tombstone, HeadState::Paused, "host-b", serde_json::Value::Null, id(9)).unwrap();
         assert_eq!((back.head.state, back.head.epoch), (HeadState::Paused, tombstone.head.epoch + 1));
         assert_eq!(back.head.manifest, tombstone.head.manifest);
         let purge = Attempt::purge(&tombstone, id(9)).unwrap();
         assert_eq!(purge.expected, back.expected, "only one of the two can land");
         let purged = Current { head: purge.head, etag: ETag("u".into()) };
-        assert!(Attempt::undelete(&purged, "host-b", serde_json::Value::Null, id(10)).is_err());
+        assert!(Attempt::undelete(&purged, HeadState::Paused, "host-b", serde_json::Value::Null, id(10)).is_err());
         assert!(Attempt::purge(&purged, id(10)).is_err());
-        assert!(Attempt::undelete(&current(HeadState::Paused), "host-b", serde_json::Value::Null, id(10)).is_err());
+        assert!(
+            Attempt::undelete(
+                &current(HeadState::Paused),
+                HeadState::Paused,
+                "host-b",
+                serde_json::Value::Null,
+                id(10)
+            )
+            .is_err()
+        );
     }
 
     #[test]

@@ -34,8 +34,9 @@ use super::types::{
     BootRequest, CaptureMode, CaptureReport, CaptureRequest, Connections, DirtyReport, DiskConfig, ErrorBody, FdToken,
     KeepRequest, Metrics, PauseReport, PrepareRequest, RestoreReport, RestoreRequest, VmState, VmStatus,
 };
-use crate::machine::capture::{Order, SavedState};
+use crate::machine::capture::{Content, Order};
 use crate::machine::kept::Kept;
+use crate::machine::reboot::{Stored, reboot};
 use crate::machine::restore::{self, RestoreFailed};
 use crate::machine::staging::Staging;
 use crate::machine::{self, Bare, BootFiles, Disk, Host, Machine, MachineError};
@@ -150,8 +151,7 @@ struct Running {
 /// A capture about to start.
 struct Prepared {
     request: stasis_snapshot::capture::CaptureRequest,
-    /// None for a round, which has no draft.
-    state: Option<SavedState>,
+    content: Content,
     stop_us: u64,
 }
 
@@ -388,8 +388,22 @@ impl Server {
         };
         let disks = self.disks(request.disks)?;
         let ready = self.ready.lock().await.take();
-        let machine = tokio::task::block_in_place(|| Machine::boot(&request.machine, ready, files, disks, self.host()))
-            .map_err(failed)?;
+        let machine = match request.disks_from {
+            None => tokio::task::block_in_place(|| Machine::boot(&request.machine, ready, files, disks, self.host()))
+                .map_err(failed)?,
+            Some(from) => {
+                let manifest = self.manifest(from.manifest, &from.manifest_digest)?;
+                let packs = self.granted(from.packs)?;
+                let cache_files = packs.cache_files();
+                let stored = Stored {
+                    manifest,
+                    packs: Arc::new(packs),
+                    cache: (!cache_files.is_empty()).then(|| Arc::new(PackCache::new(cache_files))),
+                    connections: from.connections,
+                };
+                reboot(&request.machine, ready, files, disks, self.host(), stored).await.map_err(failed)?
+            }
+        };
         *slot = Some(Box::new(machine));
         Ok(self.describe(slot.as_deref()).await)
     }
@@ -403,14 +417,7 @@ impl Server {
         let mut slot = self.machine.lock().await;
         self.only_in(VmState::Empty, slot.as_deref(), "a restore").await?;
         let started = Instant::now();
-        let digest = request
-            .manifest_digest
-            .parse::<Digest>()
-            .map_err(|e| Refusal::BadRequest(format!("manifest_digest: {}", chain(&e))))?;
-        let mut bytes = Vec::new();
-        self.take("manifest", request.manifest)?.take(MAX_MANIFEST).read_to_end(&mut bytes).map_err(failed)?;
-        let manifest = Manifest::decode_checked(&bytes, digest).map_err(failed)?;
-        drop(bytes);
+        let manifest = self.manifest(request.manifest, &request.manifest_digest)?;
         let packs = self.granted(request.packs)?;
         let cache_files = packs.cache_files();
         let kept = match request.kept {
@@ -432,6 +439,15 @@ impl Server {
         let (machine, report) = restore::restore(manifest, input).await.map_err(|e: RestoreFailed| failed(e))?;
         *slot = Some(Box::new(machine));
         Ok(RestoreReport { manifest_us, ..report })
+    }
+
+    /// A manifest that was sent, its digest checked.
+    fn manifest(&self, token: FdToken, digest: &str) -> Result<Manifest, Refusal> {
+        let digest =
+            digest.parse::<Digest>().map_err(|e| Refusal::BadRequest(format!("manifest_digest: {}", chain(&e))))?;
+        let mut bytes = Vec::new();
+        self.take("manifest", token)?.take(MAX_MANIFEST).read_to_end(&mut bytes).map_err(failed)?;
+        Manifest::decode_checked(&bytes, digest).map_err(failed)
     }
 
     /// The grants with the files they name.
@@ -542,14 +558,19 @@ impl Server {
         staging: Option<Staging>,
     ) -> Result<Prepared, MachineError> {
         match (mode, staging) {
-            (CaptureMode::Round, _) => Ok(Prepared { request: machine.prepare_round(order)?, state: None, stop_us: 0 }),
+            (CaptureMode::Round, _) => {
+                Ok(Prepared { request: machine.prepare_round(order)?, content: Content::None, stop_us: 0 })
+            }
+            (CaptureMode::Disks, _) => {
+                Ok(Prepared { request: machine.prepare_disks(order)?, content: Content::Disks, stop_us: 0 })
+            }
             (CaptureMode::Staged, Some(staging)) => {
                 let (request, state, stop_us) = machine.prepare_staged(order, staging)?;
-                Ok(Prepared { request, state: Some(state), stop_us })
+                Ok(Prepared { request, content: Content::Machine(state), stop_us })
             }
             (CaptureMode::Stopped | CaptureMode::Staged, _) => {
                 let (request, state) = machine.prepare_stopped(order)?;
-                Ok(Prepared { request, state: Some(state), stop_us: 0 })
+                Ok(Prepared { request, content: Content::Machine(state), stop_us: 0 })
             }
         }
     }
@@ -566,7 +587,10 @@ impl Server {
         let _done = running.done.clone().drop_guard();
         let prepared = {
             let mut slot = self.machine.lock().await;
-            let wanted = if request.mode == CaptureMode::Stopped { VmState::Paused } else { VmState::Running };
+            let wanted = match request.mode {
+                CaptureMode::Stopped | CaptureMode::Disks => VmState::Paused,
+                CaptureMode::Round | CaptureMode::Staged => VmState::Running,
+            };
             self.only_in(wanted, slot.as_deref(), "a capture").await?;
             let mut current = self.capture.lock().await;
             let (Some(machine), None) = (slot.as_deref_mut(), &*current) else {
@@ -577,7 +601,7 @@ impl Server {
                 // Made before the guest stops.
                 let staging = match request.mode {
                     CaptureMode::Staged => Some(Staging::with_room(machine.estimate_dirty(&options)?.memory_pages)),
-                    CaptureMode::Stopped | CaptureMode::Round => None,
+                    CaptureMode::Stopped | CaptureMode::Disks | CaptureMode::Round => None,
                 };
                 Self::prepare(machine, request.mode, order, staging)
             })
@@ -605,15 +629,14 @@ impl Server {
             return Err(Refusal::WrongState { state: VmState::Empty, what: "a capture" });
         };
         let stats = outcome.as_ref().map(|c| c.stats).unwrap_or_default();
-        let state_us = prepared.state.as_ref().map_or(0, |state| state.micros);
-        let draft =
-            tokio::task::block_in_place(|| machine.finish_capture(prepared.state, outcome)).map_err(|e| {
-                match (late, cancel.is_cancelled()) {
-                    (true, _) => Refusal::Cancelled("too slow: its deadline passed"),
-                    (false, true) => Refusal::Cancelled("cancelled"),
-                    (false, false) => failed(e),
-                }
-            })?;
+        let state_us = prepared.content.micros();
+        let draft = tokio::task::block_in_place(|| machine.finish_capture(prepared.content, outcome)).map_err(|e| {
+            match (late, cancel.is_cancelled()) {
+                (true, _) => Refusal::Cancelled("too slow: its deadline passed"),
+                (false, true) => Refusal::Cancelled("cancelled"),
+                (false, false) => failed(e),
+            }
+        })?;
         if request.mode != CaptureMode::Stopped {
             tokio::task::spawn_blocking(crate::heap::give_back);
         }

@@ -95,9 +95,26 @@ pub struct BootRequest {
     /// The memory file: an empty memfd that the sender may keep beyond the life of this VMM. The VMM makes its own when absent.
     #[serde(default)]
     pub memory: Option<FdToken>,
+    /// What the disks hold, where that is not what their bases hold.
+    #[serde(default)]
+    pub disks_from: Option<DisksFrom>,
     /// The sandbox, for a VMM that was started ahead without one.
     #[serde(default)]
     pub id: Option<String>,
+}
+
+/// The disks of a snapshot of the same machine. They are filled before the first instruction; nothing else of the snapshot is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DisksFrom {
+    /// A descriptor that holds the encoded manifest (a memfd).
+    pub manifest: FdToken,
+    /// BLAKE3 of the manifest, lower-case hex: checked before it is decoded.
+    pub manifest_digest: String,
+    /// A readable grant for every pack that the manifest names.
+    pub packs: Vec<GrantedObject>,
+    /// GETs in flight at most.
+    pub connections: u16,
 }
 
 /// Body of `PUT /v1/vm/restore`. The machine's shape comes from the manifest.
@@ -154,6 +171,8 @@ pub enum CaptureMode {
     /// State `paused`: it stays stopped.
     #[default]
     Stopped,
+    /// State `paused`: it stays stopped, and its disks alone are captured. The draft has no state, and memory that is zero.
+    Disks,
     /// State `running`: it runs on; pages are sent ahead, and what is written meanwhile is left to the next capture. No draft. A pause cancels it.
     Round,
     /// State `running`: it is stopped while state is saved and the residue copied to staging memory, then runs while that is sent.

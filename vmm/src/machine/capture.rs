@@ -57,6 +57,18 @@ impl Parent {
         Ok(Self::new(Vec::new(), maps, digests, &devices.disks))
     }
 
+    /// Of a machine that boots over the disks of `manifest`.
+    pub(crate) fn stored(
+        manifest: &Manifest,
+        digests: Vec<Arc<PageDigests>>,
+        ram: &GuestRam,
+        devices: &DeviceSet,
+    ) -> Self {
+        let disks = manifest.images.iter().skip(1).map(|image| image.map.clone());
+        let maps = std::iter::once(ImageMap::zero(ram.pages())).chain(disks).collect();
+        Self::new(manifest.packs.clone(), maps, digests, &devices.disks)
+    }
+
     /// Of a machine that was restored from `manifest`.
     pub(crate) fn of(manifest: &Manifest, digests: Vec<Arc<PageDigests>>, devices: &DeviceSet) -> Self {
         let maps = manifest.images.iter().map(|i| i.map.clone()).collect();
@@ -88,11 +100,31 @@ pub(crate) struct Order {
     pub(crate) cancel: CancellationToken,
 }
 
+/// What the draft of a manifest holds.
+pub(crate) enum Content {
+    /// Nothing: there is none.
+    None,
+    /// Disks.
+    Disks,
+    /// Memory, disks and this state.
+    Machine(SavedState),
+}
+
+impl Content {
+    /// Time to save the state, µs.
+    pub(crate) fn micros(&self) -> u64 {
+        match self {
+            Self::None | Self::Disks => 0,
+            Self::Machine(state) => state.micros,
+        }
+    }
+}
+
 /// State of the parts of a machine, and what it took.
 pub(crate) struct SavedState {
     blobs: Vec<StateBlob>,
     /// Time to save it, µs.
-    pub(crate) micros: u64,
+    micros: u64,
 }
 
 /// The host's wall clock, ns since the epoch.
@@ -134,6 +166,22 @@ impl Machine {
         let memory: Arc<dyn PageReader> = Arc::new(StoppedRam(self.ram.clone()));
         let rewrite = self.to_compact();
         Ok((self.request(order, memory, &rewrite), state))
+    }
+
+    /// A capture of the disks alone, of a machine that stands still until it has ended. Memory stays as dirty as it is.
+    pub(crate) fn prepare_disks(&mut self, order: Order) -> Result<CaptureRequest, MachineError> {
+        if let Some(paging) = &self.paging {
+            paging.stop_filling();
+        }
+        self.collect_dirty(&order.options)?;
+        let memory: Arc<dyn PageReader> = Arc::new(StoppedRam(self.ram.clone()));
+        let rewrite = self.to_compact();
+        let mut request = self.request(order, memory, &rewrite);
+        request.options.boot_pages = 0;
+        if let Some(memory) = request.images.get_mut(MEMORY) {
+            (memory.look_at, memory.rewrite) = (Vec::new(), Vec::new());
+        }
+        Ok(request)
     }
 
     /// A round: pages are sent while the guest runs on.
@@ -267,18 +315,28 @@ impl Machine {
     /// What was written since the capture looked is in the trackers, not in the carry-over that is settled here.
     pub(crate) fn finish_capture(
         &mut self,
-        state: Option<SavedState>,
+        content: Content,
         outcome: Result<Captured, CaptureFailed>,
     ) -> Result<Vec<u8>, FinishError> {
         match outcome {
             Ok(captured) => {
-                self.dirty.settled(0..self.ram.pages());
+                if !matches!(content, Content::Disks) {
+                    self.dirty.settled(0..self.ram.pages());
+                }
                 self.base.disk_dirty.iter_mut().for_each(|d| d.remove(0..u64::MAX));
                 self.base.packs = captured.packs;
                 self.base.maps = captured.maps;
-                match state {
-                    Some(state) => Ok(self.draft(state, captured.boot_pack)?.encode()?),
-                    None => Ok(Vec::new()),
+                match content {
+                    Content::None => Ok(Vec::new()),
+                    Content::Disks => {
+                        let mut draft = self.draft(Vec::new(), Boot::default())?;
+                        draft.images[MEMORY].map = ImageMap::zero(self.ram.pages());
+                        Ok(draft.encode()?)
+                    }
+                    Content::Machine(state) => {
+                        let boot = Boot { pack: captured.boot_pack, first_touch: self.working_set.order() };
+                        Ok(self.draft(state.blobs, boot)?.encode()?)
+                    }
                 }
             }
             Err(failed) => {
@@ -299,7 +357,7 @@ impl Machine {
         }
     }
 
-    fn draft(&self, state: SavedState, boot_pack: Option<u32>) -> Result<Manifest, spec::SpecError> {
+    fn draft(&self, state: Vec<StateBlob>, boot: Boot) -> Result<Manifest, spec::SpecError> {
         let mut maps = self.base.maps.iter().cloned();
         let mut images: Vec<Image> =
             maps.by_ref().take(1).map(|map| Image { kind: ImageKind::Memory, map, base: None }).collect();
@@ -321,8 +379,8 @@ impl Machine {
             lineage: None,
             packs: self.base.packs.clone(),
             images,
-            state: state.blobs,
-            boot: Boot { pack: boot_pack, first_touch: self.working_set.order() },
+            state,
+            boot,
         })
     }
 

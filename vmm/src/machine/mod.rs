@@ -9,6 +9,7 @@
 //! | `staging` | a copy of pages, so that the guest need not stand still while they are sent |
 //! | `capture` | from a machine to what a capture needs, and to the draft of a manifest |
 //! | `restore` | from a manifest to a paused machine |
+//! | `reboot` | a boot over the disks of a manifest |
 //! | `kept` | what a memory file that outlives its VMM holds |
 //!
 //! One thread at a time uses a [`Machine`] (the control server's lock). It stops in the order vCPUs, then device thread, and starts in the
@@ -19,6 +20,7 @@ pub(crate) mod capture;
 mod devices;
 pub(crate) mod disk;
 pub(crate) mod kept;
+pub(crate) mod reboot;
 pub(crate) mod restore;
 mod spec;
 pub(crate) mod staging;
@@ -139,12 +141,24 @@ impl Machine {
     pub(crate) fn boot(
         config: &MachineConfig,
         ready: Option<Bare>,
-        files: BootFiles,
+        mut files: BootFiles,
         disks: Vec<Disk>,
         host: Host,
     ) -> Result<Self, MachineError> {
         let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
-        let (bare, fds) = spec.bare(ready)?.with_memory(files.memory)?;
+        let (bare, fds) = spec.bare(ready)?.with_memory(files.memory.take())?;
+        Self::boot_on(spec, (bare, fds), files, disks, host, capture::Parent::none)
+    }
+
+    /// Boots on `bare`; `base` says what the pages are compared with.
+    fn boot_on(
+        spec: MachineSpec,
+        (bare, fds): (BareMachine, Vec<VcpuFd>),
+        files: BootFiles,
+        disks: Vec<Disk>,
+        host: Host,
+        base: impl FnOnce(&GuestRam, &DeviceSet) -> Result<capture::Parent, MachineError>,
+    ) -> Result<Self, MachineError> {
         let devices = DeviceSet::new(&spec, disks, &bare.ram, &bare.vm, &host.run_dir)?;
         let memory = bare.ram.guest_memory();
         crate::acpi::write(memory, spec.vcpus, devices.windows())
@@ -154,7 +168,7 @@ impl Machine {
             boot::set_entry(first, memory, entry)?;
         }
         let dirty = DirtyTracker::for_boot(bare.ram.pages());
-        let base = capture::Parent::none(&bare.ram, &devices)?;
+        let base = base(&bare.ram, &devices)?;
         let working_set = Arc::new(WorkingSet::unknown(bare.ram.pages()));
         let origin = Origin { dirty, base, working_set, paging: None };
         let machine = Self::assemble(bare, spec, fds, devices, origin, host)?;

@@ -180,7 +180,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     Ok((machine, report))
 }
 
-fn pager_options(paging: PagingOptions) -> Options {
+pub(super) fn pager_options(paging: PagingOptions) -> Options {
     let connections = paging.connections.max(2);
     Options {
         connections,
@@ -237,7 +237,7 @@ fn check_cpu(manifest: &Manifest, fresh: &[VcpuFd]) -> Result<(), RestoreFailed>
 }
 
 /// The images are memory and one for each disk, of the machine's sizes, over the bases that were given.
-fn check_images(manifest: &Manifest, spec: &MachineSpec, disks: &[Disk]) -> Result<(), RestoreFailed> {
+pub(super) fn check_images(manifest: &Manifest, spec: &MachineSpec, disks: &[Disk]) -> Result<(), RestoreFailed> {
     if spec.disks.len() != disks.len() {
         return Err(RestoreFailed::DiskCount { snapshot: spec.disks.len(), given: disks.len() });
     }
@@ -261,7 +261,7 @@ fn check_images(manifest: &Manifest, spec: &MachineSpec, disks: &[Disk]) -> Resu
 }
 
 /// Makes every page of `map` that is zero hide what the base has there.
-fn hide_base(disk: &Disk, map: &stasis_snapshot::image::ImageMap) -> std::io::Result<()> {
+pub(super) fn hide_base(disk: &Disk, map: &stasis_snapshot::image::ImageMap) -> std::io::Result<()> {
     for run in map.runs() {
         let hidden = run.start..run.end().min(disk.base_blocks());
         if run.at == PageRef::Zero && !hidden.is_empty() {
