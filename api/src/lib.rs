@@ -5,7 +5,7 @@
 //! | [`config`] | file, environment, flags; checked before anything starts |
 //! | [`states`] | the state machine of a sandbox, as a table |
 //! | [`record`], [`ids`], [`network_policy`] | what a sandbox is |
-//! | [`validate`], [`snapshot_request`] | requests from JSON to checked values |
+//! | [`validate`], [`snapshot_request`], [`guest_requests`] | requests from JSON to checked values |
 //! | [`journal`] | SQLite: keys, records, operations, transitions |
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
@@ -31,6 +31,7 @@ pub mod config;
 pub mod dev;
 pub mod error;
 pub mod fair_share;
+pub mod guest_requests;
 pub mod host;
 pub mod ids;
 pub mod journal;

@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `create`, `pause`, `resume`, `delete`, `execute` | one operation each |
+//! | `guest` | requests that need the guest; `git` is one kind of them |
 //! | `capture` | from a VM to packs and a stored manifest |
 //! | `settle` | the end of a pause: the head, and what may be done with the guest |
 //! | `draft` | what a VMM hands over at a capture, checked |
@@ -33,7 +34,9 @@ mod delete;
 mod draft;
 mod execute;
 mod files;
+mod git;
 pub mod golden;
+mod guest;
 mod heads;
 mod identity;
 mod machine;
@@ -310,6 +313,8 @@ pub mod operations {
     pub use super::create::create;
     pub use super::delete::{delete, undelete};
     pub use super::execute::{Executed, execute};
+    pub use super::git::{GitDone, git};
+    pub use super::guest::{Guest, reach};
     pub use super::pause::pause;
     pub use super::resume::resume;
     pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
