@@ -5,10 +5,12 @@
 //! | [`host`] | what this machine can run, and where the built parts are |
 //! | [`vmm`] | one `stasis-vmm` process without a supervisor, its pulse guest, and captures into a store |
 //! | [`service`] | the whole service: S3 server, fault proxy, supervisor, client |
+//! | [`guest`] | a supervisor whose sandbox's guest is an agent of this machine |
 //! | [`bench`] | the benchmark |
 //! | [`suite`] | a test binary whose tests may need what the machine lacks, and then say so |
 
 pub mod bench;
+pub mod guest;
 pub mod host;
 pub mod service;
 pub mod suite;

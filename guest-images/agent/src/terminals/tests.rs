@@ -114,7 +114,7 @@ async fn a_deleted_shell_dies_with_what_it_runs_in_front_even_if_that_ignores_a_
         .write(b"trap '' HUP; (trap '' HUP; echo pi''d $BASHPID; while :; do sleep 1; done)\n")
         .await
         .unwrap();
-    let seen = until(&mut attached, "pid ").await + &until(&mut Attached { before: vec![], ..attached }, "\n").await;
+    let seen = until(&mut attached, "pid ").await;
     let shell = registry.find("t").unwrap();
     timeout(SOON, registry.delete("t")).await.expect("the delete hangs").unwrap();
     assert!(*shell.ended.borrow(), "{seen}");
