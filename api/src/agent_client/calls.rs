@@ -78,16 +78,14 @@ impl Agent {
         let mut answer = pin!(sender.send_request(request));
         let mut seen = 0;
         let response = loop {
-            match timeout(stall, &mut answer).await {
-                Ok(response) => break response.map_err(|e| broken(&e))?,
-                Err(_) => {
-                    let now = moved.load(Ordering::Relaxed);
-                    if now == seen {
-                        return Err(AgentFailure::Deadline(stall));
-                    }
-                    seen = now;
-                }
+            if let Ok(response) = timeout(stall, &mut answer).await {
+                break response.map_err(|e| broken(&e))?;
             }
+            let now = moved.load(Ordering::Relaxed);
+            if now == seen {
+                return Err(AgentFailure::Deadline(stall));
+            }
+            seen = now;
         };
         let (parts, incoming) = response.into_parts();
         if !parts.status.is_success() {

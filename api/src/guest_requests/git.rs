@@ -43,8 +43,11 @@ impl Plan {
     }
 }
 
+/// From a request to a plan.
+pub type Check = fn(&Map<String, Value>) -> Result<Plan, Vec<FieldError>>;
+
 /// The operations by their names in the API.
-pub const OPERATIONS: [(&str, fn(&Map<String, Value>) -> Result<Plan, Vec<FieldError>>); 16] = [
+pub const OPERATIONS: [(&str, Check); 16] = [
     ("clone", clone),
     ("status", |body| simple(body, &["status", "--porcelain=v2", "--branch"])),
     ("branches", branches),

@@ -19,7 +19,10 @@ fn all_that_is_wrong_is_said_at_once() {
     assert_eq!(names(files::transfer(body(&json!({})))), ["src_path", "dst_path"]);
     let edits = json!({"path": "/x", "edits": [{"find": "a"}, {"find": ""}, 7, {"find": "b", "replace": 1}]});
     assert_eq!(names(files::edit(body(&edits))), ["edits[1].find", "edits[2].find", "edits[3].replace"]);
-    assert_eq!(names(terminals::create(body(&json!({"cols": 0, "rows": 2001, "id": "\u{7}"})))), ["id", "cols", "rows"]);
+    assert_eq!(
+        names(terminals::create(body(&json!({"cols": 0, "rows": 2001, "id": "\u{7}"})))),
+        ["id", "cols", "rows"]
+    );
 }
 
 #[test]
@@ -40,7 +43,9 @@ fn limits_are_exact() {
     let paths = |count: usize| files::read_many(body(&json!({"paths": vec!["x"; count]})));
     assert!(paths(1000).is_ok());
     assert_eq!(names(paths(1001)), ["paths"]);
-    for (mode, good) in [("755", true), ("0644", true), ("7777", true), ("07777", true), ("10000", false), ("75", false)] {
+    for (mode, good) in
+        [("755", true), ("0644", true), ("7777", true), ("07777", true), ("10000", false), ("75", false)]
+    {
         let query = [("path".to_owned(), "/x".to_owned()), ("permissions".to_owned(), mode.to_owned())];
         assert_eq!(files::write(&query).is_ok(), good, "{mode}");
     }
@@ -59,20 +64,40 @@ fn runs(operation: &str, value: &Value) -> Vec<String> {
 fn operations_are_runs_of_git() {
     for (operation, value, expected) in [
         ("status", json!({"path": "/r"}), "status --porcelain=v2 --branch"),
-        ("branches", json!({"path": "/r", "branch_type": "all", "contains": "abc"}), "branch --list --no-color --all --contains abc"),
+        (
+            "branches",
+            json!({"path": "/r", "branch_type": "all", "contains": "abc"}),
+            "branch --list --no-color --all --contains abc",
+        ),
         ("diff-unstaged", json!({"path": "/r"}), "diff --no-color --no-ext-diff --unified=3 --"),
-        ("diff-staged", json!({"path": "/r", "context_lines": 0}), "diff --no-color --no-ext-diff --unified=0 --cached --"),
+        (
+            "diff-staged",
+            json!({"path": "/r", "context_lines": 0}),
+            "diff --no-color --no-ext-diff --unified=0 --cached --",
+        ),
         ("diff", json!({"path": "/r", "target": "main"}), "diff --no-color --no-ext-diff --unified=3 main --"),
         ("reset", json!({"path": "/r"}), "reset"),
-        ("log", json!({"path": "/r", "start_timestamp": "2026-01-01"}), "log --no-color --max-count=10 --since=2026-01-01"),
+        (
+            "log",
+            json!({"path": "/r", "start_timestamp": "2026-01-01"}),
+            "log --no-color --max-count=10 --since=2026-01-01",
+        ),
         ("show", json!({"path": "/r", "revision": "HEAD~1"}), "show --no-color --no-ext-diff HEAD~1 --"),
         ("create-branch", json!({"path": "/r", "name": "x"}), "branch x"),
         ("create-branch", json!({"path": "/r", "name": "x", "checkout": true, "base_branch": "y"}), "checkout -b x y"),
         ("delete-branch", json!({"path": "/r", "name": "x", "force": true}), "branch -D -- x"),
         ("add", json!({"path": "/r", "files": ["-A", "b"]}), "add -- -A b"),
-        ("commit", json!({"path": "/r", "message": "-m x", "allow_empty": true}), "commit --message=-m x --allow-empty"),
+        (
+            "commit",
+            json!({"path": "/r", "message": "-m x", "allow_empty": true}),
+            "commit --message=-m x --allow-empty",
+        ),
         ("push", json!({"path": "/r"}), "push origin HEAD"),
-        ("push", json!({"path": "/r", "remote": "up", "branch": "b", "set_upstream": true}), "push --set-upstream up b"),
+        (
+            "push",
+            json!({"path": "/r", "remote": "up", "branch": "b", "set_upstream": true}),
+            "push --set-upstream up b",
+        ),
         ("pull", json!({"path": "/r", "rebase": true, "branch": "b"}), "pull --rebase origin b"),
     ] {
         assert_eq!(runs(operation, &value), [expected]);
@@ -92,7 +117,9 @@ fn operations_are_runs_of_git() {
     let (branch, otherwise) = checkout.runs[0].unless_branch.clone().unwrap();
     assert_eq!((branch.as_str(), otherwise.join(" ").as_str()), ("b", "checkout -b b"));
     let commit = plan("commit", &json!({"path": "/r", "message": "m", "author": "Ann", "email": "a@b"})).unwrap();
-    assert!(commit.tells_commit && commit.env["GIT_COMMITTER_NAME"] == "Ann" && commit.env["GIT_AUTHOR_EMAIL"] == "a@b");
+    assert!(
+        commit.tells_commit && commit.env["GIT_COMMITTER_NAME"] == "Ann" && commit.env["GIT_AUTHOR_EMAIL"] == "a@b"
+    );
 }
 
 #[test]
@@ -132,7 +159,8 @@ fn secrets_travel_apart_from_the_arguments() {
         let credentials = plan.credentials.unwrap();
         (plan.runs[0].args.join(" "), credentials.username, credentials.password, credentials.remote)
     };
-    let (args, username, password, remote) = clone(json!({"url": "https://ann:s3cret%2B%26+x@h:8443/r.git", "path": "/r"}));
+    let (args, username, password, remote) =
+        clone(json!({"url": "https://ann:s3cret%2B%26+x@h:8443/r.git", "path": "/r"}));
     assert_eq!(args, "clone -- https://h:8443/r.git /r");
     assert_eq!((username.as_str(), password.as_str()), ("ann", "s3cret+&+x"));
     assert_eq!(remote, Remote::Url("https://h:8443/r.git".to_owned()));
@@ -142,7 +170,10 @@ fn secrets_travel_apart_from_the_arguments() {
     let push = plan("push", &json!({"path": "/r", "username": "u", "password": "s3cret"})).unwrap();
     assert_eq!(push.credentials.unwrap().remote, Remote::Push("origin".to_owned()));
     let pull = plan("pull", &json!({"path": "/r", "remote": "https://u:p@h/r"})).unwrap();
-    assert_eq!((pull.runs[0].args.join(" ").as_str(), pull.credentials.is_some()), ("pull --no-rebase https://h/r", true));
+    assert_eq!(
+        (pull.runs[0].args.join(" ").as_str(), pull.credentials.is_some()),
+        ("pull --no-rebase https://h/r", true)
+    );
     assert!(plan("clone", &json!({"url": "ssh://git@h/r", "path": "/r"})).unwrap().credentials.is_none());
     assert_eq!(names(plan("push", &json!({"path": "/r", "password": "a\nb"}))), ["password"]);
 }

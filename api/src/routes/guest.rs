@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// For the agent to answer. Its clients give up after 300 s.
-pub(super) const WITHIN: Duration = Duration::from_secs(240);
+pub(super) const WITHIN: Duration = Duration::from_mins(4);
 /// For the next piece of a streamed request or answer.
 pub(super) const STALL: Duration = Duration::from_mins(1);
 

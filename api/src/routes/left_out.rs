@@ -35,8 +35,9 @@ pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)
     let mut routes: Vec<(String, MethodRouter<Arc<Core>>)> = Vec::new();
     for (part, method, path) in LEFT_OUT {
         let path = format!("/v1/sandbox/{{id}}/{path}");
-        let handler =
-            on(method, move |core: Shared, tenant: Tenant, params: RawPathParams| refuse(core, tenant, params, part));
+        let handler = on(method, move |core: Shared, tenant: Tenant, params: RawPathParams| {
+            std::future::ready(refuse(core, tenant, params, part))
+        });
         match routes.iter_mut().find(|(other, _)| *other == path) {
             Some((_, methods)) => *methods = std::mem::take(methods).merge(handler),
             None => routes.push((path, handler)),
@@ -45,7 +46,7 @@ pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)
     routes.into_iter()
 }
 
-async fn refuse(
+fn refuse(
     State(core): Shared,
     Tenant(tenant): Tenant,
     params: RawPathParams,
