@@ -1,6 +1,8 @@
 //! The supervisor's end of the agent protocol: HTTP/1.1 over the host end of the guest's vsock (connect, `CONNECT <port>\n`, `OK …\n`).
 //! One connection a request, since connections do not survive a pause. Answers are untrusted: bounded, and never trusted beyond their text.
 
+mod calls;
+
 use crate::vsock;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
@@ -8,6 +10,7 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use stasis_agent::protocol::git::GitRequest;
 use stasis_agent::protocol::{AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, WakeReply, WakeRequest};
 use stasis_vmm::control::VSOCK_SOCKET;
 use std::path::{Path, PathBuf};
@@ -29,6 +32,8 @@ pub enum AgentFailure {
         status: u16,
         /// Its words.
         message: String,
+        /// The field of the request that it names; its words are then the end of a sentence that starts with it.
+        field: Option<String>,
     },
     /// It answered something else.
     #[error("the agent's answer makes no sense: {0}")]
@@ -56,6 +61,11 @@ impl Agent {
     /// `POST /v1/exec`.
     pub async fn exec(&self, request: &ExecRequest, within: Duration) -> Result<ExecReply, AgentFailure> {
         self.call(Method::POST, "/v1/exec", Some(request), within).await
+    }
+
+    /// `POST /v1/git`.
+    pub async fn git(&self, request: &GitRequest, within: Duration) -> Result<ExecReply, AgentFailure> {
+        self.call(Method::POST, "/v1/git", Some(request), within).await
     }
 
     /// `POST /v1/wake`.
@@ -109,13 +119,20 @@ impl Agent {
         .await;
         pump.abort();
         let (status, bytes) = answer?;
-        if status == StatusCode::OK {
-            return Ok(bytes);
-        }
-        let message = serde_json::from_slice::<AgentError>(&bytes)
-            .map_or_else(|_| String::from_utf8_lossy(bytes.get(..200).unwrap_or(&bytes)).into_owned(), |e| e.message);
-        Err(AgentFailure::Refused { status: status.as_u16(), message })
+        if status.is_success() { Ok(bytes) } else { Err(refusal(status, &bytes)) }
     }
+}
+
+/// What the agent said with a status that is no success.
+fn refusal(status: StatusCode, body: &[u8]) -> AgentFailure {
+    /// Octets of it that are passed on.
+    const LENGTH: usize = 2000;
+    let cut = |text: &str| text.get(..text.floor_char_boundary(LENGTH)).unwrap_or_default().to_owned();
+    let (message, field) = match serde_json::from_slice::<AgentError>(body) {
+        Ok(said) => (cut(&said.message), said.field.as_deref().map(cut)),
+        Err(_) => (cut(&String::from_utf8_lossy(body)), None),
+    };
+    AgentFailure::Refused { status: status.as_u16(), message, field }
 }
 
 #[cfg(test)]
@@ -158,7 +175,7 @@ mod tests {
     async fn a_refusal_carries_its_message() {
         let (_dir, agent) = answering("400 Bad Request", r#"{"message":"cwd"}"#, 17);
         let error = agent.health(Duration::from_secs(5)).await.unwrap_err();
-        assert!(matches!(error, AgentFailure::Refused { status: 400, message } if message == "cwd"));
+        assert!(matches!(error, AgentFailure::Refused { status: 400, message, field: None } if message == "cwd"));
     }
 
     #[tokio::test]

@@ -189,9 +189,20 @@ pub enum Error {
     /// An app in a sandbox did not answer.
     #[error(transparent)]
     Invoke(#[from] InvokeError),
-    /// The agent refused to start the command.
-    #[error("the command could not be started: {0}")]
-    Command(String),
+    /// The guest refused, in its own words.
+    #[error("{message}")]
+    Guest {
+        /// 400, 403, 404, 409, 413 or 507.
+        status: StatusCode,
+        /// Why.
+        message: String,
+    },
+    /// A part of the API that this server does not have.
+    #[error("this server has no {0} yet")]
+    LeftOut(&'static str),
+    /// The request must become a WebSocket.
+    #[error("this is a WebSocket: the request must ask for an upgrade to one ({0})")]
+    NoWebSocket(String),
     /// A file or a process of this host failed.
     #[error("cannot {action}")]
     Local {
@@ -239,7 +250,10 @@ impl Error {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => StatusCode::NOT_FOUND,
-            Self::BadJson(_) | Self::Invalid(_) | Self::Command(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
+            Self::BadJson(_) | Self::Invalid(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
+            Self::Guest { status, .. } => *status,
+            Self::LeftOut(_) => StatusCode::NOT_IMPLEMENTED,
+            Self::NoWebSocket(_) => StatusCode::UPGRADE_REQUIRED,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::State { .. }
             | Self::TooManyUrls { .. }
@@ -301,7 +315,9 @@ impl Error {
             Self::Deadline { .. } => "deadline",
             Self::Draft { .. } => "draft",
             Self::Agent { .. } => "agent",
-            Self::Command(_) => "command",
+            Self::Guest { .. } => "guest",
+            Self::LeftOut(_) => "left-out",
+            Self::NoWebSocket(_) => "no-websocket",
             Self::Local { .. }
             | Self::Journal(_)
             | Self::Head { .. }

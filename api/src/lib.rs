@@ -5,7 +5,7 @@
 //! | [`config`] | file, environment, flags; checked before anything starts |
 //! | [`states`] | the state machine of a sandbox, as a table |
 //! | [`record`], [`ids`], [`network_policy`] | what a sandbox is |
-//! | [`validate`], [`snapshot_request`] | requests from JSON to checked values |
+//! | [`validate`], [`snapshot_request`], [`guest_requests`] | requests from JSON to checked values |
 //! | [`journal`] | SQLite: keys, records, operations, transitions |
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
@@ -38,6 +38,7 @@ pub mod dev;
 pub mod error;
 pub mod fair_share;
 pub mod front;
+pub mod guest_requests;
 pub mod host;
 pub mod ids;
 pub mod invoke;

@@ -145,6 +145,8 @@ pub struct Execute {
     pub command: String,
     /// Working directory.
     pub cwd: Option<String>,
+    /// User to run as.
+    pub user: Option<String>,
     /// Environment of this command alone.
     pub env: BTreeMap<String, String>,
     /// Time limit, seconds.
@@ -182,9 +184,17 @@ pub fn execute(body: &Map<String, Value>) -> Result<Execute, Vec<FieldError>> {
             None
         }
     };
+    let user = match body.get("user") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(user)) if !user.is_empty() && user.len() <= 64 => Some(user.clone()),
+        Some(_) => {
+            errors.add("user", "must be the name or number of a user in the guest");
+            None
+        }
+    };
     let env = environment(body, &["envs", "env"], &mut errors);
     let timeout_s = integer(body, &["timeout"], 1..=28_800, &mut errors).unwrap_or(30);
-    errors.or(Execute { command, cwd, env, timeout_s: u32::try_from(timeout_s).unwrap_or(30) })
+    errors.or(Execute { command, cwd, user, env, timeout_s: u32::try_from(timeout_s).unwrap_or(30) })
 }
 
 /// How a list is sorted.

@@ -6,10 +6,12 @@
 //! | [`vmm`] | one `stasis-vmm` process without a supervisor, its pulse guest, and captures into a store |
 //! | [`service`] | the whole service: S3 server, fault proxy, supervisor, client |
 //! | [`invoke`] | a played guest and an app in it |
+//! | [`guest`] | a supervisor whose sandbox's guest is an agent of this machine |
 //! | [`bench`] | the benchmark |
 //! | [`suite`] | a test binary whose tests may need what the machine lacks, and then say so |
 
 pub mod bench;
+pub mod guest;
 pub mod host;
 pub mod invoke;
 pub mod service;

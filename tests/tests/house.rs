@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use stasis_api::dev::{Fault, Rule};
 use stasis_tests::service::{Options, Reply, Second, Service};
 use stasis_tests::suite::{Outcome, Suite};
-use stasis_tests::vmm::{Error, no_pulse};
+use stasis_tests::vmm::{Error, no_pulse, until};
 
 /// `stasis` found something damaged.
 const DAMAGED: i32 = 7;
@@ -169,7 +169,8 @@ async fn woken_twice_at_once() -> Outcome {
             } else {
                 there(id, "pause").await?.expect(201)?;
             }
-            assert!(service.vmm_pids().is_empty() && second.vmm_pids().is_empty(), "the loser's VMM is gone");
+            service.await_no_vmm().await?;
+            until("the end of the other side's VMMs", || Ok(second.vmm_pids().is_empty().then_some(()))).await?;
             let verified = service.stasis(&["verify", id]).await?;
             assert_eq!(verified.code, 0, "{verified:?}");
         }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use stasis_api::dev::{Fault, Rule};
 use stasis_tests::service::{Options, Service};
 use stasis_tests::suite::{Outcome, Suite};
-use stasis_tests::vmm::{Error, no_pulse};
+use stasis_tests::vmm::{Error, no_pulse, until};
 
 fn main() {
     Suite::default()
@@ -100,9 +100,9 @@ async fn pool() -> Outcome {
     await_metric(&service, "/vmm_pool", 2).await?;
     let id = service.create_pulse().await?;
     await_metric(&service, "/vmm_pool", 2).await?;
-    for pid in service.idle_vmm_pids() {
-        kill(pid);
-    }
+    let killed = service.idle_vmm_pids();
+    killed.iter().copied().for_each(kill);
+    until("the end of the idle VMMs", || Ok(service.idle_vmm_pids().iter().all(|pid| !killed.contains(pid)).then_some(()))).await?;
     let other = service.create_pulse().await?;
     service.pulse_is_well(&id).await?;
     service.pulse_is_well(&other).await?;

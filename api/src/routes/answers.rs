@@ -11,7 +11,7 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
-const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+pub(super) const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// Names the header that carries [`Error::code`]; the contract's error body has no room for it.
 const STASIS_ERROR: HeaderName = HeaderName::from_static("stasis-error");
 

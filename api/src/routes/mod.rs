@@ -7,13 +7,18 @@
 
 mod answers;
 mod auth;
+mod files;
+mod git;
+mod guest;
 mod health;
 mod host;
 mod inspect;
+mod left_out;
 mod lifecycle;
 mod presigned;
 mod sandboxes;
 mod snapshots;
+mod terminals;
 
 use crate::error::Error;
 use crate::metrics::REQUESTS;
@@ -60,8 +65,12 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/healthz", get(health::health)),
         ("/readyz", get(health::ready)),
     ];
-    for (path, methods) in routes {
-        app = app.route(path, methods.clone()).route(&format!("{path}/"), methods);
+    let routes = routes.into_iter().map(|(path, methods)| (path.to_owned(), methods));
+    for (path, methods) in routes.chain(guest::routes()) {
+        app = app.route(&path, methods.clone());
+        if !path.ends_with("{*rest}") {
+            app = app.route(&format!("{path}/"), methods);
+        }
     }
     app.fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)

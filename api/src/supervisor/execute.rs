@@ -1,17 +1,15 @@
 //! Commands in a sandbox. They hold no lock: a pause or a delete may cut them off, and then says so.
 
 use super::Core;
-use super::resume::ensure_running;
-use crate::agent_client::AgentFailure;
+use super::guest::reach;
 use crate::error::Error;
 use crate::registry::Sandbox;
-use crate::states::State;
 use crate::timing::Timing;
 use crate::validate::Execute;
 use base64::Engine as _;
-use stasis_agent::protocol::ExecRequest;
+use stasis_agent::protocol::{ExecReply, ExecRequest};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the agent may need beyond the command's own time limit.
 const MARGIN: Duration = Duration::from_secs(15);
@@ -35,39 +33,31 @@ pub struct Executed {
 
 /// Runs a command; wakes the sandbox first.
 pub async fn execute(core: &Arc<Core>, sandbox: &Arc<Sandbox>, command: Execute) -> Result<Executed, Error> {
-    let spec = sandbox.record().spec;
-    if !spec.agent {
-        return Err(Error::NoAgent { id: sandbox.id.clone(), template: spec.template_name });
-    }
-    let (_, mut timing) = ensure_running(core, sandbox, "run a command in").await?;
-    let gone = || Error::State { id: sandbox.id.clone(), state: sandbox.state(), verb: "run a command in" };
-    let vm = sandbox.vm().ok_or_else(gone)?;
-    let mut env = spec.env_vars;
-    env.extend(command.env);
+    let mut guest = reach(core, sandbox, "run a command in").await?;
     let limit = Duration::from_secs(u64::from(command.timeout_s));
     let request = ExecRequest {
         command: command.command,
         cwd: command.cwd,
-        env,
+        user: command.user,
+        env: guest.environment(command.env),
         timeout_ms: u64::from(command.timeout_s) * 1000,
         output_limit: core.config.limits.output_bytes,
     };
-    // A timer does not pause it under the command.
-    let _visit = sandbox.visit(&core.sources);
-    let begun = Instant::now();
-    let reply = match core.agent(&vm).exec(&request, limit + MARGIN).await {
-        Ok(reply) => reply,
-        Err(AgentFailure::Refused { status: 400, message }) => return Err(Error::Command(message)),
-        Err(AgentFailure::Deadline(after)) => {
-            return Err(Error::Deadline { id: sandbox.id.clone(), what: "the command", ms: after.as_millis() });
-        }
-        // A pause or the end of the VM cuts the connection.
-        Err(_) if sandbox.state() != State::Running || vm.has_ended() => return Err(gone()),
-        Err(failure) => {
-            return Err(Error::Agent { id: sandbox.id.clone(), action: "run the command", what: failure.to_string() });
-        }
-    };
-    timing.since("exec", begun);
+    let agent = guest.agent();
+    let reply = guest.call("exec", "run the command", agent.exec(&request, limit + MARGIN)).await?;
+    let (stdout, stderr) = output(sandbox, &reply)?;
+    Ok(Executed {
+        exit_code: reply.exit_code,
+        stdout,
+        stderr,
+        dropped: (reply.stdout_dropped, reply.stderr_dropped),
+        timed_out: reply.timed_out,
+        timing: guest.timing,
+    })
+}
+
+/// Both streams as text.
+pub(super) fn output(sandbox: &Sandbox, reply: &ExecReply) -> Result<(String, String), Error> {
     let text = |name: &str, encoded: &str| {
         base64::engine::general_purpose::STANDARD
             .decode(encoded)
@@ -78,12 +68,5 @@ pub async fn execute(core: &Arc<Core>, sandbox: &Arc<Sandbox>, command: Execute)
                 what: format!("{name} is no base64: {e}"),
             })
     };
-    Ok(Executed {
-        exit_code: reply.exit_code,
-        stdout: text("stdout", &reply.stdout)?,
-        stderr: text("stderr", &reply.stderr)?,
-        dropped: (reply.stdout_dropped, reply.stderr_dropped),
-        timed_out: reply.timed_out,
-        timing,
-    })
+    Ok((text("stdout", &reply.stdout)?, text("stderr", &reply.stderr)?))
 }

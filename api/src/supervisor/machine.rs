@@ -285,7 +285,7 @@ impl Core {
                 };
                 match agent.wake(&request, Duration::from_secs(10)).await {
                     Ok(_) => return Ok(()),
-                    Err(AgentFailure::Refused { status, message }) => {
+                    Err(AgentFailure::Refused { status, message, .. }) => {
                         return Err(failed(format!("{status} {message}")));
                     }
                     Err(AgentFailure::Nonsense(what)) => return Err(failed(what)),

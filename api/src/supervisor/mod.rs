@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `create`, `pause`, `resume`, `stop`, `start`, `delete`, `execute` | one operation each |
 //! | `admission` | who may have a VM |
+//! | `guest` | requests that need the guest; `git` is one kind of them |
 //! | `capture` | from a VM to packs and a stored manifest |
 //! | `settle` | the end of a pause or a stop: the head, and what may be done with the guest |
 //! | `draft` | what a VMM hands over at a capture, checked |
@@ -35,7 +36,9 @@ mod delete;
 mod draft;
 mod execute;
 mod files;
+mod git;
 pub mod golden;
+mod guest;
 mod heads;
 mod identity;
 mod machine;
@@ -347,6 +350,8 @@ pub mod operations {
     pub use super::create::create;
     pub use super::delete::{delete, undelete};
     pub use super::execute::{Executed, execute};
+    pub use super::git::{GitDone, git};
+    pub use super::guest::{Guest, reach};
     pub use super::pause::pause;
     pub use super::resume::{ensure_running, resume};
     pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};

@@ -1,4 +1,4 @@
-//! One command: how it is started, what is kept of its output, and when it counts as ended.
+//! One command: as whom and how it is started, what is kept of its output, and when it counts as ended.
 //!
 //! A command gets a session of its own, hence a process group that a time-out kills as a whole. It has ended when its own process has:
 //! what it left in the background runs on, and keeps a reader for the pipes it inherited, since a write to a pipe without one would kill it.
@@ -6,28 +6,29 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rustix::process::{Signal, WaitStatus, kill_process_group, setsid};
+use rustix::process::{Gid, Signal, Uid, WaitStatus, geteuid, ioctl_tiocsctty, kill_process_group, setsid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use stasis_agent::protocol::{ExecReply, ExecRequest};
 use tokio::net::unix::pipe;
 use tokio::time::{sleep, timeout};
 
+use crate::accounts::{Account, Accounts};
 use crate::reaper::{Process, Reaper};
 
-/// What a command finds in its environment unless the request says otherwise.
-const ENVIRONMENT: [(&str, &str); 6] = [
-    ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-    ("HOME", "/root"),
-    ("USER", "root"),
-    ("LOGNAME", "root"),
-    ("SHELL", "/bin/sh"),
-    ("LANG", "C.UTF-8"),
-];
-const DIRECTORY: &str = "/root";
+/// What a command finds in its environment beside its user's variables, unless the request says otherwise.
+const ENVIRONMENT: [(&str, &str); 2] =
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")];
+/// Who commands run as.
+const USER: &str = "root";
+/// Where they start, and what relative paths are relative to.
+pub(crate) const DIRECTORY: &str = "/root";
+const SHELL: &str = "/bin/sh";
 
 /// Bytes kept of one stream at most, whatever the request asks for: the guest may have little memory.
 const OUTPUT_LIMIT: usize = 64 << 20;
@@ -40,30 +41,51 @@ const KILL_GRACE: Duration = Duration::from_secs(5);
 
 const EXIT_TIMED_OUT: i32 = 124;
 
-/// Why a command was not started.
+/// Why a command was not started. The first three: the end of a sentence that starts with the request's field.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExecError {
-    #[error("cannot run in directory {path:?}")]
+    #[error("{path:?} cannot be used")]
     Directory {
         path: String,
         #[source]
         source: io::Error,
     },
-    #[error("environment variable name {name:?} is empty or contains '=' or a zero byte")]
+    #[error("has the name {name:?}, which is empty or contains '=' or a zero byte")]
     VariableName { name: String },
-    #[error("cannot start /bin/sh")]
-    Start(#[source] io::Error),
+    #[error("{name:?} does not exist in the guest")]
+    User { name: String },
+    #[error("cannot start {program}")]
+    Start {
+        program: String,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// Runs a command until its own process has ended or the time is up.
 pub(crate) async fn run(reaper: &Reaper, request: ExecRequest) -> Result<ExecReply, ExecError> {
-    let limit = request.output_limit.min(OUTPUT_LIMIT);
-    let mut process = reaper.spawn(&mut command(&request)?).map_err(ExecError::Start)?;
-    let mut stdout = Stream::new(process.child.stdout.take().map(OwnedFd::from), limit).map_err(ExecError::Start)?;
-    let mut stderr = Stream::new(process.child.stderr.take().map(OwnedFd::from), limit).map_err(ExecError::Start)?;
+    let user = user(request.user.as_deref())?;
+    let mut command = command(SHELL, request.cwd.as_deref(), &user, &request.env)?;
+    command.arg("-c").arg(&request.command);
+    collect(reaper, command, request.output_limit, Duration::from_millis(request.timeout_ms)).await
+}
 
-    let (status, timed_out) =
-        follow(&mut process, &mut stdout, &mut stderr, Duration::from_millis(request.timeout_ms)).await;
+/// Runs what [`command`] made until its process has ended or the time is up.
+pub(crate) async fn collect(
+    reaper: &Reaper,
+    mut command: Command,
+    output_limit: usize,
+    within: Duration,
+) -> Result<ExecReply, ExecError> {
+    let limit = output_limit.min(OUTPUT_LIMIT);
+    let program = command.get_program().to_string_lossy().into_owned();
+    let start = |source| ExecError::Start { program: program.clone(), source };
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = reaper.spawn(&mut command).map_err(start)?;
+    let mut stdout = Stream::new(process.child.stdout.take().map(OwnedFd::from), limit).map_err(start)?;
+    let mut stderr = Stream::new(process.child.stderr.take().map(OwnedFd::from), limit).map_err(start)?;
+
+    let (status, timed_out) = follow(&mut process, &mut stdout, &mut stderr, within).await;
     let (stdout, stdout_dropped) = stdout.finish();
     let (stderr, stderr_dropped) = stderr.finish();
     Ok(ExecReply {
@@ -76,26 +98,93 @@ pub(crate) async fn run(reaper: &Reaper, request: ExecRequest) -> Result<ExecRep
     })
 }
 
-fn command(request: &ExecRequest) -> Result<Command, ExecError> {
-    let directory = request.cwd.as_deref().unwrap_or(DIRECTORY);
-    // Looked at here because the error of a spawn does not tell a missing directory from a missing shell.
-    let found = std::fs::metadata(directory)
-        .and_then(|found| if found.is_dir() { Ok(()) } else { Err(io::ErrorKind::NotADirectory.into()) });
-    found.map_err(|source| ExecError::Directory { path: directory.to_owned(), source })?;
-    if let Some(name) = request.env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
+/// The user of this name or number; who commands run as when there is none.
+pub(crate) fn user(wanted: Option<&str>) -> Result<Account, ExecError> {
+    let accounts = Accounts::read(Path::new("/"));
+    match wanted {
+        Some(name) => accounts.user(name).ok_or_else(|| ExecError::User { name: name.to_owned() }),
+        // An image without /etc/passwd has a root all the same.
+        None => Ok(accounts.user(USER).unwrap_or_else(|| Account {
+            name: USER.to_owned(),
+            uid: 0,
+            gid: 0,
+            home: DIRECTORY.to_owned(),
+            shell: SHELL.to_owned(),
+            groups: Vec::new(),
+        })),
+    }
+}
+
+/// `program` in a session of its own, with the environment of `user` and `env` over it, in `cwd` or where that user is at home.
+pub(crate) fn command(
+    program: &str,
+    cwd: Option<&str>,
+    user: &Account,
+    env: &std::collections::BTreeMap<String, String>,
+) -> Result<Command, ExecError> {
+    if let Some(name) = env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
         return Err(ExecError::VariableName { name: name.clone() });
     }
+    let directory = match cwd {
+        Some(cwd) if cwd.starts_with('/') => cwd.to_owned(),
+        Some(cwd) => format!("{DIRECTORY}/{cwd}"),
+        None if user.name == USER => DIRECTORY.to_owned(),
+        None if Path::new(&user.home).is_dir() => user.home.clone(),
+        None => "/".to_owned(),
+    };
+    // Looked at here because the error of a spawn does not tell a missing directory from a missing program.
+    let found = std::fs::metadata(&directory)
+        .and_then(|found| if found.is_dir() { Ok(()) } else { Err(io::ErrorKind::NotADirectory.into()) });
+    found.map_err(|source| ExecError::Directory { path: directory.clone(), source })?;
 
     #[expect(clippy::disallowed_methods, reason = "running commands is what the agent is for")]
-    let mut command = Command::new("/bin/sh");
-    command.arg("-c").arg(&request.command).current_dir(directory);
-    command.env_clear().envs(ENVIRONMENT).env("PWD", directory).envs(&request.env);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; setsid is one system call and allocates nothing.
+    let mut command = Command::new(program);
+    let shell = if user.shell.is_empty() { SHELL } else { &user.shell };
+    command.current_dir(&directory).env_clear().envs(ENVIRONMENT);
+    command.env("HOME", &user.home).env("USER", &user.name).env("LOGNAME", &user.name).env("SHELL", shell);
+    command.env("PWD", directory).envs(env);
+    let switch = (geteuid().as_raw() != user.uid).then(|| Switch::to(user));
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are system calls, and nothing is allocated or freed.
     unsafe {
-        command.pre_exec(|| setsid().map(drop).map_err(io::Error::from));
+        command.pre_exec(move || {
+            setsid()?;
+            switch.as_ref().map_or(Ok(()), Switch::apply)
+        });
     }
     Ok(command)
+}
+
+/// Makes the terminal that is the command's standard input the one that controls its session.
+pub(crate) fn control_terminal(command: &mut Command) {
+    // SAFETY: one system call on descriptor 0, which the child has; see `command`, after whose closure this one runs.
+    unsafe {
+        command.pre_exec(|| {
+            let stdin = std::os::fd::BorrowedFd::borrow_raw(0);
+            ioctl_tiocsctty(stdin).map_err(io::Error::from)
+        });
+    }
+}
+
+/// Who a child becomes.
+struct Switch {
+    uid: Uid,
+    gid: Gid,
+    groups: Vec<Gid>,
+}
+
+impl Switch {
+    fn to(user: &Account) -> Self {
+        let groups = std::iter::once(user.gid).chain(user.groups.iter().copied()).map(Gid::from_raw).collect();
+        Self { uid: Uid::from_raw(user.uid), gid: Gid::from_raw(user.gid), groups }
+    }
+
+    /// In the child, whose only thread this is. The groups first: after the user is changed it is not allowed.
+    fn apply(&self) -> io::Result<()> {
+        set_thread_groups(&self.groups)?;
+        set_thread_res_gid(self.gid, self.gid, self.gid)?;
+        set_thread_res_uid(self.uid, self.uid, self.uid)?;
+        Ok(())
+    }
 }
 
 /// Reads both streams until the process has ended, and kills its group when the time is up. `None`: it did not die of that.

@@ -3,17 +3,26 @@
 //! - `init`: what PID 1 does before it serves: modules, the root disk, mounts, loopback
 //! - `reaper`: the one place that waits for child processes
 //! - `exec`: one command, its output and its end
+//! - `git`: one run of git
+//! - `files`: the guest's files
+//! - `terminals`: shells on pseudo-terminals
+//! - `accounts`: users and groups by name
 //! - `wake`: clock and random pool after a restore
 //! - `server`: HTTP over vsock
 //! - `forward`: connections to TCP ports of the guest
 //!
-//! One thread runs everything: tokio's current-thread runtime. No task blocks for longer than a `fork` takes.
+//! One thread runs everything: tokio's current-thread runtime. No task blocks for longer than a `fork` takes; operations on files run on
+//! a few threads beside it, which may.
 
+mod accounts;
 mod exec;
+mod files;
 mod forward;
+mod git;
 mod init;
 mod reaper;
 mod server;
+mod terminals;
 mod wake;
 
 use std::error::Error;
@@ -21,12 +30,17 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use reaper::{Adoption, Reaper};
 use stasis_agent::protocol::{AGENT_PORT, FORWARD_PORT};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+
+/// Threads for operations on files, and how long an idle one stays.
+const FILE_THREADS: usize = 16;
+const FILE_THREAD_IDLE: Duration = Duration::from_secs(5);
 
 const USAGE: &str = "usage: stasis-agent            serve on vsock, and first set the guest up when PID 1
        stasis-agent --unix PATH  serve on unix sockets: the agent on PATH, the forwarder on PATH_2";
@@ -45,13 +59,18 @@ fn main() -> ExitCode {
 
 /// Prints an error and its causes.
 fn report(error: &dyn Error) {
+    eprintln!("stasis-agent: {}", chain(error));
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
         line = format!("{line}: {inner}");
         cause = inner.source();
     }
-    eprintln!("stasis-agent: {line}");
+    line
 }
 
 fn run(is_init: bool, arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
@@ -65,7 +84,12 @@ fn run(is_init: bool, arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     if is_init {
         init::set_up()?;
     }
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(is_init, socket))
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(FILE_THREADS)
+        .thread_keep_alive(FILE_THREAD_IDLE)
+        .build()?
+        .block_on(serve(is_init, socket))
 }
 
 /// Serves until a signal asks to stop.

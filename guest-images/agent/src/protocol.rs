@@ -5,11 +5,21 @@
 //! | `GET /v1/health` | – | [`Health`] |
 //! | `POST /v1/exec` | [`ExecRequest`] | [`ExecReply`]; 400 [`AgentError`] when it could not be started |
 //! | `POST /v1/wake` | [`WakeRequest`] | [`WakeReply`] |
+//! | `GET /v1/system` | – | [`System`] |
+//! | `POST /v1/files/…` | see [`files`] | |
+//! | `POST /v1/git` | [`git::GitRequest`] | [`ExecReply`] |
+//! | `POST /v1/terminals/…` | see [`terminals`] | |
+//!
+//! Refusals: 400, 403, 404, 409, 413, 500 or 507 with an [`AgentError`].
 //!
 //! Fields may be added (both sides ignore what they do not know); a change of meaning is a new [`PROTOCOL`].
 //!
 //! On [`FORWARD_PORT`] the agent leads connections to TCP ports of the guest's loopback. The supervisor writes one line that names a port
 //! ([`forward_line`]), the agent answers with one line ([`Forwarded`]); after `OK` the connection is the TCP connection, half-closes included.
+
+pub mod files;
+pub mod git;
+pub mod terminals;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -40,8 +50,11 @@ pub struct Health {
 pub struct ExecRequest {
     /// Run by `/bin/sh -c`.
     pub command: String,
-    /// Working directory; the agent's default when absent.
+    /// Working directory; the user's own when absent.
     pub cwd: Option<String>,
+    /// User to run as: a name of the guest's `/etc/passwd` or a number; root when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Added to the agent's environment.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -96,11 +109,23 @@ pub struct WakeReply {
     pub stepped_ns: i64,
 }
 
+/// Answer of `GET /v1/system`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct System {
+    /// Home directory of the user that commands run as.
+    pub home: String,
+    /// Where commands start, and what relative paths are relative to.
+    pub workdir: String,
+}
+
 /// Body of a refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentError {
-    /// What happened, to what, and why.
+    /// What happened, to what, and why. With a `field`: the end of a sentence that starts with it.
     pub message: String,
+    /// With status 400: the field of the request that is wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
 }
 
 /// The line that asks the forwarder for a TCP port of the guest, with its line feed.

@@ -1,7 +1,10 @@
-//! HTTP/1.1 for the protocol, over whatever accepts connections.
+//! HTTP/1.1 for the protocol, over whatever accepts connections. `files` and `terminals` have the routes of those.
 //!
 //! Each connection is a task of its own. A listener lives through everything: a virtio-vsock transport reset after a restore ends the
 //! connected sockets and those not accepted yet, never the listening one, so an error of `accept` concerns one connection.
+
+mod files;
+mod terminals;
 
 use std::future::Future;
 use std::io;
@@ -9,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -18,20 +21,26 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
-use stasis_agent::protocol::{AgentError, ExecReply, ExecRequest, Health, PROTOCOL, WakeReply};
+use stasis_agent::protocol::git::GitRequest;
+use stasis_agent::protocol::{AgentError, ExecReply, ExecRequest, Health, PROTOCOL, System, WakeReply};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_vsock::{VsockListener, VsockStream};
 
+use crate::chain;
 use crate::exec::{self, ExecError};
+use crate::git;
 use crate::reaper::Reaper;
+use crate::terminals::Registry;
 use crate::wake::{self, WakeError};
 
 /// Connections served at once; the next one waits in the listener's queue.
 const CONNECTIONS: usize = 128;
 /// For the head of a request to come, counted from the connection or from the end of the request before.
 const HEAD_DEADLINE: Duration = Duration::from_mins(1);
+/// Bytes of a JSON request; the supervisor's own limit is lower.
+const JSON_LIMIT: usize = 64 << 20;
 /// After a failed `accept`: if it fails for want of descriptors, the next one does too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -80,7 +89,7 @@ pub(crate) async fn serve(listener: impl Listen, router: Router) {
             let mut http = http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE);
             // A peer that goes away or speaks no HTTP is its own business; a command it started goes on.
-            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            let _ = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await;
             drop(permit);
         });
     }
@@ -92,14 +101,19 @@ pub(crate) fn router(reaper: Arc<Reaper>) -> Router {
         .route("/v1/health", get(health))
         .route("/v1/exec", post(run_command))
         .route("/v1/wake", post(wake_up))
-        .fallback(async |uri: Uri| Refusal(StatusCode::NOT_FOUND, format!("no such path: {}", uri.path())))
+        .route("/v1/git", post(run_git))
+        .route("/v1/system", get(system))
+        .merge(files::routes())
+        .merge(terminals::routes(Registry::new(Arc::clone(&reaper))))
+        .layer(DefaultBodyLimit::max(JSON_LIMIT))
+        .fallback(async |uri: Uri| Refusal::new(StatusCode::NOT_FOUND, format!("no such path: {}", uri.path())))
         .with_state(reaper)
 }
 
 async fn health() -> Result<Json<Health>, Refusal> {
     const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
     let boot_id = std::fs::read_to_string(BOOT_ID)
-        .map_err(|error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot read {BOOT_ID}: {error}")))?;
+        .map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot read {BOOT_ID}: {error}")))?;
     Ok(Json(Health {
         protocol: PROTOCOL,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -109,13 +123,29 @@ async fn health() -> Result<Json<Health>, Refusal> {
 
 async fn run_command(State(reaper): State<Arc<Reaper>>, body: Bytes) -> Result<Json<ExecReply>, Refusal> {
     let request: ExecRequest = parse(&body)?;
-    // In a task of its own: dropping this future, as a lost connection does, must not take the command's output pipes away.
-    let reply = tokio::spawn(async move { exec::run(&reaper, request).await }).await;
-    match reply {
+    to_its_end(async move { exec::run(&reaper, request).await }).await
+}
+
+async fn run_git(State(reaper): State<Arc<Reaper>>, body: Bytes) -> Result<Json<ExecReply>, Refusal> {
+    let request: GitRequest = parse(&body)?;
+    to_its_end(async move { git::run(&reaper, request).await }).await
+}
+
+/// In a task of its own: dropping this future, as a lost connection does, must not take the command's output pipes away.
+async fn to_its_end(
+    command: impl Future<Output = Result<ExecReply, ExecError>> + Send + 'static,
+) -> Result<Json<ExecReply>, Refusal> {
+    match tokio::spawn(command).await {
         Ok(Ok(reply)) => Ok(Json(reply)),
         Ok(Err(error)) => Err(error.into()),
-        Err(error) => Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("the command's task failed: {error}"))),
+        Err(error) => {
+            Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the command's task failed: {error}")))
+        }
     }
+}
+
+async fn system() -> Result<Json<System>, Refusal> {
+    Ok(Json(System { home: exec::user(None)?.home, workdir: exec::DIRECTORY.to_owned() }))
 }
 
 async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
@@ -125,22 +155,34 @@ async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body)
-        .map_err(|error| Refusal(StatusCode::BAD_REQUEST, format!("cannot read the request: {error}")))
+        .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, format!("cannot read the request: {error}")))
 }
 
 /// An [`AgentError`] and its status.
 #[derive(Debug)]
-struct Refusal(StatusCode, String);
+struct Refusal(StatusCode, AgentError);
+
+impl Refusal {
+    fn new(status: StatusCode, message: String) -> Self {
+        Self(status, AgentError { message, field: None })
+    }
+}
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        (self.0, Json(AgentError { message: self.1 })).into_response()
+        (self.0, Json(self.1)).into_response()
     }
 }
 
 impl From<ExecError> for Refusal {
     fn from(error: ExecError) -> Self {
-        Self(StatusCode::BAD_REQUEST, chain(&error))
+        let field = match &error {
+            ExecError::Directory { .. } => Some("cwd"),
+            ExecError::VariableName { .. } => Some("envs"),
+            ExecError::User { .. } => Some("user"),
+            ExecError::Start { .. } => None,
+        };
+        Self(StatusCode::BAD_REQUEST, AgentError { message: chain(&error), field: field.map(str::to_owned) })
     }
 }
 
@@ -150,12 +192,8 @@ impl From<WakeError> for Refusal {
             WakeError::BadEntropy | WakeError::BadTime(_) | WakeError::BadIdentity(_) => StatusCode::BAD_REQUEST,
             WakeError::Kernel { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        Self(status, chain(&error))
+        Self::new(status, chain(&error))
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ fn request(command: &str) -> ExecRequest {
     ExecRequest {
         command: command.to_owned(),
         cwd: Some("/".to_owned()),
+        user: None,
         env: [].into(),
         timeout_ms: 30_000,
         output_limit: 1 << 20,
@@ -105,5 +106,21 @@ async fn what_cannot_be_started_is_an_error_that_names_it() {
     name.env = [("A=B".to_owned(), String::new())].into();
     assert!(matches!(run(&reaper(), name).await, Err(ExecError::VariableName { .. })));
     let zero = request("echo \0");
-    assert!(matches!(run(&reaper(), zero).await, Err(ExecError::Start(_))));
+    assert!(matches!(run(&reaper(), zero).await, Err(ExecError::Start { .. })));
+}
+
+#[tokio::test]
+async fn a_command_runs_as_its_user_with_that_user_s_environment_and_groups() {
+    let mut unknown = request("true");
+    unknown.user = Some("no-such-user".to_owned());
+    let error = run(&reaper(), unknown).await.unwrap_err();
+    assert!(error.to_string().contains("no-such-user"), "{error}");
+    if !geteuid().is_root() {
+        eprintln!("left out: only root becomes somebody else");
+        return;
+    }
+    let mut request = request("id -u; id -g; id -G; echo $USER $HOME; touch /root/x 2>/dev/null || echo refused");
+    request.user = Some("4242".to_owned());
+    let reply = run(&reaper(), request).await.unwrap();
+    assert_eq!(text(&reply.stdout), "4242\n4242\n4242\n4242 /\nrefused\n");
 }
