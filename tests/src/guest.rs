@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Limits, RunAhead, StoreConfig, Warm};
+use stasis_api::config::{Config, Deadlines, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
 use stasis_api::ids::SandboxId;
 use stasis_api::record::{Record, Spec, VmmIdentity};
 use stasis_api::sources::Sources;
@@ -60,6 +60,8 @@ impl LocalGuest {
             deadlines: Deadlines::default(),
             warm: Warm { vmm_pool: 0, ..Warm::default() },
             run_ahead: RunAhead::default(),
+            invoke: Invoke::default(),
+            tls: Tls::default(),
         };
         std::fs::create_dir_all(at("store"))?;
         let supervisor = Supervisor::start(config).await?;
@@ -136,6 +138,8 @@ fn record(sources: &Sources) -> Result<Record, Error> {
         auto_pause: false,
         env_vars: [("FROM_SANDBOX".to_owned(), "yes".to_owned())].into(),
         network_policy: None,
+        port: None,
+        snapshot: None,
         created_at: sources.now_ms(),
     };
     let id = SandboxId::parse(SANDBOX).ok_or("the id of the sandbox is none")?;

@@ -102,7 +102,10 @@ async fn pool() -> Outcome {
     await_metric(&service, "/vmm_pool", 2).await?;
     let killed = service.idle_vmm_pids();
     killed.iter().copied().for_each(kill);
-    until("the end of the idle VMMs", || Ok(service.idle_vmm_pids().iter().all(|pid| !killed.contains(pid)).then_some(()))).await?;
+    until("the end of the idle VMMs", || {
+        Ok(service.idle_vmm_pids().iter().all(|pid| !killed.contains(pid)).then_some(()))
+    })
+    .await?;
     let other = service.create_pulse().await?;
     service.pulse_is_well(&id).await?;
     service.pulse_is_well(&other).await?;

@@ -2,6 +2,7 @@
 //! something else.
 
 use super::{Agent, AgentFailure, refusal};
+use crate::vsock;
 use axum::body::{Body, Bytes, HttpBody};
 use futures::stream;
 use http::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
@@ -13,6 +14,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use stasis_agent::protocol::AGENT_PORT;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -65,7 +67,9 @@ impl Agent {
         stall: Duration,
     ) -> Result<Response<Body>, AgentFailure> {
         let broken = |e: &dyn std::fmt::Display| AgentFailure::Connection(e.to_string());
-        let connected = timeout(CONNECT, self.connect()).await.map_err(|_| AgentFailure::Deadline(CONNECT))?;
+        let connected = timeout(CONNECT, vsock::connect(&self.socket, AGENT_PORT))
+            .await
+            .map_err(|_| AgentFailure::Deadline(CONNECT))?;
         let (mut sender, connection) =
             handshake(TokioIo::new(connected.map_err(|e| broken(&e))?)).await.map_err(|e| broken(&e))?;
         let pump = EndedOnDrop(tokio::spawn(async move { drop(connection.await) }));
@@ -110,7 +114,7 @@ impl Agent {
     ) -> Result<TokioIo<Upgraded>, AgentFailure> {
         let broken = |e: &dyn std::fmt::Display| AgentFailure::Connection(e.to_string());
         let upgraded = async {
-            let stream = self.connect().await.map_err(|e| broken(&e))?;
+            let stream = vsock::connect(&self.socket, AGENT_PORT).await.map_err(|e| broken(&e))?;
             let (mut sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
             // It ends by itself once the connection has been handed over, or when both ends of the request are dropped.
             tokio::spawn(async move { drop(connection.with_upgrades().await) });

@@ -40,7 +40,7 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 22] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 23] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),

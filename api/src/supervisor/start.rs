@@ -11,7 +11,6 @@ use crate::record::{Record, Spec};
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::{Event, State};
 use crate::store::Grants;
-use crate::supervisor::files::in_memory;
 use crate::template::Template;
 use crate::timing::Timing;
 use stasis_snapshot::commit::{Attempt, Current, HeadState};
@@ -116,7 +115,8 @@ async fn boot(
     let begun = Instant::now();
     sandbox.set_phase(Some("boot"));
     let share = core.shares.join(None);
-    let (source, vm) = tokio::join!(materialise::source(core, sandbox, &spec, &manifest, None), core.start_vmm(sandbox));
+    let (source, vm) =
+        tokio::join!(materialise::source(core, sandbox, &spec, &manifest, None), core.start_vmm(sandbox));
     let (Source { manifest: encoded, grants, known, took }, vm) = (source?, vm?);
     timing.phase("manifest", took);
     let digest = manifest.digest.to_string();

@@ -169,6 +169,7 @@ async fn write_out(core: &Core, sandbox: &Sandbox, vm: &Vmm) -> Result<(), Error
     let request = ExecRequest {
         command: "sync".to_owned(),
         cwd: None,
+        user: None,
         env: std::collections::BTreeMap::new(),
         timeout_ms: u64::try_from(SYNC.as_millis()).unwrap_or(u64::MAX),
         output_limit: 4096,
