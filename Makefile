@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all bench demo test test-native test-linux lint images build setup clean
+.PHONY: all bench clients demo test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -25,7 +25,7 @@ demo: build images
 	$(STEP) demo tests/rig/here-or-rig --time-limit 900 --mem 6144 -- tests/demo target/$(PROFILE)
 
 # Everything: unit and property tests, pulse guests on this machine's /dev/kvm, Debian guests here or in the rig.
-test: build images test-native test-linux
+test: build images clients test-native test-linux
 	@$(STEP) --summary
 
 # The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 15 minutes, into BENCHMARKS.md.
@@ -39,7 +39,11 @@ lint: setup
 	$(STEP) format cargo fmt --all --check
 	$(STEP) clippy cargo clippy --workspace --all-targets -- -D warnings
 
-test-native: build images
+# The public clients of the API, in environments of their own.
+clients: setup
+	$(STEP) clients tests/sdk/venvs
+
+test-native: build images clients
 	$(STEP) test-native tests/native
 
 test-linux: build images
