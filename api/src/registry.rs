@@ -323,7 +323,7 @@ impl Registry {
             }
             State::Running | State::Snapshotting | State::Stopping => {}
             State::Starting | State::Paused | State::Unpausing | State::Stopped | State::Deleting | State::Deleted => {
-                next.deadline = None
+                next.deadline = None;
             }
         }
         change(&mut next);

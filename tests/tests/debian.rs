@@ -17,6 +17,7 @@ fn main() {
     Suite::default()
         .test("five_cycles_keep_memory_disk_processes_and_time", lacking(), five_cycles)
         .test("a_server_in_the_guest_is_reached_and_woken_by_its_host_name", lacking(), invoke)
+        .test("a_stop_keeps_the_disk_and_drops_memory", lacking(), stop_and_start)
         .test("two_resumes_of_one_snapshot_draw_different_randomness", lacking(), two_resumes)
         .main();
 }
@@ -37,7 +38,9 @@ impl Guest {
         };
         let started = Instant::now();
         let service = Service::start(options).await?;
-        let body = json!({"template_name": "system/debian:bookworm", "memory": 512, "vcpu": 2});
+        let body = json!({
+            "template_name": "system/debian:bookworm", "memory": 512, "vcpu": 2, "env_vars": {"GREETING": "hello, env"},
+        });
         let id = service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id");
         let guest = Self { service, id, started };
         guest.say("created");
@@ -61,6 +64,15 @@ impl Guest {
         Ok(done.text("stdout").trim().to_owned())
     }
 
+    async fn stop_and_start(&self) -> Result<(), Error> {
+        for verb in ["stop", "start"] {
+            let path = format!("/v1/sandbox/{}/{verb}", self.id);
+            let done = self.service.call("POST", &path, None).await?.expect(200)?;
+            self.say(&format!("{verb}: {}", done.timing));
+        }
+        Ok(())
+    }
+
     async fn sleep_and_wake(&self) -> Result<(), Error> {
         self.say("pause");
         let paused = self.service.pause(&self.id).await?.expect(201)?;
@@ -70,6 +82,32 @@ impl Guest {
         self.say(&format!("resumed: {}", resumed.timing));
         Ok(())
     }
+}
+
+async fn stop_and_start() -> Outcome {
+    const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
+    let guest = Guest::start().await?;
+    assert_eq!(guest.run("echo \"$GREETING\"").await?, "hello, env");
+    let mut boots = vec![guest.run(BOOT).await?];
+    let mut sums = Vec::new();
+    guest.run("echo gone > /dev/shm/gone").await?;
+    for n in 1..=2 {
+        // Not written out by the guest itself yet.
+        sums.push(guest.run(&format!("head -c 3000000 /dev/urandom > /root/kept{n}; sha256sum /root/kept{n}")).await?);
+        guest.stop_and_start().await?;
+        let boot = guest.run(BOOT).await?;
+        assert!(!boots.contains(&boot), "it booted");
+        boots.push(boot);
+        for (n, sum) in sums.iter().enumerate() {
+            assert_eq!(&guest.run(&format!("sha256sum /root/kept{}", n + 1)).await?, sum);
+        }
+        assert_eq!(guest.run("test ! -e /dev/shm/gone && echo \"$GREETING\"").await?, "hello, env");
+    }
+    // A started one sleeps and wakes as any other, over the disk that it was started with.
+    guest.sleep_and_wake().await?;
+    assert_eq!(guest.run(BOOT).await?, boots[2]);
+    assert_eq!(guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum /root/kept1").await?, sums[0]);
+    Ok(())
 }
 
 /// A process that holds random bytes in its memory, counts, and on SIGUSR1 draws new bytes; it prints hash and counter when asked.

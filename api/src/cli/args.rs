@@ -65,6 +65,10 @@ pub(super) enum Client {
     Pause(One),
     /// Wake a sandbox.
     Resume(One),
+    /// Stop a sandbox: its disk is kept, what it has in memory is not.
+    Stop(One),
+    /// Start a stopped sandbox.
+    Start(One),
     /// Delete sandboxes. What slept in the bucket can be put back until `stasis gc` purges it.
     Rm(Many),
     /// Put a deleted sandbox back, paused as it was at its last pause.

@@ -35,6 +35,16 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
                 interruptible(client.call(Method::POST, &path(&one.id, "/resume"), None), "the resume goes on").await?;
             show(&answer, output);
         }
+        args::Client::Stop(one) => {
+            let answer =
+                interruptible(client.call(Method::POST, &path(&one.id, "/stop"), None), "the stop goes on").await?;
+            show(&answer, output);
+        }
+        args::Client::Start(one) => {
+            let answer =
+                interruptible(client.call(Method::POST, &path(&one.id, "/start"), None), "the start goes on").await?;
+            show(&answer, output);
+        }
         args::Client::Rm(many) => {
             for id in &many.ids {
                 client.call(Method::DELETE, &path(id, ""), None).await?;
