@@ -133,6 +133,15 @@ def until(connection, text, seen=b""):
     return seen
 
 
+def end_of(connection):
+    """The code that the server closes a connection with."""
+    try:
+        while True:
+            connection.recv()
+    except Exception as closed:
+        return closed.rcvd and closed.rcvd.code
+
+
 def terminals():
     pty = box.pty
     made = pty.create(session_id="my terminal/1", cols=100, rows=30, cwd=scratch, envs={"SHOWN": "1"})
@@ -150,7 +159,9 @@ def terminals():
     connection.close()
     if os.environ.get("PAUSES"):
         step("pause with a terminal")
+        watching = pty.connect(made.id)
         box.pause()
+        assert end_of(watching) == 1012
     # What was shown is shown again, and the shell is the same.
     connection = pty.connect(made.id)
     connection.send("echo $kept-here\n")
@@ -158,11 +169,7 @@ def terminals():
     assert [session.id for session in pty.list()] == [made.id]
     assert pty.get(made.id).rows == 40
     connection.send("exit\n")
-    try:
-        while True:
-            connection.recv()
-    except Exception as closed:
-        assert closed.rcvd.code == 1000, closed
+    assert end_of(connection) == 1000
     assert not pty.get(made.id).active
     pty.delete(made.id)
     fails(404, pty.get, made.id)

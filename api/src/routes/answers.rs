@@ -11,7 +11,7 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
-pub(super) const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// Names the header that carries [`Error::code`]; the contract's error body has no room for it.
 const STASIS_ERROR: HeaderName = HeaderName::from_static("stasis-error");
 
@@ -78,7 +78,11 @@ pub(super) fn item(record: &Record) -> Value {
 
 /// A JSON answer with what it cost.
 pub(super) fn timed(status: StatusCode, body: Value, timing: &Timing) -> Response {
-    let mut response = (status, Json(body)).into_response();
+    with_timing((status, Json(body)).into_response(), timing)
+}
+
+/// An answer with what it cost.
+pub(super) fn with_timing(mut response: Response, timing: &Timing) -> Response {
     if let Ok(value) = HeaderValue::from_str(&timing.header())
         && !value.is_empty()
     {

@@ -1,6 +1,7 @@
 //! `filesystem/*`. Contents of files are streamed in both directions; only the guest's disk bounds them.
 
-use super::guest::{STALL, acting, asking, timed};
+use super::answers::with_timing;
+use super::guest::{STALL, acting, asking};
 use super::sandboxes::pairs;
 use super::{Shared, Tenant, json_body};
 use crate::error::Error;
@@ -61,7 +62,7 @@ async fn write(
     let path = with_query("/v1/files/write", named)?;
     let answer = pass_on(&core, &sandbox, &path, &OCTETS, body).await?;
     drop(answer.0);
-    Ok(timed(StatusCode::NO_CONTENT.into_response(), &answer.1.timing))
+    Ok(with_timing(StatusCode::NO_CONTENT.into_response(), &answer.1.timing))
 }
 
 /// A path of the agent with a query.
@@ -86,7 +87,7 @@ async fn write_many(
     })?;
     let answer = pass_on(&core, &sandbox, "/v1/files/write-many", kind, body).await?;
     drop(answer.0);
-    Ok(timed(StatusCode::NO_CONTENT.into_response(), &answer.1.timing))
+    Ok(with_timing(StatusCode::NO_CONTENT.into_response(), &answer.1.timing))
 }
 
 fn is_form(kind: &HeaderValue) -> bool {
@@ -104,7 +105,7 @@ async fn read(
     let request = requests::read(&json_body(&core, body).await?).map_err(Error::Invalid)?;
     let (contents, guest) = ask(&core, &sandbox, "/v1/files/read", &request).await?;
     let answer = ([(CONTENT_TYPE, OCTETS)], contents.into_body()).into_response();
-    Ok(timed(answer, &guest.timing))
+    Ok(with_timing(answer, &guest.timing))
 }
 
 async fn read_many(
@@ -119,7 +120,7 @@ async fn read_many(
     let kind = contents.headers().get(CONTENT_TYPE).filter(|kind| is_form(kind)).cloned().ok_or_else(|| {
         Error::Agent { id: sandbox.id.clone(), action: "send files", what: "its answer is no form".to_owned() }
     })?;
-    Ok(timed(([(CONTENT_TYPE, kind)], contents.into_body()).into_response(), &guest.timing))
+    Ok(with_timing(([(CONTENT_TYPE, kind)], contents.into_body()).into_response(), &guest.timing))
 }
 
 type Answer = (Response<Body>, crate::supervisor::operations::Guest);

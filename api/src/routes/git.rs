@@ -1,6 +1,6 @@
 //! `git/*`. A git that fails is an answer too: 200 with its exit status.
 
-use super::guest::timed;
+use super::answers::with_timing;
 use super::{Shared, Tenant, json_body};
 use crate::error::Error;
 use crate::guest_requests::git::OPERATIONS;
@@ -26,7 +26,7 @@ pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)
             } else {
                 result
             };
-            Ok::<_, Error>(timed(Json(body).into_response(), &done.timing))
+            Ok::<_, Error>(with_timing(Json(body).into_response(), &done.timing))
         };
         (format!("/v1/sandbox/{{id}}/git/{name}"), post(handler))
     })

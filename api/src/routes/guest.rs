@@ -1,15 +1,15 @@
 //! Routes that the guest serves: their table, and what they share. `files`, `git` and `terminals` have the handlers.
 
-use super::{Shared, Tenant, answers, files, git, json_body, left_out, terminals};
+use super::answers::with_timing;
+use super::{Shared, Tenant, files, git, json_body, left_out, terminals};
 use crate::error::Error;
 use crate::supervisor::Core;
 use crate::supervisor::operations::reach;
-use crate::timing::Timing;
 use crate::validate::FieldError;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodRouter, get, post};
 use serde::Serialize;
@@ -53,7 +53,7 @@ where
         let mut guest = reach(&core, &sandbox, verb).await?;
         let agent = guest.agent();
         let answer: A = guest.call("guest", "answer", agent.ask(path, &request, WITHIN)).await?;
-        Ok::<_, Error>(timed(Json(answer).into_response(), &guest.timing))
+        Ok::<_, Error>(with_timing(Json(answer).into_response(), &guest.timing))
     })
 }
 
@@ -68,18 +68,8 @@ where
         let mut guest = reach(&core, &sandbox, verb).await?;
         let agent = guest.agent();
         guest.call("guest", "answer", agent.act(path, &request, WITHIN)).await?;
-        Ok::<_, Error>(timed(StatusCode::NO_CONTENT.into_response(), &guest.timing))
+        Ok::<_, Error>(with_timing(StatusCode::NO_CONTENT.into_response(), &guest.timing))
     })
-}
-
-/// An answer with what it cost.
-pub(super) fn timed(mut response: Response, timing: &Timing) -> Response {
-    if let Ok(value) = HeaderValue::from_str(&timing.header())
-        && !value.is_empty()
-    {
-        response.headers_mut().insert(answers::SERVER_TIMING, value);
-    }
-    response
 }
 
 async fn home(core: Shared, tenant: Tenant, id: Path<String>) -> Result<Response, Error> {
@@ -100,5 +90,5 @@ async fn system(
     let mut guest = reach(&core, &sandbox, "look into").await?;
     let agent = guest.agent();
     let system = guest.call("guest", "answer", agent.get("/v1/system", WITHIN)).await?;
-    Ok(timed(Json(answer(system)).into_response(), &guest.timing))
+    Ok(with_timing(Json(answer(system)).into_response(), &guest.timing))
 }

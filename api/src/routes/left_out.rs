@@ -36,7 +36,7 @@ pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)
     for (part, method, path) in LEFT_OUT {
         let path = format!("/v1/sandbox/{{id}}/{path}");
         let handler = on(method, move |core: Shared, tenant: Tenant, params: RawPathParams| {
-            std::future::ready(refuse(core, tenant, params, part))
+            std::future::ready(refuse(core, tenant, &params, part))
         });
         match routes.iter_mut().find(|(other, _)| *other == path) {
             Some((_, methods)) => *methods = std::mem::take(methods).merge(handler),
@@ -49,7 +49,7 @@ pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)
 fn refuse(
     State(core): Shared,
     Tenant(tenant): Tenant,
-    params: RawPathParams,
+    params: &RawPathParams,
     part: &'static str,
 ) -> Result<Response, Error> {
     let id = params.iter().find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();

@@ -1,7 +1,8 @@
 //! `pty/*`. The WebSocket ends here: the guest's end of a terminal is plain bytes, and how a terminal ended is told in the close frame.
 
+use super::answers::with_timing;
 use super::files::with_query;
-use super::guest::{WITHIN, timed};
+use super::guest::WITHIN;
 use super::{Shared, Tenant, json_body};
 use crate::error::Error;
 use crate::guest_requests::terminals as requests;
@@ -67,7 +68,7 @@ async fn list(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String
     let all: Terminals =
         guest.call("guest", "list terminals", agent.ask("/v1/terminals/list", &json!({}), WITHIN)).await?;
     let items: Vec<Value> = all.items.iter().map(session).collect();
-    Ok(timed(Json(json!({ "items": items })).into_response(), &guest.timing))
+    Ok(with_timing(Json(json!({ "items": items })).into_response(), &guest.timing))
 }
 
 async fn create(
@@ -83,7 +84,7 @@ async fn create(
     let agent = guest.agent();
     let made: Terminal =
         guest.call("guest", "make a terminal", agent.ask("/v1/terminals/create", &request, WITHIN)).await?;
-    Ok(timed((StatusCode::CREATED, Json(session(&made))).into_response(), &guest.timing))
+    Ok(with_timing((StatusCode::CREATED, Json(session(&made))).into_response(), &guest.timing))
 }
 
 async fn one(
@@ -97,7 +98,7 @@ async fn one(
     let request = TerminalId { id: terminal };
     let found: Terminal =
         guest.call("guest", "find a terminal", agent.ask("/v1/terminals/get", &request, WITHIN)).await?;
-    Ok(timed(Json(session(&found)).into_response(), &guest.timing))
+    Ok(with_timing(Json(session(&found)).into_response(), &guest.timing))
 }
 
 async fn delete(
@@ -110,7 +111,7 @@ async fn delete(
     let agent = guest.agent();
     let request = TerminalId { id: terminal };
     guest.call("guest", "delete a terminal", agent.act("/v1/terminals/delete", &request, WITHIN)).await?;
-    Ok(timed(StatusCode::NO_CONTENT.into_response(), &guest.timing))
+    Ok(with_timing(StatusCode::NO_CONTENT.into_response(), &guest.timing))
 }
 
 async fn resize(
@@ -126,7 +127,7 @@ async fn resize(
     let request = Resize { id: terminal, cols, rows };
     let resized: Terminal =
         guest.call("guest", "resize a terminal", agent.ask("/v1/terminals/resize", &request, WITHIN)).await?;
-    Ok(timed(Json(session(&resized)).into_response(), &guest.timing))
+    Ok(with_timing(Json(session(&resized)).into_response(), &guest.timing))
 }
 
 /// The guest is asked first: 404 comes as an answer, and after a 101 there is a terminal.
@@ -147,7 +148,7 @@ async fn connect(
     guest.may_sleep();
     let response =
         socket.max_message_size(MESSAGE).max_frame_size(MESSAGE).on_upgrade(move |socket| carry(socket, shell, guest));
-    Ok(timed(response, &timing))
+    Ok(with_timing(response, &timing))
 }
 
 /// Carries bytes between a client and a terminal until either has ended.

@@ -17,7 +17,7 @@ use crate::reaper::Reaper;
 const EXIT_NOT_FOUND: i32 = 127;
 const NOT_FOUND: &str = "git is not installed in this sandbox: install it, or use a template that has it\n";
 /// For git to say what a remote's URL is.
-const LOOK_UP: Duration = Duration::from_secs(10);
+const LOOK_UP: Duration = Duration::from_mins(1);
 const URL_LIMIT: usize = 16 << 10;
 /// Whoever asks the helper to store or forget gets nothing.
 const HELPER: &str = r#"!f() { test "$1" = get && printf 'username=%s\npassword=%s\n' "$STASIS_GIT_USERNAME" "$STASIS_GIT_PASSWORD"; }; f"#;
