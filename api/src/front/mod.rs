@@ -52,7 +52,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// First octet of a TLS connection: a handshake record (RFC 8446 §5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
 /// To a client that speaks HTTP where only TLS is served.
-const SPEAK_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: 54\r\nconnection: close\r\n\r\n{\"message\":\"this port serves https only, use https://\"}";
+const SPEAK_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: 55\r\nconnection: close\r\n\r\n{\"message\":\"this port serves https only, use https://\"}";
 /// Bytes of such a client's request that are read.
 const SPEAK_TLS_READ: u64 = 64 << 10;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

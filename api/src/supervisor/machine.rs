@@ -85,14 +85,6 @@ impl Core {
         }
     }
 
-    /// The same for one that stands still, and whose state is in the store. Does not wait until the process is gone.
-    pub(super) fn let_go_of_vm(&self, sandbox: &Sandbox) {
-        if let Some(vm) = sandbox.vm() {
-            vm.let_go();
-            sandbox.set_vm(None);
-        }
-    }
-
     /// Lets a parked VM run, whatever a request that was given up left it in.
     pub(super) async fn unpark(&self, sandbox: &Sandbox, vm: &Vmm) -> Result<(), Error> {
         let limit = self.config.deadlines.control();
@@ -183,7 +175,7 @@ impl Core {
         };
         let memory = self.memory_to_keep()?;
         let memory_token = memory.as_deref().map(|file| self.enclose(&mut files, file)).transpose()?;
-        let disks_from = stored.map(|stored| stored.enclose(self, &mut files)).transpose()?;
+        let disks_from = stored.map(|stored| stored.enclose(self, &mut files));
         let request = BootRequest {
             machine: MachineConfig {
                 vcpus: spec.vcpu,

@@ -82,14 +82,13 @@ pub(super) async fn source(
     held: Option<(File, Arc<KnownPacks>)>,
 ) -> Result<Source, Error> {
     let begun = Instant::now();
-    let (manifest, known) = match held {
-        Some(held) => held,
-        None => {
-            let (manifest, bytes) = core.fetch_manifest(named).await?;
-            let found = KnownPacks::of(&manifest);
-            let known = sandbox.known_packs().filter(|known| known.equals(&found)).unwrap_or_else(|| Arc::new(found));
-            (in_memory("manifest", &bytes)?, known)
-        }
+    let (manifest, known) = if let Some(held) = held {
+        held
+    } else {
+        let (manifest, bytes) = core.fetch_manifest(named).await?;
+        let found = KnownPacks::of(&manifest);
+        let known = sandbox.known_packs().filter(|known| known.equals(&found)).unwrap_or_else(|| Arc::new(found));
+        (in_memory("manifest", &bytes)?, known)
     };
     let foreign = |digest: String| Some(digest.as_str()) != spec.rootfs_digest.as_deref();
     if known.bases().iter().any(|base| foreign(base.to_string())) {

@@ -107,7 +107,11 @@ pub(super) async fn finish(
 /// Ends the VM of a commit that has won, and keeps its memory where that is wanted.
 fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &mut ReadyToCommit) {
     let memory = sandbox.vm().and_then(|vm| vm.take_memory());
-    core.let_go_of_vm(sandbox);
+    // It stands still, and its state is in the store.
+    if let Some(vm) = sandbox.vm() {
+        vm.let_go();
+        sandbox.set_vm(None);
+    }
     if let Some(known) = &ready.known {
         core.sign_ahead(known);
     }

@@ -33,16 +33,11 @@ pub(super) struct StoredDisks {
 
 impl StoredDisks {
     /// Adds the files that it needs to `files`, and names them for the VMM.
-    pub(super) fn enclose(self, core: &Core, files: &mut Vec<(FdToken, File)>) -> Result<DisksFrom, Error> {
+    pub(super) fn enclose(self, core: &Core, files: &mut Vec<(FdToken, File)>) -> DisksFrom {
         let manifest = core.store.token();
         files.push((manifest, self.manifest));
         files.extend(self.grants.files);
-        Ok(DisksFrom {
-            manifest,
-            manifest_digest: self.digest,
-            packs: self.grants.objects,
-            connections: self.connections,
-        })
+        DisksFrom { manifest, manifest_digest: self.digest, packs: self.grants.objects, connections: self.connections }
     }
 }
 

@@ -281,14 +281,14 @@ impl Shell {
         loop {
             tokio::select! {
                 biased;
-                read = read(&terminal) => match read {
-                    Ok(chunk) => self.pass_on(chunk).await,
-                    // The last process that had the terminal is gone.
-                    Err(_) => {
+                read = read(&terminal) => {
+                    let Ok(chunk) = read else {
+                        // The last process that had the terminal is gone.
                         let _ = (&mut process.exited).await;
                         break;
-                    }
-                },
+                    };
+                    self.pass_on(chunk).await;
+                }
                 _ = &mut process.exited => {
                     if let Some(running) = &mut lock(&self.inner).running {
                         running.pid = None;

@@ -67,7 +67,7 @@ pub async fn measure(case: &Case) -> Result<Vec<Profile>, Error> {
         let answered = now();
         tokio::time::sleep(AFTER_WAKE).await;
         if profiles.len() == 2 {
-            profiles.push(recorder.end("a cold wake", begun, now() - answered, &file)?);
+            profiles.push(recorder.end("a cold wake", begun, now().saturating_sub(answered), &file)?);
         } else {
             drop(recorder);
         }
@@ -112,7 +112,7 @@ impl Recorder {
         if shares.is_empty() {
             return Err(format!("perf has no samples: {}", String::from_utf8_lossy(&script.stderr)).into());
         }
-        Ok(Profile { what, took_ms: (ended - begun - after).as_secs_f64() * 1000.0, shares })
+        Ok(Profile { what, took_ms: ended.saturating_sub(begun).saturating_sub(after).as_secs_f64() * 1000.0, shares })
     }
 
     fn stop(&mut self) {

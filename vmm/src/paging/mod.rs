@@ -163,7 +163,7 @@ impl Paging {
             pages += touch.pages;
             wanted
         });
-        let early = Arc::new(early.cloned().collect::<Vec<_>>());
+        let early = Arc::new(early.copied().collect::<Vec<_>>());
         if !early.is_empty() {
             self.fill_with(early, false);
         }

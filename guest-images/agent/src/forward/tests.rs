@@ -119,7 +119,7 @@ async fn many_connections_carry_much_both_ways() {
                 to.shutdown().await.unwrap();
             };
             let mut echo = Vec::new();
-            let (_, read) = tokio::join!(sending, from.read_to_end(&mut echo));
+            let ((), read) = tokio::join!(sending, from.read_to_end(&mut echo));
             read.unwrap();
             assert!(echo.len() == EACH && echo.iter().all(|&byte| byte == number));
         });

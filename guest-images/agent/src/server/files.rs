@@ -108,10 +108,13 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     json.merge(contents)
 }
 
+/// What a handler waits for.
+type Answering<A> = Pin<Box<dyn Future<Output = Result<Json<A>, Refusal>> + Send>>;
+
 /// A handler of an operation that answers JSON.
 fn call<Q, A>(
     operation: impl Fn(Q) -> Result<A, FileError> + Clone + Send + 'static,
-) -> impl Fn(Bytes) -> Pin<Box<dyn Future<Output = Result<Json<A>, Refusal>> + Send>> + Clone + Send + 'static
+) -> impl Fn(Bytes) -> Answering<A> + Clone + Send + 'static
 where
     Q: DeserializeOwned + Send + 'static,
     A: Serialize + Send + 'static,

@@ -95,7 +95,7 @@ async fn refusals_are_agent_errors() {
     let cases = [
         ("GET /v1/nothing", "", 404, "/v1/nothing"),
         ("POST /v1/exec", "{", 400, "cannot read the request"),
-        ("POST /v1/exec", r#"{"command":"true","cwd":"/none","timeout_ms":1,"output_limit":1}"#, 400, "/none"),
+        ("POST /v1/exec", r#"{"command":"true","cwd":"/none","timeout_ms":9000,"output_limit":1}"#, 400, "/none"),
         ("POST /v1/wake", r#"{"unix_time_ns":1,"entropy":"AAAA"}"#, 400, "entropy"),
         ("POST /v1/files/ls", r#"{"path":"/none"}"#, 404, "/none"),
         ("POST /v1/files/ls", r#"{"path":""}"#, 400, "empty"),
@@ -107,7 +107,7 @@ async fn refusals_are_agent_errors() {
         ("POST /v1/files/write-many", "x", 400, "boundary"),
         ("POST /v1/terminals/get", r#"{"id":"x"}"#, 404, "no terminal"),
         ("GET /v1/terminals/attach?id=x", "", 400, "upgrade"),
-        ("POST /v1/git", r#"{"args":["x"],"cwd":"/none","timeout_ms":1,"output_limit":1}"#, 400, "/none"),
+        ("POST /v1/git", r#"{"args":["x"],"cwd":"/none","timeout_ms":9000,"output_limit":1}"#, 400, "/none"),
     ];
     for (head, body, expected, part) in cases {
         let (status, body) = ask(&path, head, body).await;
