@@ -81,7 +81,9 @@ pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
         tell("stasis stops serving and pauses all sandboxes");
         match supervisor.pause_all().await {
             0 => {}
-            left => tell(&format!("{left} sandboxes could not be paused; they keep running and are adopted by the next start")),
+            left => tell(&format!(
+                "{left} sandboxes could not be paused; they keep running and are adopted by the next start"
+            )),
         }
     } else {
         tell("stasis stops serving; sandboxes keep running and are adopted by the next start");

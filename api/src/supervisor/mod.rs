@@ -238,8 +238,9 @@ impl Supervisor {
         // First, so that no request wakes one again.
         self.end_serving().await;
         let running = self.core.registry.all().into_iter().filter(|sandbox| sandbox.state() == State::Running);
+        let core = &self.core;
         let pauses = futures::stream::iter(running).map(|sandbox| async move {
-            let outcome = operations::pause(&self.core, &sandbox).await;
+            let outcome = operations::pause(core, &sandbox).await;
             if let Err(error) = &outcome {
                 tracing::warn!(id = %sandbox.id, error = error.chain(), "it is not paused and goes on");
             }
@@ -262,7 +263,7 @@ impl Supervisor {
     pub async fn shutdown(mut self) {
         self.stop.cancel();
         self.background.iter().for_each(JoinHandle::abort);
-        if tokio::time::timeout(DRAIN, self.pool).await.is_err() {
+        if tokio::time::timeout(DRAIN, &mut self.pool).await.is_err() {
             tracing::warn!("VMMs started ahead are left to the next start");
         }
         self.core.kept.shrink_to(0);
