@@ -57,9 +57,8 @@ pub(super) async fn exchange(
 ) -> Result<Response<Body>, Failure> {
     let motion = Motion::new();
     let io = TokioIo::new(Watched::new(stream, motion.clone()));
-    let (mut sender, connection) = match http1::Builder::new().max_buf_size(HEAD).handshake(io).await {
-        Ok(both) => both,
-        Err(_) => return Err(Failure::Unsent(Box::new(request))),
+    let Ok((mut sender, connection)) = http1::Builder::new().max_buf_size(HEAD).handshake(io).await else {
+        return Err(Failure::Unsent(Box::new(request)));
     };
     let watch = motion.clone();
     let driver = Driver(tokio::spawn(async move {

@@ -68,19 +68,17 @@ impl Domain {
 
     /// Where a request with this target and these headers goes. The target's own authority wins over `Host` (RFC 9112 §3.2.2).
     pub fn destination(&self, version: Version, uri: &Uri, headers: &HeaderMap) -> Destination {
-        match uri.authority() {
-            Some(authority) => self.of_name(authority.host()),
-            None => {
-                let mut hosts = headers.get_all(HOST).iter();
-                match (hosts.next(), hosts.next()) {
-                    (Some(host), None) => match host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()) {
-                        Some(authority) if !host.as_bytes().contains(&b'@') => self.of_name(authority.host()),
-                        _ => Destination::Unclear,
-                    },
-                    (None, _) if version < Version::HTTP_11 => Destination::Api,
-                    _ => Destination::Unclear,
-                }
-            }
+        if let Some(authority) = uri.authority() {
+            return self.of_name(authority.host());
+        }
+        let mut hosts = headers.get_all(HOST).iter();
+        match (hosts.next(), hosts.next()) {
+            (Some(host), None) => match host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()) {
+                Some(authority) if !host.as_bytes().contains(&b'@') => self.of_name(authority.host()),
+                _ => Destination::Unclear,
+            },
+            (None, _) if version < Version::HTTP_11 => Destination::Api,
+            _ => Destination::Unclear,
         }
     }
 

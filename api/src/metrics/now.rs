@@ -39,7 +39,7 @@ pub async fn samples(core: &Core) -> Vec<Sample> {
         number(POOL, &[], core.pool.waiting() as u64),
     ]);
     if let Some(usage) = core.pack_cache.as_ref().and_then(|cache| cache.usage().ok()) {
-        out.extend([number(CACHE_BYTES, &[], usage.bytes), number(CACHE_FILES, &[], usage.files as u64)]);
+        out.extend([number(CACHE_BYTES, &[], usage.bytes), number(CACHE_FILES, &[], usage.files)]);
     }
     let spent: Vec<_> = sandboxes.iter().map(|sandbox| sandbox.ahead(|spent| *spent)).collect();
     out.extend([
