@@ -119,9 +119,9 @@ async fn every_http() -> Outcome {
     let place = Place::new().await?;
     let key = &place.service.key;
     for (scheme, expected, client) in [
-        ("http", Version::HTTP_11, place.client(|c| c.http1_only())?),
-        ("http", Version::HTTP_2, place.client(|c| c.http2_prior_knowledge())?),
-        ("https", Version::HTTP_11, place.client(|c| c.http1_only())?),
+        ("http", Version::HTTP_11, place.client(ClientBuilder::http1_only)?),
+        ("http", Version::HTTP_2, place.client(ClientBuilder::http2_prior_knowledge)?),
+        ("https", Version::HTTP_11, place.client(ClientBuilder::http1_only)?),
         ("https", Version::HTTP_2, place.client(|c| c)?),
     ] {
         let what = format!("{scheme} {expected:?}");
@@ -190,7 +190,7 @@ async fn large_bodies() -> Outcome {
         Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()? >> 10)
     };
     let before = peak()?;
-    for (scheme, client) in [("http", place.client(|c| c.http1_only())?), ("https", place.client(|c| c)?)] {
+    for (scheme, client) in [("http", place.client(ClientBuilder::http1_only)?), ("https", place.client(|c| c)?)] {
         let chunk = Bytes::from((0..CHUNK).map(|n| (n % 251) as u8).collect::<Vec<_>>());
         let sent = chunk.clone();
         let body = futures::stream::iter((0..TOTAL / CHUNK).map(move |_| Ok::<_, std::io::Error>(sent.clone())));
@@ -213,7 +213,7 @@ async fn large_bodies() -> Outcome {
 
 async fn events() -> Outcome {
     let place = Place::new().await?;
-    for client in [place.client(|c| c.http1_only())?, place.client(|c| c.http2_prior_knowledge())?] {
+    for client in [place.client(ClientBuilder::http1_only)?, place.client(ClientBuilder::http2_prior_knowledge)?] {
         let mut stream = place.ask(&client, Method::GET, "/events").send().await?;
         assert_eq!(stream.headers()["content-type"], "text/event-stream");
         for number in 0..5 {
@@ -258,7 +258,7 @@ async fn refusals() -> Outcome {
     let place =
         Place::with(json!({"template_name": "test/pulse", "memory": 32}), &[("STASIS_DEADLINES_IDLE_MS", "400")])
             .await?;
-    let client = place.client(|c| c.http1_only())?;
+    let client = place.client(ClientBuilder::http1_only)?;
     let (other, id) = (place.service.other_key()?, &place.id);
     let url = place.url("http", "/headers");
     for key in [None, Some("sk_wrong")] {
@@ -305,7 +305,7 @@ async fn refusals() -> Outcome {
 
 async fn wake_storm() -> Outcome {
     let place = Place::new().await?;
-    let clients = [place.client(|c| c.http1_only())?, place.client(|c| c)?];
+    let clients = [place.client(ClientBuilder::http1_only)?, place.client(|c| c)?];
     for round in 1..=2 {
         place.service.pause(&place.id).await?.expect(201)?;
         let mut all = tokio::task::JoinSet::new();
@@ -332,7 +332,7 @@ async fn wake_storm() -> Outcome {
 
 async fn pause_under_streams() -> Outcome {
     let place = Place::new().await?;
-    let client = place.client(|c| c.http1_only())?;
+    let client = place.client(ClientBuilder::http1_only)?;
     let mut stream = place.ask(&client, Method::GET, "/events").send().await?;
     let mut socket = place.socket().await?;
     place.app.events.add_permits(1);

@@ -88,9 +88,9 @@ mod tests {
 
     #[test]
     fn the_port_is_required_and_both_fields_have_bounds() {
-        assert_eq!(of(json!({"port": 8080})), Ok((8080, 3600)));
-        assert_eq!(of(json!({"port": 65535.0, "expires_in": 1})), Ok((65535, 1)));
-        assert_eq!(of(json!({"port": 1, "expires_in": null})), Ok((1, 3600)));
+        assert_eq!(of(&json!({"port": 8080})), Ok((8080, 3600)));
+        assert_eq!(of(&json!({"port": 65535.0, "expires_in": 1})), Ok((65535, 1)));
+        assert_eq!(of(&json!({"port": 1, "expires_in": null})), Ok((1, 3600)));
         for (body, field) in [
             (json!({}), "port"),
             (json!({"port": 0}), "port"),
@@ -100,7 +100,7 @@ mod tests {
             (json!({"port": 80, "expires_in": LONGEST_LIFE + 1}), "expires_in"),
             (json!({"port": 80, "expires_in": "1h"}), "expires_in"),
         ] {
-            assert_eq!(of(body.clone()), Err(vec![field.to_owned()]), "{body}");
+            assert_eq!(of(&body), Err(vec![field.to_owned()]), "{body}");
         }
     }
 }
