@@ -115,16 +115,15 @@ async fn tenants() -> Outcome {
     let nowhere = guest.dir.path().join("none").display().to_string();
     for (method, route, body) in ROUTES {
         let body = body.replace("/none", &nowhere);
-        let body = body.as_str();
         let path = format!("/v1/sandbox/{SANDBOX}/{route}");
         let unknown = format!("/v1/sandbox/sbx-none00000000000000000/{route}");
-        let (status, theirs) = guest.call(&other, method, &path, body).await?;
+        let (status, theirs) = guest.call(&other, method, &path, body.clone()).await?;
         assert_eq!(status, 404, "{route}: {theirs}");
-        let (_, nobodys) = guest.call(&other, method, &unknown, body).await?;
+        let (_, nobodys) = guest.call(&other, method, &unknown, body.clone()).await?;
         let named = |answer: &Value, id: &str| answer["message"].as_str().unwrap_or_default().replace(id, "…");
         assert_eq!(named(&theirs, SANDBOX), named(&nobodys, "sbx-none00000000000000000"), "{route}");
-        assert_eq!(guest.call("wrong", method, &path, body).await?.0, 401, "{route}");
-        let (status, ours) = guest.call(&guest.key, method, &path, body).await?;
+        assert_eq!(guest.call("wrong", method, &path, body.clone()).await?.0, 401, "{route}");
+        let (status, ours) = guest.call(&guest.key, method, &path, body.clone()).await?;
         let left_out = ["lsp", "ssh", "mounts"].iter().any(|part| route.starts_with(part));
         assert_eq!(status == 501, left_out, "{route}: {status} {ours}");
         assert!(![401, 405, 500, 502].contains(&status), "{route}: {status} {ours}");

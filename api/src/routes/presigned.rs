@@ -79,8 +79,7 @@ pub(super) async fn delete(
 mod tests {
     use super::*;
 
-    #[expect(clippy::needless_pass_by_value, reason = "cases are made where they are used")]
-    fn of(body: Value) -> Result<(u16, i64), Vec<String>> {
+    fn of(body: &Value) -> Result<(u16, i64), Vec<String>> {
         checked(body.as_object().unwrap())
             .map(|(port, life)| (port.get(), life))
             .map_err(|errors| errors.into_iter().map(|e| e.field).collect())
