@@ -7,7 +7,7 @@
 //! | `/count` | the body is counted under its own text |
 //! | `/bytes/N` | N bytes |
 //! | `/events` | server-sent events, each when the test asks for it |
-//! | `/never` | nothing |
+//! | `/never` | nothing, and is counted under `never` |
 //! | `/status/N` | that status |
 //! | `/ws` | a WebSocket that echoes |
 
@@ -141,7 +141,10 @@ async fn answer(request: Request<Incoming>, (events, counted): State) -> Respons
             response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/event-stream"));
             response
         }
-        "/never" => std::future::pending().await,
+        "/never" => {
+            *counted.lock().unwrap_or_else(PoisonError::into_inner).entry("never".to_owned()).or_default() += 1;
+            std::future::pending().await
+        }
         "/ws" => websocket(request),
         _ => plain(StatusCode::NOT_FOUND, "the app knows no such path"),
     }
