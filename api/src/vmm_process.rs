@@ -339,6 +339,12 @@ mod tests {
             .spawn()
             .unwrap();
         let vmm = Vmm::watch(i32::try_from(child.id()).unwrap(), &run).unwrap().renamed(&renamed).unwrap();
+        // The kernel lets us go on before it has set up the child's command line.
+        for _ in 0..200 {
+            if find_under(&root).unwrap().is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
         assert_eq!(find_under(&root).unwrap(), [(vmm.identity().clone(), renamed.clone())]);
         drop(child.stdin.take());
         vmm.end().await;

@@ -1,5 +1,6 @@
 //! What a host keeps ready, through the REST API with pulse guests: memory, packs, started VMMs, booted templates; and what it does ahead.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use http::Method;
@@ -102,8 +103,9 @@ async fn pool() -> Outcome {
     await_metric(&service, "/vmm_pool", 2).await?;
     let killed = service.idle_vmm_pids();
     killed.iter().copied().for_each(kill);
+    // Until their supervisor has waited for them: the kernel takes a process's directory away before it says that the process ended.
     until("the end of the idle VMMs", || {
-        Ok(service.idle_vmm_pids().iter().all(|pid| !killed.contains(pid)).then_some(()))
+        Ok(killed.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
     })
     .await?;
     let other = service.create_pulse().await?;
