@@ -25,6 +25,11 @@ pub enum Error {
     /// No key, or one that is not accepted.
     #[error("a valid API key is required, in the authorization or leap0-authorization header")]
     Unauthorized,
+    /// A browser's session counts only for what our own page sends.
+    #[error(
+        "a session of the page counts only for requests from that page: this one comes from elsewhere, or a proxy changes Host"
+    )]
+    CrossOrigin,
     /// Unknown, of another tenant, or not an id at all.
     #[error("there is no sandbox {0:?}")]
     NotFound(String),
@@ -249,6 +254,7 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::CrossOrigin => StatusCode::FORBIDDEN,
             Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => StatusCode::NOT_FOUND,
             Self::BadJson(_) | Self::Invalid(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
             Self::Guest { status, .. } => *status,
@@ -292,6 +298,7 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
+            Self::CrossOrigin => "cross-origin",
             Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => "not-found",
             Self::SnapshotExists(_) => "exists",
             Self::BadJson(_) => "bad-json",

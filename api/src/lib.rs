@@ -20,10 +20,11 @@
 //! | [`fair_share`] | how captures and wakes share the connections of a host |
 //! | [`front`] | the listener: TLS, HTTP/1.1 and HTTP/2, and who answers |
 //! | [`routes`] | the REST API |
+//! | [`ui`] | the page for people, and its sessions |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
 //! | [`metrics`] | what is counted, for Prometheus |
-//! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
+//! | [`timing`], [`costs`], [`sources`] | what an operation cost; the last ones of a sandbox; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
 //! | [`cli`] | the program `stasis` |
 //!
@@ -34,6 +35,7 @@ pub mod admission;
 pub mod agent_client;
 pub mod cli;
 pub mod config;
+pub mod costs;
 pub mod dev;
 pub mod error;
 pub mod fair_share;
@@ -61,6 +63,7 @@ pub mod supervisor;
 pub mod template;
 mod template_digest;
 pub mod timing;
+pub mod ui;
 pub mod validate;
 pub mod vmm_pool;
 pub mod vmm_process;

@@ -8,9 +8,11 @@
 //! | [`invoke`] | a played guest and an app in it |
 //! | [`guest`] | a supervisor whose sandbox's guest is an agent of this machine |
 //! | [`bench`] | the benchmark |
+//! | [`browser`] | a browser, driven as a person would |
 //! | [`suite`] | a test binary whose tests may need what the machine lacks, and then say so |
 
 pub mod bench;
+pub mod browser;
 pub mod guest;
 pub mod host;
 pub mod invoke;

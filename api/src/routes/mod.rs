@@ -1,12 +1,13 @@
 //! The REST API: requests in, answers out. Handlers parse, check the key, call the supervisor and convert; they decide nothing.
 //!
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
-//! `/readyz`, and the headers `server-timing` and
+//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `GET …/console`, `GET /v1/live`, `GET /v1/events`,
+//! `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`, `/readyz`, `/ui` ([`crate::ui`]), and the headers `server-timing` and
 //! `stasis-error`.
 
 mod answers;
 mod auth;
+mod console;
 mod files;
 mod git;
 mod guest;
@@ -15,6 +16,7 @@ mod host;
 mod inspect;
 mod left_out;
 mod lifecycle;
+mod live;
 mod presigned;
 mod sandboxes;
 mod snapshots;
@@ -23,6 +25,7 @@ mod terminals;
 use crate::error::Error;
 use crate::metrics::REQUESTS;
 use crate::supervisor::Core;
+use crate::ui;
 use auth::Tenant;
 pub(crate) use auth::tenant_of;
 use axum::Router;
@@ -40,7 +43,7 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 23] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 26] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
@@ -51,6 +54,7 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/v1/sandbox/{id}/undelete", post(sandboxes::undelete)),
         ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
         ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
+        ("/v1/sandbox/{id}/console", get(console::console)),
         ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
         ("/v1/sandbox/{id}/presigned-url", post(presigned::create)),
         ("/v1/sandbox/{id}/presigned-url/{url}", delete(presigned::delete)),
@@ -59,6 +63,8 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/v1/snapshot/restore", post(snapshots::restore)),
         ("/v1/snapshot/resume", post(snapshots::restore)),
         ("/v1/snapshot/{id}", delete(snapshots::delete)),
+        ("/v1/live", get(live::live)),
+        ("/v1/events", get(live::events)),
         ("/v1/recover", post(sandboxes::recover)),
         ("/v1/host/metrics", get(host::metrics)),
         ("/metrics", get(host::prometheus)),
@@ -66,7 +72,7 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/readyz", get(health::ready)),
     ];
     let routes = routes.into_iter().map(|(path, methods)| (path.to_owned(), methods));
-    for (path, methods) in routes.chain(guest::routes()) {
+    for (path, methods) in routes.chain(guest::routes()).chain(ui::routes()) {
         app = app.route(&path, methods.clone());
         if !path.ends_with("{*rest}") {
             app = app.route(&format!("{path}/"), methods);
@@ -101,7 +107,7 @@ async fn log(State(core): Shared, request: Request, next: Next) -> Response {
 }
 
 /// The body as a JSON object; an empty one counts as `{}`. Content types are not looked at: the contract's clients often send none.
-async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error> {
+pub(crate) async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error> {
     let bytes = read(body, core.config.limits.body_bytes).await?;
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(Map::new());

@@ -26,7 +26,6 @@ pub(super) async fn create(
     let body = json_body(&core, body).await?;
     let asked = snapshot_request::create(&body).map_err(Error::Invalid)?;
     let (snapshot, timing) = operations::create_snapshot(&core, &sandbox, asked).await?;
-    core.metrics.operation("snapshot", true, &timing);
     Ok(answers::timed(StatusCode::CREATED, answer(&snapshot), &timing))
 }
 

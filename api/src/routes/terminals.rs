@@ -49,7 +49,7 @@ pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)
 }
 
 fn session(terminal: &Terminal) -> Value {
-    json!({
+    let mut out = json!({
         "id": terminal.id,
         "cwd": terminal.cwd,
         "envs": terminal.envs,
@@ -58,7 +58,11 @@ fn session(terminal: &Terminal) -> Value {
         "created_at": rfc3339(terminal.created_at_ms),
         "active": terminal.active,
         "lazy_start": terminal.lazy_start,
-    })
+    });
+    if let (Some(code), Some(fields)) = (terminal.exit_code, out.as_object_mut()) {
+        fields.insert("exit_code".to_owned(), json!(code));
+    }
+    out
 }
 
 async fn list(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {

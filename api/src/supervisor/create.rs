@@ -117,7 +117,7 @@ async fn run(
                 Err(error)
             }
         };
-        core.metrics.operation("create", outcome.is_ok(), &timing);
+        core.account(&sandbox, "create", begun, outcome.as_ref().err(), &timing);
         let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
         core.journal.end(operation, &note, core.sources.now_ms())?;
         drop(guard);

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `create`, `pause`, `resume`, `stop`, `start`, `delete`, `execute` | one operation each |
 //! | `admission` | who may have a VM |
+//! | `account` | what an operation cost |
 //! | `guest` | requests that need the guest; `git` is one kind of them |
 //! | `capture` | from a VM to packs and a stored manifest |
 //! | `settle` | the end of a pause or a stop: the head, and what may be done with the guest |
@@ -27,6 +28,7 @@
 //! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
 //! killed supervisor can settle it.
 
+mod account;
 mod admission;
 mod ahead;
 mod capture;
@@ -132,6 +134,8 @@ pub struct Core {
     pub snapshot_names: Reservations,
     /// Requests a minute.
     pub rates: Rates,
+    /// Cancelled when the supervisor ends: answers without an end of their own end then.
+    pub ending: CancellationToken,
     vmm_program: PathBuf,
     /// Held from counting sandboxes to adding one, so that two requests cannot both take the last place.
     admission: Mutex<()>,
@@ -198,6 +202,7 @@ impl Supervisor {
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
         let pool =
             VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
+        let stop = CancellationToken::new();
         let core = Arc::new(Core {
             kept: KeptMemory::new(config.warm.keep_memory_bytes(memory_pressure::host_bytes())),
             pool,
@@ -215,12 +220,12 @@ impl Supervisor {
             registry,
             owner,
             kvm,
+            ending: stop.clone(),
             vmm_program,
             admission: Mutex::new(()),
         });
         let front = Front::new(core.clone(), tls)?;
         restart::run(&core).await?;
-        let stop = CancellationToken::new();
         let (pooled, pool_stop) = (core.clone(), stop.clone());
         let pool = tokio::spawn(async move { pooled.pool.run(pool_stop).await });
         let background = vec![

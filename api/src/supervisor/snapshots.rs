@@ -116,8 +116,9 @@ pub async fn create(
         let operation = core.journal.begin(&sandbox.id, OperationKind::Snapshot, core.sources.now_ms())?;
         let outcome = match core.registry.begin(&sandbox, Event::Snapshot, "snapshot") {
             Ok(_) => {
-                let mut timing = Timing::default();
+                let (mut timing, since) = (Timing::default(), Instant::now());
                 let made = take(&core, &sandbox, &id, &name, &mut timing).await;
+                core.account(&sandbox, "snapshot", since, made.as_ref().err(), &timing);
                 let note = made.as_ref().err().map(|e| format!("the snapshot failed: {}", e.chain()));
                 let event = if made.is_ok() { Event::Captured } else { Event::Failed };
                 if sandbox.vm().is_none_or(|vm| vm.has_ended()) {
