@@ -96,7 +96,7 @@ class Row {
     this.actions = element("div", { class: "row", role: "group", "aria-label": `Actions for ${id}` });
     this.buttons = {};
     for (const verb of Object.keys(LABELS)) {
-      const button = element("button", { type: "button", "data-verb": verb }, LABELS[verb]);
+      const button = element("button", { type: "button", "data-verb": verb, hidden: "" }, LABELS[verb]);
       button.addEventListener("click", () => this.act(verb));
       this.buttons[verb] = button;
       this.actions.append(button);
@@ -113,25 +113,22 @@ class Row {
     say(this.state, `${GLYPHS[sandbox.state] ?? "◌"} ${sandbox.state}`);
     say(this.phase, sandbox.phase ?? "");
     this.tick();
-    const allowed = VERBS[sandbox.state] ?? [];
-    for (const [verb, button] of Object.entries(this.buttons)) {
-      // One that cannot be used in this state is out of the way, but not while it has the focus.
-      const idle = !allowed.includes(verb);
-      button.setAttribute("aria-disabled", String(idle));
-      button.hidden = idle && document.activeElement !== button && !(allowed.length === 0 && !button.hidden);
-    }
-    const focused = document.activeElement;
-    if (allowed.length && focused?.dataset?.verb && this.actions.contains(focused) && !allowed.includes(focused.dataset.verb)) {
-      const next = this.buttons[allowed[0]];
-      next.hidden = false;
-      next.focus();
-      focused.hidden = true;
-    }
+    this.showActions(VERBS[sandbox.state] ?? []);
     if (before && before.state !== sandbox.state) {
       this.list.announce(`${sandbox.id} is ${sandbox.state}`);
       say(this.problem, "");
     }
     this.showCosts(sandbox.operations);
+  }
+
+  /** While an operation is under way, the buttons of before stay where they are; then the focus goes to what can be done next. */
+  showActions(allowed) {
+    const focused = Object.values(this.buttons).find((button) => button === document.activeElement);
+    for (const [verb, button] of Object.entries(this.buttons)) {
+      button.setAttribute("aria-disabled", String(!allowed.includes(verb)));
+      if (allowed.length) button.hidden = !allowed.includes(verb);
+    }
+    if (focused?.hidden) this.buttons[allowed[0]].focus();
   }
 
   showCosts(operations) {
