@@ -57,7 +57,7 @@ test-linux: build images
 deb: setup
 	$(STEP) build-deb cargo build --release --workspace --bins
 	$(STEP) agent guest-images/agent/build
-	$(STEP) deb packaging/deb target/release
+	$(STEP) deb packaging/deb target/release target/images/stasis-agent
 
 clean:
 	cargo clean

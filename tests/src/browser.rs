@@ -206,8 +206,8 @@ impl Browser {
 
     /// Puts `text` into a field in place of what is there.
     pub async fn fill(&mut self, selector: &str, text: &str) -> Result<(), Error> {
-        let select =
-            format!("document.querySelector({0}).focus(), document.querySelector({0}).select()", json!(selector));
+        let field = json!(selector);
+        let select = format!("(() => {{ const e = document.querySelector({field}); e.focus(); e.value = ''; }})()");
         self.value(&select).await?;
         self.call("Input.insertText", json!({ "text": text })).await.map(drop)
     }

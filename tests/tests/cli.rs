@@ -28,6 +28,7 @@ fn no_debian() -> Option<String> {
 fn main() {
     Suite::default()
         .test("the_console_is_read_and_followed", no_pulse(), logs)
+        .test("each_log_line_of_a_request_has_its_id_and_its_sandbox", no_pulse(), log_lines)
         .test("snapshots_urls_and_costs_have_verbs", no_pulse(), verbs)
         .test("completions_know_every_verb", None, completions)
         .test("commands_have_users_limits_and_exit_codes", guest::lacking(), commands)
@@ -74,7 +75,7 @@ async fn logs() -> Outcome {
     let mut command = program(&service.url, &service.key);
     let mut following = command.args(["logs", "-f", &id]).stdout(Stdio::piped()).spawn()?;
     let mut stdout = following.stdout.take().ok_or("no output")?;
-    let more = once.stdout.len() + 20;
+    let more = once.stdout.len() + 4;
     let (mut stdout, seen) = tokio::task::spawn_blocking(move || {
         let mut seen = vec![0; more];
         stdout.read_exact(&mut seen).map(|()| (stdout, seen))
@@ -94,6 +95,27 @@ async fn logs() -> Outcome {
     assert!(text(&asleep.stderr).contains("paused"), "{}", text(&asleep.stderr));
     assert_eq!(code(&stasis(&["logs", "sbx-none00000000000000000"]).await?), 3);
     service.call("GET", &format!("/v1/sandbox/{id}/console?follow=x"), None).await?.expect(400)?;
+    Ok(())
+}
+
+async fn log_lines() -> Outcome {
+    let mut options = Options::default();
+    options.environment.push(("STASIS_LOG_JSON".to_owned(), "1".to_owned()));
+    let service = Service::start(options).await?;
+    let id = service.create_pulse().await?;
+    let url = format!("{}/v1/sandbox/{id}/pause", service.url);
+    let answer = reqwest::Client::new().post(url).bearer_auth(&service.key).send().await?;
+    assert_eq!(answer.status(), 201);
+    let request = answer.headers()["x-request-id"].to_str()?.to_owned();
+    let lines: Vec<Value> = service.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let of_request: Vec<_> = lines.iter().filter(|line| line["span"]["request"] == request.as_str()).collect();
+    assert!(of_request.iter().all(|line| line["span"]["sandbox"] == id.as_str()), "{of_request:?}");
+    // What the operation did, in a task of its own, and the request itself.
+    for message in ["state", "request"] {
+        assert!(of_request.iter().any(|line| line["fields"]["message"] == message), "{message}: {of_request:?}");
+    }
+    let paused = lines.iter().filter(|line| line["fields"]["after"] == "paused").collect::<Vec<_>>();
+    assert!(paused.iter().all(|line| line["span"]["request"] == request.as_str()) && paused.len() == 1, "{paused:?}");
     Ok(())
 }
 
