@@ -315,13 +315,14 @@ async fn interactive(url: &str, key: &str, id: &str) -> Result<(), Error> {
 
     // A shell, in which Ctrl-C ends what runs in front and not us.
     let mut shell = start(&["exec", "-it", id])?;
-    shell.keys("PS1='ready> '\r")?;
-    shell.shows("ready> ")?;
-    shell.shows("ready> ")?;
-    shell.keys("sleep 600\r")?;
-    shell.shows("sleep 600")?;
+    // What is typed before it listens may be lost with the Ctrl-C.
+    shell.keys("echo rea''dy\r")?;
+    shell.shows("ready")?;
+    shell.keys("echo sle''eping; sleep 600\r")?;
+    shell.shows("sleeping")?;
     shell.keys("\x03")?;
-    shell.shows("ready> ")?;
+    shell.keys("echo ba''ck\r")?;
+    shell.shows("back")?;
     shell.keys("kill -TERM $$; exit 3\r")?;
     assert_eq!(shell.exit_code().await?.0, 3);
 

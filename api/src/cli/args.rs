@@ -363,6 +363,12 @@ mod tests {
     }
 
     #[test]
+    fn no_argument_is_taken_for_the_address_of_the_supervisor() {
+        let args = Args::try_parse_from(["stasis", "url", "rm", "sbx-a", "psu-b"]).unwrap();
+        assert_eq!(args.connection.url.filter(|url| url == "psu-b"), None);
+    }
+
+    #[test]
     fn durations_have_a_unit() {
         assert_eq!(duration("72h"), Ok(Duration::from_hours(72)));
         assert_eq!(duration("0s"), Ok(Duration::ZERO));

@@ -27,7 +27,8 @@ pub(super) enum Url {
         /// The sandbox.
         id: String,
         /// The URL's id, psu-….
-        url: String,
+        #[arg(value_name = "URL")]
+        presigned: String,
     },
 }
 
@@ -44,13 +45,13 @@ pub(super) async fn run(client: &Client, url: Url, output: Output) -> Result<Exi
                 output::tell(&format!("{}, until {}; it is not shown again", text("id"), text("expires_at")));
             }
         }
-        Url::Rm { id, url } => {
-            let path = path(&id, &format!("/presigned-url/{}", escaped(&url)));
+        Url::Rm { id, presigned } => {
+            let path = path(&id, &format!("/presigned-url/{}", escaped(&presigned)));
             client.call(Method::DELETE, &path, None).await?;
             if output.json {
-                Output::value(&json!({ "id": url, "state": "deleted" }));
+                Output::value(&json!({ "id": presigned, "state": "deleted" }));
             } else {
-                output::line(&url);
+                output::line(&presigned);
             }
         }
     }
