@@ -39,7 +39,7 @@ use crate::machine::kept::Kept;
 use crate::machine::reboot::{Stored, reboot};
 use crate::machine::restore::{self, RestoreFailed};
 use crate::machine::staging::Staging;
-use crate::machine::{self, Bare, BootFiles, Disk, Host, Machine, MachineError};
+use crate::machine::{self, Bare, BaseGiven, BootFiles, Disk, Host, Machine, MachineError};
 use crate::vcpu::Ended;
 
 /// Longest request body: a capture with a grant for each pack of the largest machine.
@@ -351,7 +351,8 @@ impl Server {
                     let digest = digest
                         .parse::<Digest>()
                         .map_err(|e| Refusal::BadRequest(format!("base_digest: {}", chain(&e))))?;
-                    Some((self.take("disk base", token)?, digest))
+                    let index = config.base_index.map(|token| self.take("index of a disk base", token)).transpose()?;
+                    Some(BaseGiven { file: self.take("disk base", token)?, digest, index })
                 }
                 (None, None) => None,
                 _ => return Err(Refusal::BadRequest("base and base_digest belong together".to_owned())),
