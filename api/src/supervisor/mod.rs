@@ -10,6 +10,7 @@
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
 //! | `snapshots` | named snapshots |
+//! | `fork` | keeps a snapshot from the collector while a sandbox is made from it |
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
@@ -19,6 +20,7 @@
 //! | `identity` | this supervisor's name in heads |
 //! | `timers` | the ends of lives |
 //! | `ahead` | rounds of capture ahead of a pause |
+//! | `collect` | the collector, by the clock |
 //! | `pressure` | gives kept memory back when the host runs short of it |
 //!
 //! Who runs what: an operation runs in a task of its own, under the sandbox's operation lock; requests only wait for it. One task watches
@@ -31,11 +33,13 @@ mod admission;
 mod ahead;
 mod capture;
 pub mod catalogue;
+mod collect;
 mod create;
 mod delete;
 mod draft;
 mod execute;
 mod files;
+mod fork;
 mod git;
 pub mod golden;
 mod guest;
@@ -227,6 +231,7 @@ impl Supervisor {
             tokio::spawn(timers::run(core.clone(), stop.clone())),
             tokio::spawn(pressure::run(core.clone(), stop.clone())),
             tokio::spawn(ahead::run(core.clone(), stop.clone())),
+            tokio::spawn(collect::run(core.clone(), stop.clone())),
         ];
         let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");
