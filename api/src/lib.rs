@@ -20,6 +20,7 @@
 //! | [`fair_share`] | how captures and wakes share the connections of a host |
 //! | [`front`] | the listener: TLS, HTTP/1.1 and HTTP/2, and who answers |
 //! | [`routes`] | the REST API |
+//! | [`wire`], [`openapi`] | what it takes and answers, as types; its description, made of them and of the table of routes |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
 //! | [`metrics`] | what is counted, for Prometheus |
@@ -49,6 +50,7 @@ pub mod known_packs;
 pub mod memory_pressure;
 pub mod metrics;
 pub mod network_policy;
+pub mod openapi;
 pub mod rate;
 pub mod record;
 pub mod registry;
@@ -67,3 +69,4 @@ pub mod validate;
 pub mod vmm_pool;
 pub mod vmm_process;
 pub mod vsock;
+pub mod wire;
