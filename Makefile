@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all bench browser clients deb demo test test-native test-linux lint images build setup clean
+.PHONY: all bench browser clients deb demo fuzz-api test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -39,7 +39,7 @@ lint: setup
 	$(STEP) format cargo fmt --all --check
 	$(STEP) clippy cargo clippy --workspace --all-targets -- -D warnings
 
-# The public clients of the API, in environments of their own.
+# The public clients of the API and schemathesis, in environments of their own.
 clients: setup
 	$(STEP) clients tests/sdk/venvs
 
@@ -58,6 +58,11 @@ deb: setup
 	$(STEP) build-deb cargo build --release --workspace --bins
 	$(STEP) agent guest-images/agent/build
 	$(STEP) deb packaging/deb target/release target/images/stasis-agent
+
+# The API against its own description, for as long as ARGS (of schemathesis) say.
+fuzz-api: ARGS ?= --max-examples 200 --seed 7
+fuzz-api: build clients
+	$(STEP) fuzz-api env STASIS_SCHEMATHESIS="$(ARGS)" $(SHELL) -c 'cargo test --workspace --test schemathesis'
 
 clean:
 	cargo clean

@@ -19,7 +19,7 @@ pub fn create(body: &Map<String, Value>) -> Result<Create, Vec<FieldError>> {
     }
     let command = fields.optional_filled("command", COMMAND);
     let user = fields.optional_filled("user", USER);
-    let cwd = fields.optional_filled("cwd", super::PATH);
+    let cwd = fields.optional_filled("cwd", super::GUEST_PATH);
     let envs = environment(body, &["envs", "env"], &mut fields.errors);
     let (cols, rows) = (side(&mut fields, "cols"), side(&mut fields, "rows"));
     let lazy_start = fields.flag("lazy_start");

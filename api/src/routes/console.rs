@@ -2,13 +2,13 @@
 //! some 2 MiB of it, and is no part of a snapshot.
 
 use super::sandboxes::pairs;
-use super::{Shared, Tenant};
+use super::{Path, Shared, Tenant};
 use crate::error::Error;
 use crate::registry::Sandbox;
 use crate::validate::FieldError;
 use crate::vmm_process::Vmm;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::header::{CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::{IntoResponse as _, Response};
 use futures::stream;

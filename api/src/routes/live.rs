@@ -6,19 +6,22 @@
 
 use super::answers::live_sandbox;
 use super::auth::authenticated;
+use super::table::Route;
 use super::{Shared, Tenant};
 use crate::costs::Cost;
+use crate::openapi::{Operation, Tag};
 use crate::registry::Sandbox;
 use crate::sources::rfc3339;
 use crate::states::State as SandboxState;
 use crate::supervisor::Core;
+use crate::wire::live::{LiveList, LiveSandbox, Moved, PastOperation, Phase};
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, Uri};
 use axum::response::sse::{Event, Sse};
 use futures::Stream;
 use futures::stream::{self, StreamExt as _};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -30,34 +33,33 @@ const TOGETHER: Duration = Duration::from_millis(50);
 /// A watcher that is told nothing hears this often that the stream is alive; then its key is looked at again.
 const ALIVE: Duration = Duration::from_secs(15);
 
-fn watched(sandbox: &Sandbox) -> Value {
-    let mut out = live_sandbox(sandbox);
-    if let Some(fields) = out.as_object_mut() {
-        let deadline = sandbox.record().deadline;
-        fields.insert("agent".to_owned(), json!(sandbox.record().spec.agent));
-        fields.insert("operations".to_owned(), sandbox.costs().iter().map(|cost| operation(cost)).collect());
-        if let Some(at) = deadline {
-            fields.insert("timeout_at".to_owned(), json!(at / 1000));
-        }
-    }
-    out
+pub(super) fn routes() -> Vec<Route> {
+    let operation = Operation::new("listLiveSandboxes", Tag::Sandbox, "Show what all sandboxes are doing")
+        .says("With what their last operations cost. Wakes nothing. `GET /v1/events` tells the same as it changes, as server-sent events.")
+        .answers::<LiveList>(200, "All sandboxes that are not deleted.");
+    vec![Route::get("/v1/live", live, operation)]
 }
 
-fn operation(cost: &Cost) -> Value {
-    let ms = |took: Duration| (took.as_secs_f64() * 1_000_000.0).round() / 1000.0;
-    let phases = cost.timing.phases().iter().map(|(name, took)| json!({ "name": name, "ms": ms(*took) }));
-    let bytes = cost.timing.byte_counts().iter().map(|(name, bytes)| json!({ "name": name, "bytes": bytes }));
-    let mut out = json!({
-        "operation": cost.operation,
-        "ended_at": rfc3339(cost.ended_at),
-        "ms": ms(cost.took),
-        "phases": phases.collect::<Vec<_>>(),
-        "bytes": bytes.collect::<Vec<_>>(),
-    });
-    if let (Some(failure), Some(fields)) = (&cost.failure, out.as_object_mut()) {
-        fields.insert("failure".to_owned(), json!(failure));
+fn watched(of: &Sandbox) -> LiveSandbox {
+    let record = of.record();
+    LiveSandbox {
+        sandbox: live_sandbox(of),
+        agent: record.spec.agent,
+        timeout_at: record.deadline.map(|at| at / 1000),
+        operations: of.costs().iter().map(|cost| operation(cost)).collect(),
     }
-    out
+}
+
+fn operation(cost: &Cost) -> PastOperation {
+    let ms = |took: Duration| (took.as_secs_f64() * 1_000_000.0).round() / 1000.0;
+    PastOperation {
+        operation: cost.operation,
+        ended_at: rfc3339(cost.ended_at),
+        ms: ms(cost.took),
+        phases: cost.timing.phases().iter().map(|&(name, took)| Phase { name, ms: ms(took) }).collect(),
+        bytes: cost.timing.byte_counts().iter().map(|&(name, bytes)| Moved { name, bytes }).collect(),
+        failure: cost.failure.clone(),
+    }
 }
 
 /// Those that are not deleted, in the order of their making.
@@ -69,9 +71,8 @@ fn of_tenant(core: &Core, tenant: &str) -> Vec<Arc<Sandbox>> {
 }
 
 /// 200 with the tenant's sandboxes, what they are doing, and what their last operations cost.
-pub(super) async fn live(State(core): Shared, Tenant(tenant): Tenant) -> Json<Value> {
-    let items: Vec<_> = of_tenant(&core, &tenant).iter().map(|sandbox| watched(sandbox)).collect();
-    Json(json!({ "items": items }))
+async fn live(State(core): Shared, Tenant(tenant): Tenant) -> Json<LiveList> {
+    Json(LiveList { items: of_tenant(&core, &tenant).iter().map(|sandbox| watched(sandbox)).collect() })
 }
 
 /// 200 and events until the client goes away, its key is refused, or the supervisor ends.
@@ -129,7 +130,7 @@ impl Watcher {
     fn look(&mut self) {
         let mut before = std::mem::take(&mut self.told);
         for sandbox in of_tenant(&self.core, &self.tenant) {
-            let (id, now) = (sandbox.id.to_string(), watched(&sandbox).to_string());
+            let (id, now) = (sandbox.id.to_string(), json!(watched(&sandbox)).to_string());
             if before.remove(&id).as_ref() != Some(&now) {
                 self.next.push_back(Event::default().event("sandbox").data(&now));
             }

@@ -6,11 +6,12 @@ const FROM_PAGE = { "stasis-page": "1" };
 const SILENCE_MS = 40_000;
 const RETRY_MS = [500, 1000, 2000, 5000];
 
-/** A request that was refused, or not answered. `status` is 0 then. */
+/** A request that was refused, with the server's word for why; or not answered: `status` is 0 then. */
 export class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, message, code = "") {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -32,7 +33,9 @@ export async function call(method, path, body) {
   try {
     json = text ? JSON.parse(text) : null;
   } catch { /* Said below, by its status. */ }
-  if (!answer.ok) throw new Refused(answer.status, json?.message ?? `The supervisor answered ${answer.status}.`);
+  if (!answer.ok) {
+    throw new Refused(answer.status, json?.message ?? `The supervisor answered ${answer.status}.`, answer.headers.get("stasis-error") ?? "");
+  }
   return json;
 }
 

@@ -1,7 +1,7 @@
 // The terminal: a dialog over the WebSocket of a sandbox's terminal. It uses one terminal of the sandbox, always the same: closing the
 // dialog leaves its shell, and opening it again shows what was there.
 
-import { call, Refused, socket } from "/ui/api.js";
+import { call, socket } from "/ui/api.js";
 import { Screen } from "/ui/screen.js";
 
 /** Id of the page's terminal in a sandbox. */
@@ -146,7 +146,7 @@ class Terminal {
     } catch (refused) {
       status("Not connected");
       $("terminal-problem").textContent = refused.message;
-      $("terminal-again").hidden = refused instanceof Refused && refused.status === 400;
+      $("terminal-again").hidden = refused.code === "no-agent";
     }
   }
 
@@ -156,7 +156,7 @@ class Terminal {
     try {
       return await call("POST", this.path, wanted);
     } catch (refused) {
-      if (refused.status !== 409) throw refused;
+      if (refused.status !== 409 || refused.code === "no-agent") throw refused;
     }
     const known = await call("GET", `${this.path}/${TERMINAL}`);
     if (known.active) return known;
