@@ -26,7 +26,9 @@ pub(super) async fn run(core: Arc<Core>, stop: CancellationToken) {
         core.metrics.count(COLLECTIONS, &[("outcome", if outcome.is_ok() { "ok" } else { "error" })], 1);
         match outcome {
             Ok(report) => tell(&core, &report),
-            Err(error) => tracing::warn!(error = chain(&error), "a pass of the collector ended early; the next one goes on"),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "a pass of the collector ended early; the next one goes on")
+            }
         }
     }
 }

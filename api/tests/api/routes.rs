@@ -62,7 +62,8 @@ async fn what_is_described_is_served_and_no_other_method() {
                     assert_eq!(answer.status, 405, "{method} {at}");
                     let allow = answer.headers["allow"].to_str().unwrap();
                     let allowed: Vec<_> = allow.split(',').map(str::trim).filter(|word| *word != "HEAD").collect();
-                    let same = allowed.len() == described.len() && described.iter().all(|m| allowed.contains(&m.as_str()));
+                    let same =
+                        allowed.len() == described.len() && described.iter().all(|m| allowed.contains(&m.as_str()));
                     assert!(same, "{at} allows {allow}, described are {described:?}");
                 } else if open {
                     assert!(answer.status == 200 || at.starts_with("/readyz"), "{method} {at}: {}", answer.status);

@@ -255,9 +255,8 @@ impl Pass<'_> {
             .filter(|object| Place::of(&object.key).is_some_and(|place| place.part == Part::Head))
             .map(|object| object.key.clone())
             .collect();
-        let mut heads = stream::iter(keys)
-            .map(async |key| self.read_head(&key).await)
-            .buffered(self.options.connections.max(1));
+        let mut heads =
+            stream::iter(keys).map(async |key| self.read_head(&key).await).buffered(self.options.connections.max(1));
         while let Some(head) = heads.try_next().await? {
             seen.heads.extend(head);
         }
