@@ -279,7 +279,11 @@ impl Error {
             Self::Store { source, .. } => store_status(source.kind),
             Self::Vmm { store: Some(kind), .. } => store_status(*kind),
             Self::Damaged { .. } | Self::Agent { .. } => StatusCode::BAD_GATEWAY,
-            Self::Unknown { .. } | Self::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Unknown { .. }
+            | Self::Deadline { .. }
+            | Self::Vmm { source: ClientError::Deadline { .. } | ClientError::Refused { status: 504, .. }, .. } => {
+                StatusCode::GATEWAY_TIMEOUT
+            }
             Self::Vmm { store: None, .. }
             | Self::VmmEnded { .. }
             | Self::Draft { .. }

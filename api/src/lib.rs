@@ -10,7 +10,7 @@
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
 //! | [`store`] | the object store, heads and grants as the supervisor uses them |
-//! | [`template`], [`host`] | what sandboxes boot from; what this host can run |
+//! | [`template`], [`block_indexes`], [`host`] | what sandboxes boot from, and its blocks by content; what this host can run |
 //! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
 //! | [`vsock`] | the host end of a guest's vsock |
 //! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
@@ -33,6 +33,7 @@
 //! This crate knows no KVM and no devices: it talks to `stasis-vmm` over its control socket, and to a guest over its agent's protocol.
 pub mod admission;
 pub mod agent_client;
+pub mod block_indexes;
 pub mod cli;
 pub mod config;
 pub mod dev;
@@ -57,6 +58,7 @@ pub mod routes;
 pub mod run_ahead;
 pub mod snapshot_request;
 pub mod sources;
+mod sparse_file;
 pub mod states;
 pub mod store;
 pub mod supervisor;

@@ -59,6 +59,7 @@ mod timers;
 
 use self::golden::Goldens;
 use self::snapshots::Reservations;
+use crate::block_indexes::BlockIndexes;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
@@ -98,6 +99,8 @@ const PAUSES: usize = 4;
 const RUN: &str = "run";
 /// Where packs are kept, in the data directory.
 const PACKS: &str = "packs";
+/// Where indexes of root file systems are kept, in the data directory.
+const BLOCKS: &str = "blocks";
 /// Name of the journal in the data directory.
 pub const JOURNAL: &str = "journal.db";
 
@@ -128,6 +131,8 @@ pub struct Core {
     pub shares: Arc<FairShare>,
     /// Packs on the local disk; `None` when none are kept.
     pub pack_cache: Option<CacheDir>,
+    /// What is known of the blocks of root file systems.
+    pub block_indexes: BlockIndexes,
     /// Booted templates.
     pub goldens: Goldens,
     /// Counters.
@@ -207,6 +212,7 @@ impl Supervisor {
             pool,
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
+            block_indexes: BlockIndexes::new(config.data_dir.join(BLOCKS)),
             goldens: Goldens::default(),
             metrics,
             snapshot_names: Reservations::default(),
