@@ -69,19 +69,20 @@ async fn run(core: &Core, sandbox: &Sandbox) -> Result<(), Error> {
 /// for in the bucket.
 pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record, Error> {
     let id = SandboxId::parse(id).ok_or_else(|| Error::NotFound(id.to_owned()))?;
-    if let Some(known) = core.registry.get(&id) {
-        if known.tenant != tenant {
-            return Err(Error::NotFound(id.to_string()));
-        }
-        if known.state() != State::Deleted {
-            return Err(Error::State { id, state: known.state(), verb: "undelete" });
-        }
+    let known = core.registry.get(&id);
+    let is_anothers = known.as_ref().is_some_and(|known| known.tenant != tenant);
+    if let Some(known) = known.filter(|known| !is_anothers && known.state() != State::Deleted) {
+        return Err(Error::State { id, state: known.state(), verb: "undelete" });
     }
     let (core, tenant) = (core.clone(), tenant.to_owned());
     detached(async move {
         let register = core.store.head_of(&place(&tenant, &id)?);
         let gone = || Error::NotFound(id.to_string());
         let current = register.read().await.doing("read the head")?.ok_or_else(gone)?;
+        // Only now: an answer without a look into the bucket would tell that the id is somebody's.
+        if is_anothers {
+            return Err(gone());
+        }
         let now = match (current.head.state, &current.head.manifest) {
             (HeadState::Deleted, None) => return Err(gone()),
             (HeadState::Deleted, Some(_)) => {
