@@ -22,6 +22,7 @@
 //! | [`routes`] | the REST API |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
+//! | [`fail_points`] | the steps at which tests kill it |
 //! | [`metrics`] | what is counted, for Prometheus |
 //! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
@@ -36,6 +37,7 @@ pub mod cli;
 pub mod config;
 pub mod dev;
 pub mod error;
+pub mod fail_points;
 pub mod fair_share;
 pub mod front;
 pub mod guest_requests;
