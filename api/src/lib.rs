@@ -23,6 +23,7 @@
 //! | [`wire`], [`openapi`] | what it takes and answers, as types; its description, made of them and of the table of routes |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
+//! | [`fail_points`] | the steps at which tests kill it |
 //! | [`metrics`] | what is counted, for Prometheus |
 //! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
@@ -38,6 +39,7 @@ pub mod cli;
 pub mod config;
 pub mod dev;
 pub mod error;
+pub mod fail_points;
 pub mod fair_share;
 pub mod front;
 pub mod guest_requests;
