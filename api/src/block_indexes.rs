@@ -10,7 +10,7 @@ use stasis_snapshot::page::PAGE_SIZE;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -89,7 +89,9 @@ fn make(rootfs: &Path, digest: Digest, path: &Path) -> io::Result<()> {
         }
     })?;
     let dir = path.parent().ok_or_else(|| io::Error::other("no directory"))?;
-    let mut whole = tempfile::NamedTempFile::new_in(dir)?;
+    // As readable as the root file system itself.
+    let mode = fs::Permissions::from_mode(0o644);
+    let mut whole = tempfile::Builder::new().permissions(mode).tempfile_in(dir)?;
     whole.write_all(&builder.finish().encode(digest))?;
     whole.persist(path)?;
     Ok(())

@@ -24,6 +24,7 @@
 //! | [`wire`], [`openapi`] | what it takes and answers, as types; its description, made of them and of the table of routes |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
+//! | [`fail_points`] | the steps at which tests kill it |
 //! | [`metrics`] | what is counted, for Prometheus |
 //! | [`timing`], [`costs`], [`sources`] | what an operation cost; the last ones of a sandbox; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
@@ -40,6 +41,7 @@ pub mod config;
 pub mod costs;
 pub mod dev;
 pub mod error;
+pub mod fail_points;
 pub mod fair_share;
 pub mod front;
 pub mod guest_requests;

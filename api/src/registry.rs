@@ -286,12 +286,33 @@ impl Registry {
         self.sandboxes.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Adds one that is about to be made, or one that was found in the bucket; `event` is what it comes from.
-    pub fn add(&self, record: Record, note: Option<&str>) -> Result<Arc<Sandbox>, Error> {
-        self.journal
-            .store_move(&record, &Move { before: None, event: Event::Create, at: self.sources.now_ms(), note })?;
+    /// Adds one that is about to be made.
+    pub fn add(&self, record: Record) -> Result<Arc<Sandbox>, Error> {
+        let by = Move { before: None, event: Event::Create, at: self.sources.now_ms(), note: None };
+        self.journal.store_move(&record, &by)?;
         let sandbox = Arc::new(Sandbox::new(record, self.changes.clone()));
         self.sandboxes.write().unwrap_or_else(PoisonError::into_inner).insert(sandbox.id.clone(), sandbox.clone());
+        changed(&self.changes);
+        Ok(sandbox)
+    }
+
+    /// Takes up one that rests in the bucket: unknown here, or known as deleted. There is one [`Sandbox`] of an id for ever, and so one lock.
+    pub fn adopt(&self, record: Record, note: &str) -> Result<Arc<Sandbox>, Error> {
+        let event = if record.state == State::Stopped { Event::FoundStopped } else { Event::FoundPaused };
+        let mut all = self.sandboxes.write().unwrap_or_else(PoisonError::into_inner);
+        let known = all.get(&record.id).cloned();
+        let before = known.as_ref().map(|known| known.state());
+        if states::next(before, event) != Some(record.state) || before.is_some_and(|state| state != State::Deleted) {
+            let state = before.unwrap_or(record.state);
+            return Err(Error::State { id: record.id, state, verb: "take up" });
+        }
+        self.journal.store_move(&record, &Move { before, event, at: self.sources.now_ms(), note: Some(note) })?;
+        if let Some(known) = known {
+            self.publish(&known, record);
+            return Ok(known);
+        }
+        let sandbox = Arc::new(Sandbox::new(record, self.changes.clone()));
+        all.insert(sandbox.id.clone(), sandbox.clone());
         changed(&self.changes);
         Ok(sandbox)
     }
@@ -395,7 +416,7 @@ mod tests {
     #[test]
     fn a_sandbox_is_found_by_its_tenant_alone() {
         let registry = registry();
-        registry.add(sample("sbx-a"), None).unwrap();
+        registry.add(sample("sbx-a")).unwrap();
         assert!(registry.find("dev", "sbx-a").is_ok());
         for (tenant, id) in [("other", "sbx-a"), ("dev", "sbx-b"), ("dev", "../sbx-a"), ("dev", "")] {
             assert!(matches!(registry.find(tenant, id), Err(Error::NotFound(_))), "{tenant} {id}");
@@ -405,7 +426,7 @@ mod tests {
     #[test]
     fn a_life_starts_with_a_wake_and_outlives_what_does_not_end_it() {
         let registry = registry();
-        let sandbox = registry.add(sample("sbx-a"), None).unwrap();
+        let sandbox = registry.add(sample("sbx-a")).unwrap();
         let running = registry.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
         assert_eq!(running.deadline.unwrap() - running.launched_at.unwrap(), 300_000);
         for (begun, ended) in
@@ -426,7 +447,7 @@ mod tests {
     #[test]
     fn a_refused_move_changes_nothing() {
         let registry = registry();
-        let sandbox = registry.add(sample("sbx-a"), None).unwrap();
+        let sandbox = registry.add(sample("sbx-a")).unwrap();
         let before = sandbox.record();
         let error = registry.begin(&sandbox, Event::Pause, "pause").unwrap_err();
         assert!(matches!(error, Error::State { state: State::Starting, verb: "pause", .. }));
@@ -439,10 +460,27 @@ mod tests {
     fn what_was_journaled_is_loaded() {
         let journal = Arc::new(Journal::in_memory().unwrap());
         let first = Registry::load(journal.clone(), Sources::system()).unwrap();
-        let sandbox = first.add(sample("sbx-a"), None).unwrap();
+        let sandbox = first.add(sample("sbx-a")).unwrap();
         first.record(&sandbox, Event::Ready, None, |_| {}).unwrap();
         let second = Registry::load(journal, Sources::system()).unwrap();
         assert_eq!(second.get(&sandbox.id).unwrap().record(), sandbox.record());
+    }
+
+    #[test]
+    fn what_is_put_back_is_the_same_sandbox_and_what_is_there_stays_as_it_is() {
+        let registry = registry();
+        let sandbox = registry.add(sample("sbx-a")).unwrap();
+        let at = |state| Record { state, ..sample("sbx-a") };
+        assert!(matches!(registry.adopt(at(State::Paused), "x"), Err(Error::State { state: State::Starting, .. })));
+        registry.record(&sandbox, Event::Failed, None, |_| {}).unwrap();
+        let back = registry.adopt(at(State::Paused), "x").unwrap();
+        assert!(Arc::ptr_eq(&sandbox, &back) && sandbox.state() == State::Paused);
+        assert!(matches!(registry.adopt(at(State::Stopped), "x"), Err(Error::State { state: State::Paused, .. })));
+        assert!(registry.adopt(Record { state: State::Running, ..sample("sbx-b") }, "x").is_err());
+        assert_eq!(
+            registry.adopt(Record { state: State::Stopped, ..sample("sbx-b") }, "x").unwrap().state(),
+            State::Stopped
+        );
     }
 
     #[test]

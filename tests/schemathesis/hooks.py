@@ -60,7 +60,8 @@ def one_spelling(body, *names):
 
 
 @schemathesis.hook
-def map_case(context, case):
+def before_call(context, case, kwargs):
+    """Just before it is sent: what was there when the request was made up may have gone since."""
     named = case.path_parameters or {}
     if not is_wrong(case, ParameterLocation.PATH) and chance.random() < THERE:
         if "id" in named:
@@ -74,4 +75,3 @@ def map_case(context, case):
         if case.operation.path in ("/v1/snapshot/restore", "/v1/snapshot/resume"):
             case.body["snapshot_name"] = (snapshot() or {"name": case.body["snapshot_name"]})["name"]
             one_spelling(case.body, "timeout_min")
-    return case

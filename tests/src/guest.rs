@@ -82,7 +82,7 @@ impl LocalGuest {
             }
         });
 
-        let sandbox = core.registry.add(record(&core.sources)?, None)?;
+        let sandbox = core.registry.add(record(&core.sources)?)?;
         let vmm = Vmm::adopt(&identity(processes[1].id())?, &run_dir).ok_or("the stand-in of the VMM is gone")?;
         sandbox.set_vm(Some(Arc::new(vmm)));
         let url = format!("http://{}", supervisor.addr());

@@ -5,7 +5,9 @@
 //! | [`host`] | what this machine can run, and where the built parts are |
 //! | [`vmm`] | one `stasis-vmm` process without a supervisor, its pulse guest, and captures into a store |
 //! | [`service`] | the whole service: S3 server, fault proxy, supervisor, client |
+//! | [`invariants`] | what must hold of a service whatever was done to it |
 //! | [`invoke`] | a played guest and an app in it |
+//! | [`model`] | what random requests, crashes and faults may make of sandboxes |
 //! | [`guest`] | a supervisor whose sandbox's guest is an agent of this machine |
 //! | [`bench`] | the benchmark |
 //! | [`browser`] | a browser, driven as a person would |
@@ -15,7 +17,9 @@ pub mod bench;
 pub mod browser;
 pub mod guest;
 pub mod host;
+pub mod invariants;
 pub mod invoke;
+pub mod model;
 pub mod service;
 pub mod suite;
 pub mod vmm;

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stasis_api::dev::{EmbeddedS3, FaultProxy};
+use stasis_api::journal::Journal;
+use stasis_api::supervisor::JOURNAL;
 use stasis_snapshot::store::ObjectStore;
 use stasis_snapshot::store::directory::DirectoryStore;
 use stasis_snapshot::store::s3::{S3Settings, S3Store};
@@ -42,6 +44,8 @@ impl Default for Options {
             ("STASIS_DEADLINES_CAPTURE_MS", "20000"),
             ("STASIS_GOLDEN", "off"),
             ("STASIS_RUN_AHEAD", "off"),
+            // Tests wait by asking.
+            ("STASIS_LIMITS_REQUESTS_PER_MINUTE", "0"),
         ];
         Self { images: None, environment: environment.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec() }
     }
@@ -240,11 +244,32 @@ impl Service {
 
     /// Starts the supervisor again on the same data and address.
     pub async fn start_supervisor(&mut self) -> Result<(), Error> {
+        self.spawn_supervisor()?;
+        self.ready().await
+    }
+
+    /// The same, for one that may die before it answers.
+    pub async fn try_start_supervisor(&mut self) -> Result<(), Error> {
+        self.spawn_supervisor()?;
+        tokio::select! {
+            ready = self.ready() => ready,
+            () = async { while !self.supervisor_is_dead() { tokio::time::sleep(Duration::from_millis(5)).await } } => Ok(()),
+        }
+    }
+
+    fn spawn_supervisor(&mut self) -> Result<(), Error> {
         let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
         let data = self.dir.path().join("d");
         let place = store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path());
         self.supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
-        self.ready().await
+        Ok(())
+    }
+
+    /// The supervisor has ended, by itself or not.
+    pub fn supervisor_is_dead(&self) -> bool {
+        // Ours to wait for, so it stays as a zombie until then.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.supervisor.id())).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
     }
 
     /// Process id of the supervisor.
@@ -335,6 +360,14 @@ impl Service {
         Ok(self.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id"))
     }
 
+    /// How many operations of this kind (`create`, `pause`, `resume`) have ended well or not (`ok`, `error`), by the metrics.
+    pub async fn operations(&self, kind: &str, outcome: &str) -> Result<u64, Error> {
+        let request = self.http.get(format!("{}/metrics", self.url)).bearer_auth(&self.key);
+        let text = request.send().await?.error_for_status()?.text().await?;
+        let series = format!("stasis_operations_total{{operation=\"{kind}\",outcome=\"{outcome}\"}} ");
+        Ok(text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok()).unwrap_or(0))
+    }
+
     /// `POST …/pause`.
     pub async fn pause(&self, id: &str) -> Result<Reply, Error> {
         self.call("POST", &format!("/v1/sandbox/{id}/pause"), None).await
@@ -398,6 +431,16 @@ impl Service {
         .await
     }
 
+    /// Process ids of VMMs that hold this sandbox.
+    pub fn vmms_of(&self, id: &str) -> Vec<u32> {
+        vmms(&self.dir.path().join("d/run"), |name| name == id)
+    }
+
+    /// The journal, beside the supervisor.
+    pub fn journal(&self) -> Result<Journal, Error> {
+        Ok(Journal::open(&self.dir.path().join("d").join(JOURNAL))?)
+    }
+
     /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them.
     pub fn vmm_pids(&self) -> Vec<u32> {
         vmms(&self.dir.path().join("d/run"), |name| !name.starts_with("pool-"))
@@ -433,7 +476,8 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
         let _ = self.supervisor.wait();
-        kill_all(&self.vmm_pids());
+        // Idle ones too: no supervisor comes that would end them.
+        kill_all(&vmms(&self.dir.path().join("d/run"), |_| true));
     }
 }
 

@@ -18,6 +18,10 @@ const NARROWER: [(&str, &str, &str); 2] = [
     ("createSandbox", "mounts", "mounts are left out"),
 ];
 
+/// Statuses of the contract that are never answered, and why.
+const NEVER: [(&str, &str, &str); 1] =
+    [("deletePresignedURL", "400", "an id that cannot be one is 404, as is every id of nothing")];
+
 fn contract() -> Value {
     serde_saphyr::from_str(include_str!("../contract/leap0-openapi.yaml")).unwrap()
 }
@@ -257,10 +261,8 @@ fn all_of_the_contract_is_served_or_left_out_by_name() {
         assert!(known, "{key:?} is left out of nothing");
     }
     let excused = |line: &String| {
-        NARROWER.iter().any(|(operation, field, _)| {
-            line.starts_with(&format!("{operation} body.{field}"))
-                || line.starts_with(&format!("{operation} body.{field}:"))
-        })
+        NARROWER.iter().any(|(operation, field, _)| line.starts_with(&format!("{operation} body.{field}")))
+            || NEVER.iter().any(|(operation, status, _)| *line == format!("{operation} {status}: is not answered"))
     };
     all.wrong.retain(|line| !excused(line));
     assert!(all.wrong.is_empty(), "{} differences:\n{}", all.wrong.len(), all.wrong.join("\n"));

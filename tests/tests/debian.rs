@@ -237,6 +237,26 @@ async fn invoke() -> Outcome {
     guest.say(&format!("woken: {:?}", woken.headers().get("server-timing")));
     assert_eq!((woken.status().as_u16(), count(&woken).as_str()), (200, "103"), "the same process, and none twice");
     assert_eq!(woken.bytes().await?, b"wake".as_slice());
+    // A storm: half of it for the app, half of it commands.
+    guest.service.pause(&guest.id).await?.expect(201)?;
+    guest.say("paused");
+    let path = format!("/v1/sandbox/{}/process/execute", guest.id);
+    let invokes = futures::future::try_join_all((0..50).map(|n| post(8000, vec![n; 100])));
+    let commands = futures::future::try_join_all(
+        (0..50)
+            .map(|n| guest.service.call("POST", &path, Some(json!({"command": format!("echo {n}"), "timeout": 300})))),
+    );
+    let (invokes, commands) = tokio::join!(invokes, commands);
+    let (invokes, commands) = (invokes?, commands?);
+    guest.say("100 at once to a paused one");
+    assert!(invokes.iter().all(|answer| answer.status().is_success()));
+    for (n, done) in commands.into_iter().enumerate() {
+        assert_eq!(done.expect(200)?.text("stdout").trim(), n.to_string());
+    }
+    assert_eq!(guest.service.operations("resume", "ok").await?, 2, "the storm has caused one wake");
+    assert_eq!(guest.service.operations("resume", "error").await?, 0);
+    let last = post(8000, Vec::new()).await?;
+    assert_eq!(count(&last), "154", "none lost, none twice");
     Ok(())
 }
 

@@ -18,6 +18,8 @@ fn main() {
         .test("of_two_owners_that_wake_one_sandbox_exactly_one_wins", no_pulse(), copied_while_paused)
         .test("two_supervisors_of_one_bucket_wake_one_sandbox_at_once", no_pulse(), woken_twice_at_once)
         .test("a_delayed_old_process_is_fenced_and_loses_nothing_committed", no_pulse(), delayed_process)
+        .test("a_dead_process_that_comes_back_commits_nothing_over_the_new_owner", no_pulse(), || comes_back(false))
+        .test("it_does_not_when_it_learns_of_it_only_at_its_pause_either", no_pulse(), || comes_back(true))
         .test("a_head_of_a_delayed_old_process_lands_too_late", no_pulse(), delayed_head)
         .test("a_deleted_sandbox_is_put_back_until_it_is_purged", no_pulse(), delete_and_undelete)
         .test("garbage_goes_in_two_passes_and_sandboxes_stay", no_pulse(), two_passes)
@@ -210,6 +212,49 @@ async fn delayed_process() -> Outcome {
     at(&service, &second, "POST", &path("resume"), None).await?.expect(200)?;
     at(&service, &second, "POST", &path("pause"), None).await?.expect(201)?;
     Ok(())
+}
+
+/// The head in the bucket, as it is.
+fn head_of(service: &Service, id: &str) -> Result<Vec<u8>, Error> {
+    let found = service.objects(&format!("v1/test/sandbox/{id}/head"));
+    Ok(std::fs::read(found.first().ok_or("there is no head")?)?)
+}
+
+/// A supervisor dies, its guest runs on; the sandbox is taken over and paused elsewhere, and then the supervisor is back and finds its guest.
+/// `blind`: it cannot ask the store who owns it until it pauses.
+async fn comes_back(blind: bool) -> Outcome {
+    let mut service = Service::start(Options::default()).await?;
+    let id = sleeps(&service).await?;
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await?;
+    service.kill_supervisor()?;
+    let (second, second_key) = stranger(&service).await?;
+    let first_key = std::mem::replace(&mut service.key, second_key.clone());
+    take_over(&service, &second, &id).await?;
+    let path = |verb: &str| format!("/v1/sandbox/{id}/{verb}");
+    at(&service, &second, "POST", &path("resume"), None).await?.expect(200)?;
+    at(&service, &second, "POST", &path("pause"), None).await?.expect(201)?;
+    let committed = head_of(&service, &id)?;
+    service.key = first_key;
+    let head_path = format!("/{id}/head");
+    if blind {
+        service.proxy.add(Rule::every(http::Method::GET, &head_path, Fault::Refuse(403)));
+    }
+    service.start_supervisor().await?;
+    if blind {
+        let asked = || Ok(service.log().contains("whether it is still ours is not known yet").then_some(()));
+        until("the question who owns it", asked).await?;
+        service.pulse_is_well(&id).await?;
+        service.proxy.clear();
+        let fenced = service.pause(&id).await?.expect(409)?;
+        assert!(fenced.text("message").contains("belongs to supervisor"), "{fenced:?}");
+    }
+    service.await_state(&id, "paused").await?;
+    service.await_no_vmm().await?;
+    assert!(head_of(&service, &id)? == committed, "what the new owner has committed stands");
+    // And it is what is woken, wherever.
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
 }
 
 /// The head PUT of the old owner is under way while the sandbox is taken over.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Value, json};
 use stasis_api::dev::{Fault, Rule};
+use stasis_tests::invariants::{come_to_rest, legal_moves};
 use stasis_tests::service::{Options, Reply, Service};
 use stasis_tests::suite::{Outcome, Suite};
 use stasis_tests::vmm::{Error, no_pulse, until};
@@ -26,6 +27,7 @@ fn main() {
         .test("too_many_requests_are_refused_by_tenant", no_pulse(), rate)
         .test("lists_are_filtered_sorted_and_paged_and_wake_nothing", no_pulse(), lists)
         .test("a_hundred_requests_cause_one_wake", no_pulse(), wake_storm)
+        .test("undeletes_recoveries_and_wakes_at_once_make_one_guest", no_pulse(), put_back_at_once)
         .main();
 }
 
@@ -420,6 +422,41 @@ async fn wake_storm() -> Outcome {
         assert!(reply.status == 200 || reply.text("message").contains("is running"), "{reply:?}");
     }
     assert_eq!(head(&service, &id)?["epoch"].as_u64(), epoch.map(|epoch| epoch + 1), "one wake");
+    assert_eq!((service.operations("resume", "ok").await?, service.operations("resume", "error").await?), (1, 0));
     assert_eq!(service.vmm_pids().len(), 1);
     service.pulse_is_well(&id).await
+}
+
+/// Whoever finds a sandbox in the bucket later than somebody else must not put it back to where it was.
+async fn put_back_at_once() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    service.pause(&id).await?.expect(201)?;
+    for round in 0..5 {
+        service.call("DELETE", &format!("/v1/sandbox/{id}"), None).await?.expect(204)?;
+        let undeletes = (0..8).map(async |n| {
+            if n % 2 == 0 {
+                verb(&service, &id, "undelete").await
+            } else {
+                post(&service, "/v1/recover", json!({})).await
+            }
+        });
+        let wakes = (0..24).map(async |n: u64| {
+            tokio::time::sleep(Duration::from_millis(n)).await;
+            service.resume(&id).await
+        });
+        let (undeleted, woken) =
+            tokio::join!(futures::future::try_join_all(undeletes), futures::future::try_join_all(wakes));
+        let undeleted = undeleted?.iter().filter(|reply| reply.json["id"] == json!(id)).count();
+        assert!(undeleted <= 1, "{undeleted} undeletes did it in round {round}");
+        assert!(woken?.iter().all(|reply| reply.status < 500), "round {round}");
+        if come_to_rest(&service, &id).await?["state"] == "paused" {
+            service.resume(&id).await?.expect(200)?;
+        }
+        assert_eq!(service.vmms_of(&id).len(), 1, "round {round}");
+        service.pulse_is_well(&id).await?;
+        legal_moves(&service, &id)?;
+        service.pause(&id).await?.expect(201)?;
+    }
+    Ok(())
 }

@@ -9,8 +9,8 @@ use stasis_tests::service::{Options, Service};
 use stasis_tests::suite::{Outcome, Suite};
 use stasis_tests::vmm::{no_pulse, pulse};
 
-/// As much memory as the description says a sandbox has at least; little of it is ever touched.
-const TEMPLATE: &str = "test/pulse512";
+/// The template of requests that name none.
+const TEMPLATE: &str = "system/debian:bookworm";
 
 fn main() {
     Suite::default()
@@ -27,6 +27,7 @@ async fn conforms() -> Outcome {
     let images = host::scratch()?;
     let template = images.path().join("templates/pulse");
     std::fs::create_dir_all(&template)?;
+    // As much memory as the description says a sandbox has at least; little of it is ever touched.
     let description = json!({
         "name": TEMPLATE, "kernel": pulse(), "disk_mib": 0, "min_memory_mib": 512,
         "cmdline": "fill=1 hot=1 mix=real count=1", "ready": {"serial": "R\n"},

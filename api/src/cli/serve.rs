@@ -7,6 +7,7 @@ use super::{ExitStatus, Failure};
 use crate::config::{Config, Setting, from_environment};
 use crate::dev::EmbeddedS3;
 use crate::error::Error;
+use crate::fail_points;
 use crate::front::authority::Authority;
 use crate::invoke::Domain;
 use crate::journal::{Journal, JournalError};
@@ -56,6 +57,10 @@ async fn ended() -> Result<(), Failure> {
 
 pub(super) async fn serve(serve: Serve) -> Result<ExitStatus, Failure> {
     log_to_stderr("info");
+    if let Some(dir) = std::env::var_os(fail_points::VARIABLE) {
+        tracing::warn!(?dir, "fail points are on: this is a test");
+        fail_points::switch_on(dir.into());
+    }
     let mut settings = from_environment(|name| std::env::var(name).ok());
     let flags = [
         ("listen", "--listen", serve.listen),

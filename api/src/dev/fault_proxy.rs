@@ -20,7 +20,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -114,6 +114,7 @@ pub struct Seen {
 struct Book {
     rules: Vec<Rule>,
     seen: Vec<Seen>,
+    under_way: Arc<AtomicUsize>,
     link: Option<Arc<Link>>,
 }
 
@@ -123,6 +124,23 @@ impl Book {
         let fault = self.rules.iter_mut().find_map(|rule| rule.treat(method, path));
         self.seen.push(Seen { method: method.clone(), path: path.to_owned(), bytes, fault: fault.clone() });
         fault
+    }
+}
+
+/// Counts a request until it is dropped.
+#[derive(Debug)]
+struct UnderWay(Arc<AtomicUsize>);
+
+impl UnderWay {
+    fn one_more(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -173,6 +191,11 @@ impl FaultProxy {
         self.book().rules.clear();
     }
 
+    /// No request is under way: none hangs, is delayed or is still to be passed on.
+    pub fn is_quiet(&self) -> bool {
+        self.book().under_way.load(Ordering::SeqCst) == 0
+    }
+
     /// Imitates this link from the next request on; `None` for none.
     pub fn shape(&self, shape: Option<LinkShape>) {
         self.book().link = shape.map(|shape| Arc::new(Link::new(shape)));
@@ -205,6 +228,7 @@ async fn pass(
     book: Arc<Mutex<Book>>,
     fresh: Arc<AtomicBool>,
 ) -> Result<Response<Bodies>, BoxError> {
+    let under_way = UnderWay::one_more(&book_of(&book).under_way);
     let (mut parts, body) = request.into_parts();
     let path = parts.uri.path().to_owned();
     let target = parts.uri.path_and_query().map_or("/", |p| p.as_str());
@@ -245,6 +269,7 @@ async fn pass(
         }
         Some(Fault::ApplyLate(by)) => {
             tokio::spawn(async move {
+                let _until_then = under_way;
                 tokio::time::sleep(by).await;
                 forward().await.map(drop)
             });

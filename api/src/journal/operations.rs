@@ -1,6 +1,7 @@
 //! Operations: begun, perhaps with a head proposal that was sent, ended. One that has no end was interrupted by the death of the supervisor.
 
 use super::{Doing as _, Journal, JournalError};
+use crate::fail_points::{Point, reach};
 use crate::ids::SandboxId;
 use crate::sources::UnixMs;
 use rusqlite::params;
@@ -67,6 +68,7 @@ pub struct Interrupted {
 impl Journal {
     /// Writes down that an operation begins. Comes before its first effect.
     pub fn begin(&self, sandbox: &SandboxId, kind: OperationKind, now: UnixMs) -> Result<OperationId, JournalError> {
+        reach(Point::Begin);
         let connection = self.lock();
         connection
             .execute(
@@ -74,26 +76,42 @@ impl Journal {
                 params![sandbox.as_str(), kind.as_str(), now],
             )
             .doing("begin an operation")?;
+        reach(Point::Begun);
         Ok(OperationId(connection.last_insert_rowid()))
     }
 
     /// Writes down the head proposal that is about to be sent for the first time.
     pub fn propose(&self, operation: OperationId, proposal: &str) -> Result<(), JournalError> {
+        reach(Point::Propose);
         self.lock()
             .execute("UPDATE operations SET proposal = ?2 WHERE number = ?1", params![operation.0, proposal])
-            .doing("note a head proposal")
-            .map(drop)
+            .doing("note a head proposal")?;
+        reach(Point::Proposed);
+        Ok(())
+    }
+
+    /// Writes down that none of its proposals can land any more. Comes before a guest goes on: whoever finds the proposals of a pause
+    /// sends them again.
+    pub fn withdraw(&self, operation: OperationId) -> Result<(), JournalError> {
+        reach(Point::Withdraw);
+        self.lock()
+            .execute("UPDATE operations SET proposal = NULL WHERE number = ?1", params![operation.0])
+            .doing("withdraw head proposals")?;
+        reach(Point::Withdrawn);
+        Ok(())
     }
 
     /// Writes down how the operation ended.
     pub fn end(&self, operation: OperationId, outcome: &str, now: UnixMs) -> Result<(), JournalError> {
+        reach(Point::End);
         self.lock()
             .execute(
                 "UPDATE operations SET ended_at = ?2, outcome = ?3 WHERE number = ?1",
                 params![operation.0, now, outcome],
             )
-            .doing("end an operation")
-            .map(drop)
+            .doing("end an operation")?;
+        reach(Point::Ended);
+        Ok(())
     }
 
     /// Every operation without an end, oldest first.
@@ -144,5 +162,7 @@ mod tests {
             (found[0].id, found[0].kind, found[0].proposal.as_deref()),
             (open, OperationKind::Pause, Some("{}"))
         );
+        journal.withdraw(open).unwrap();
+        assert_eq!(journal.interrupted().unwrap()[0].proposal, None);
     }
 }

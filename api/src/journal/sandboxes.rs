@@ -1,6 +1,7 @@
 //! Records of sandboxes and their moves.
 
 use super::{Doing as _, Journal, JournalError};
+use crate::fail_points::{Point, reach};
 use crate::ids::SandboxId;
 use crate::record::Record;
 use crate::sources::UnixMs;
@@ -43,7 +44,7 @@ impl Journal {
     /// Stores a record and the move that led to it, together.
     pub fn store_move(&self, record: &Record, by: &Move<'_>) -> Result<(), JournalError> {
         let json = text(record)?;
-        let event = serde_json::to_value(by.event).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+        reach(Point::Move);
         let mut connection = self.lock();
         let mut store = || -> rusqlite::Result<()> {
             let all = connection.transaction()?;
@@ -54,20 +55,31 @@ impl Journal {
             )?;
             all.execute(
                 "INSERT INTO transitions (sandbox, at, before, event, after, note) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                params![record.id.as_str(), by.at, by.before.map(State::as_str), event, record.state.as_str(), by.note],
+                params![
+                    record.id.as_str(),
+                    by.at,
+                    by.before.map(State::as_str),
+                    by.event.as_str(),
+                    record.state.as_str(),
+                    by.note
+                ],
             )?;
             all.commit()
         };
-        store().doing("store a transition")
+        store().doing("store a transition")?;
+        reach(Point::Moved);
+        Ok(())
     }
 
     /// Stores a record that did not move.
     pub fn store_record(&self, record: &Record) -> Result<(), JournalError> {
         let json = text(record)?;
+        reach(Point::Amend);
         self.lock()
             .execute("UPDATE sandboxes SET record = ?2 WHERE id = ?1", params![record.id.as_str(), json])
-            .doing("store a record")
-            .map(drop)
+            .doing("store a record")?;
+        reach(Point::Amended);
+        Ok(())
     }
 
     /// All records. One that cannot be read is an error: guessing about a sandbox is worse than stopping.

@@ -14,6 +14,8 @@ header. A method that a path does not take is 405 with `Allow`, an unknown path 
 
 A sandbox that belongs to another organisation is answered as one that does not exist.
 
+Parts of the contract that this server leaves out are answered 501: `x-left-out` lists them.
+
 Apps in sandboxes are reached by host name, not by paths of this document: `https://<id>-<port>.<domain>/`.";
 
 /// Parameters in paths, by their names: what they are, and how they look.

@@ -3,6 +3,7 @@
 use super::machine::vmm_error;
 use super::{Core, draft};
 use crate::error::{Error, StoreContext as _, chain};
+use crate::fail_points::{Point, reach};
 use crate::known_packs::KnownPacks;
 use crate::registry::Sandbox;
 use crate::store::Grants;
@@ -93,6 +94,7 @@ impl Core {
             return Err(Error::Deadline { id: sandbox.id.clone(), what: "the upload", ms: limit.as_millis() });
         };
         let captured = outcome.map_err(vmm_error(sandbox, vm, "capture and upload its state"))?;
+        reach(Point::PacksSent);
         let (took, report) = (begun.elapsed(), &captured.1);
         timing.phase("state", Duration::from_micros(report.state_us));
         timing.phase("upload", took.saturating_sub(Duration::from_micros(report.state_us)));
@@ -141,6 +143,7 @@ impl Core {
             put_manifest(self, &key, bytes.clone()),
             draft::check_packs(&self.store, &sandbox.id, &manifest, owner.prefix(), generation, known)
         )?;
+        reach(Point::ManifestStored);
         let known = Arc::new(KnownPacks::of(&manifest));
         Ok(Published { manifest: ManifestRef { key, digest: Digest::of(&bytes) }, bytes, known, leftovers })
     }

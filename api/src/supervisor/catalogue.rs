@@ -75,6 +75,7 @@ fn head_key(key: &str) -> Option<(String, SandboxId)> {
 }
 
 async fn one(core: &Core, tenant: &str, id: &SandboxId, take_over: bool) -> Result<(&'static str, String), Error> {
+    let _one_at_a_time = core.adoption.lock().await;
     // One that was deleted here may have been put back elsewhere: the head says.
     if core.registry.get(id).is_some_and(|known| known.state() != State::Deleted) {
         return Ok(("known", String::new()));
@@ -94,6 +95,11 @@ async fn one(core: &Core, tenant: &str, id: &SandboxId, take_over: bool) -> Resu
         }
         (HeadState::Live, true) if take_over || head.owner == core.owner => {
             let sandbox = adopt(core, tenant, id, current.clone())?;
+            // Until the head says that it rests, nobody wakes it here. One that was faster has taken it over as well.
+            let _guard = sandbox.lock().await;
+            if !matches!(sandbox.state(), State::Paused | State::Stopped) {
+                return Ok(("recovered", String::new()));
+            }
             let attempt =
                 Attempt::take_over(&current, &core.owner, core.commit_id()).map_err(Core::head_error(&sandbox))?;
             core.commit(&sandbox, &attempt, "take the sandbox over").await?;
@@ -106,6 +112,7 @@ async fn one(core: &Core, tenant: &str, id: &SandboxId, take_over: bool) -> Resu
     }
 }
 
+/// Takes up what rests in the bucket. The caller holds [`Core::adoption`](super::Core), and the sandbox is unknown here or deleted.
 pub(super) fn adopt(
     core: &Core,
     tenant: &str,
@@ -119,7 +126,7 @@ pub(super) fn adopt(
     record.state_changed_at = core.sources.now_ms();
     record.commit.clone_from(&current.head.manifest);
     (record.epoch, record.seq) = (current.head.epoch, current.head.seq);
-    let sandbox = core.registry.add(record, Some("found in the bucket"))?;
+    let sandbox = core.registry.adopt(record, "found in the bucket")?;
     sandbox.set_head(Some(current));
     Ok(sandbox)
 }

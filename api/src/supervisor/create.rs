@@ -8,6 +8,7 @@ use super::materialise::{Held, materialise};
 use super::{Core, blocking, detached};
 use crate::admission::Purpose;
 use crate::error::Error;
+use crate::fail_points::{Point, reach};
 use crate::ids::SandboxId;
 use crate::journal::{OperationId, OperationKind};
 use crate::record::{Record, Spec};
@@ -93,7 +94,7 @@ async fn run(
             Beginning::Snapshot(..) => Purpose::Restore,
         };
         let record = Record::new(SandboxId::new(&core.sources), tenant.clone(), spec);
-        let sandbox = core.admitted(&tenant, purpose, || core.registry.add(record, None))?;
+        let sandbox = core.admitted(&tenant, purpose, || core.registry.add(record))?;
         // Nobody else knows the sandbox yet, and the table forbids everything in `starting`.
         let guard = sandbox.lock().await;
         let operation = core.journal.begin(&sandbox.id, OperationKind::Create, core.sources.now_ms())?;
@@ -213,6 +214,7 @@ async fn clone(
     let begun = Instant::now();
     let vm = &restored.vm;
     vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
+    reach(Point::GuestRuns);
     let ran = begun.elapsed();
     let begun = Instant::now();
     core.tell_wake(sandbox, vm, Some(core.new_identity(sandbox))).await?;

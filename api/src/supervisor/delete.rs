@@ -4,6 +4,7 @@
 
 use super::{Core, catalogue, detached};
 use crate::error::{Error, StoreContext as _};
+use crate::fail_points::{Point, reach};
 use crate::ids::SandboxId;
 use crate::journal::OperationKind;
 use crate::record::Record;
@@ -19,8 +20,16 @@ pub async fn delete(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(), Erro
     if state == State::Deleted {
         return Err(Error::NotFound(sandbox.id.to_string()));
     }
-    // Somebody holds the lock: whatever it is in is a transition, which delete does not wait for.
-    let guard = sandbox.try_lock().ok_or_else(|| Error::State { id: sandbox.id.clone(), state, verb: "delete" })?;
+    let guard = match sandbox.try_lock() {
+        Some(guard) => guard,
+        // An operation is under way, which a delete does not wait for.
+        None if state.in_transition() => return Err(Error::State { id: sandbox.id.clone(), state, verb: "delete" }),
+        // One begins, or has only its head left to write.
+        None => sandbox.lock().await,
+    };
+    if sandbox.state() == State::Deleted {
+        return Err(Error::NotFound(sandbox.id.to_string()));
+    }
     delete_locked(core, sandbox, guard).await
 }
 
@@ -69,19 +78,21 @@ async fn run(core: &Core, sandbox: &Sandbox) -> Result<(), Error> {
 /// for in the bucket.
 pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record, Error> {
     let id = SandboxId::parse(id).ok_or_else(|| Error::NotFound(id.to_owned()))?;
-    if let Some(known) = core.registry.get(&id) {
-        if known.tenant != tenant {
-            return Err(Error::NotFound(id.to_string()));
-        }
-        if known.state() != State::Deleted {
-            return Err(Error::State { id, state: known.state(), verb: "undelete" });
-        }
-    }
     let (core, tenant) = (core.clone(), tenant.to_owned());
     detached(async move {
+        let _one_at_a_time = core.adoption.lock().await;
+        let known = core.registry.get(&id);
+        let is_anothers = known.as_ref().is_some_and(|known| known.tenant != tenant);
+        if let Some(known) = known.filter(|known| !is_anothers && known.state() != State::Deleted) {
+            return Err(Error::State { id, state: known.state(), verb: "undelete" });
+        }
         let register = core.store.head_of(&place(&tenant, &id)?);
         let gone = || Error::NotFound(id.to_string());
         let current = register.read().await.doing("read the head")?.ok_or_else(gone)?;
+        // Only now: an answer without a look into the bucket would tell that the id is somebody's.
+        if is_anothers {
+            return Err(gone());
+        }
         let now = match (current.head.state, &current.head.manifest) {
             (HeadState::Deleted, None) => return Err(gone()),
             (HeadState::Deleted, Some(_)) => {
@@ -91,7 +102,10 @@ pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record
                 let attempt = Attempt::undelete(&current, state, &core.owner, record, core.commit_id())
                     .map_err(|source| Error::Head { id: id.clone(), source })?;
                 let mut pacer = Backoff::within(core.config.deadlines.settle());
-                match register.commit(&attempt, Sent::Never, &mut pacer).await {
+                reach(Point::HeadSends);
+                let outcome = register.commit(&attempt, Sent::Never, &mut pacer).await;
+                reach(Point::HeadSettled);
+                match outcome {
                     Outcome::Committed { now } => now,
                     Outcome::Superseded { by } | Outcome::Fenced { by } => {
                         // The collector or another undelete was faster: the head says which.

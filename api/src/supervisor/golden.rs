@@ -15,6 +15,7 @@ use super::files::in_memory;
 use super::machine::{close_memory, vmm_error};
 use super::materialise::Held;
 use crate::error::{Error, StoreContext as _};
+use crate::fail_points::{Point, reach};
 use crate::ids::SandboxId;
 use crate::known_packs::KnownPacks;
 use crate::record::{Record, Spec};
@@ -223,6 +224,7 @@ async fn capture_booted(
 ) -> Result<Golden, Error> {
     core.boot(sandbox, vm, template, None).await?;
     let stopped = vm.client.pause().await.map_err(vmm_error(sandbox, vm, "stop the guest"))?;
+    reach(Point::GuestParked);
     let owner = Owner::template(shape);
     let commit = core.commit_id();
     let generation = owner.generation(1, 1, commit);

@@ -2,6 +2,7 @@
 
 use super::Core;
 use crate::error::{Error, StoreContext as _};
+use crate::fail_points::{Point, reach};
 use crate::journal::OperationId;
 use crate::registry::Sandbox;
 use crate::states::{Event, State};
@@ -54,6 +55,21 @@ impl Core {
         Ok(head)
     }
 
+    /// The head of a sandbox whose guest runs here. One that is not ours, or not live, says that somebody has taken the sandbox over: nothing of
+    /// this guest may be committed on it.
+    pub(super) async fn held_head(&self, sandbox: &Sandbox) -> Result<Current, Error> {
+        let current = self.current_head(sandbox).await?.ok_or_else(|| Error::Damaged {
+            object: format!("the head of {}", sandbox.id),
+            source: "it is not in the store".into(),
+        })?;
+        if current.head.owner != self.owner || current.head.state != HeadState::Live {
+            sandbox.set_head(None);
+            let Current { head, .. } = current;
+            return Err(Error::Fenced { id: sandbox.id.clone(), owner: head.owner, epoch: head.epoch });
+        }
+        Ok(current)
+    }
+
     /// Sends one attempt and settles it. On success the head is remembered; otherwise it is forgotten, to be read again.
     pub(super) async fn commit(
         &self,
@@ -62,7 +78,10 @@ impl Core {
         action: &'static str,
     ) -> Result<Current, Error> {
         let mut pacer = Backoff::within(self.config.deadlines.settle());
-        let outcome = self.register(sandbox)?.commit(attempt, Sent::Never, &mut pacer).await;
+        let register = self.register(sandbox)?;
+        reach(Point::HeadSends);
+        let outcome = register.commit(attempt, Sent::Never, &mut pacer).await;
+        reach(Point::HeadSettled);
         let lost = |by: Current| {
             sandbox.set_head(None);
             Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner, epoch: by.head.epoch }

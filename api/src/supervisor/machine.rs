@@ -5,6 +5,7 @@ use super::files::{Disks, duplicate, guest_memory};
 use super::start::StoredDisks;
 use crate::agent_client::{Agent, AgentFailure};
 use crate::error::Error;
+use crate::fail_points::{Point, reach};
 use crate::registry::{OperationGuard, Sandbox};
 use crate::run_ahead::Spent;
 use crate::states::{Event, State};
@@ -33,6 +34,7 @@ impl Core {
     pub(super) async fn start_vmm(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<Arc<Vmm>, Error> {
         let run_dir = self.run_dir(sandbox.id.as_str());
         let vm = self.idle_vmm(&run_dir, sandbox).await?;
+        reach(Point::VmmStarted);
         let vm = Arc::new(vm);
         let identity = vm.identity().clone();
         if let Err(error) = self.registry.amend(sandbox, |record| record.vmm = Some(identity)) {
@@ -79,6 +81,7 @@ impl Core {
     pub(super) async fn end_vm(&self, sandbox: &Sandbox) {
         if let Some(vm) = sandbox.vm() {
             vm.end().await;
+            reach(Point::VmmEnded);
             sandbox.set_vm(None);
             close_memory(vm.take_memory());
         }
@@ -106,7 +109,7 @@ impl Core {
             }
         };
         match tokio::time::timeout(limit, unpark).await {
-            Ok(outcome) => outcome,
+            Ok(outcome) => outcome.inspect(|()| reach(Point::GuestRuns)),
             Err(_) => {
                 Err(Error::Deadline { id: sandbox.id.clone(), what: "letting it run again", ms: limit.as_millis() })
             }
@@ -137,6 +140,46 @@ impl Core {
             self.lay_to_rest(sandbox).await;
         } else if let Err(error) = self.bury(sandbox).await {
             tracing::warn!(id = %sandbox.id, error = error.chain(), "a lost sandbox has no tombstone");
+        }
+    }
+
+    /// Somebody else owns the sandbox: its guest must not run here any more. It is back at the last commit that is known here.
+    pub(super) async fn give_way(
+        &self,
+        sandbox: &Sandbox,
+        fenced: &Error,
+        _guard: &OperationGuard,
+    ) -> Result<(), Error> {
+        self.end_vm(sandbox).await;
+        let note = fenced.chain();
+        tracing::error!(id = %sandbox.id, note, "a sandbox was taken over");
+        let lost = sandbox.record().lost();
+        self.registry.record(sandbox, lost, Some(&note), |record| record.reason = Some(note.clone())).map(drop)
+    }
+
+    /// Whether a guest that ran on without a supervisor is still ours: one that was away may have been taken for dead. A store that cannot
+    /// be asked now is asked at the next commit.
+    pub(super) async fn check_owner(self: Arc<Self>, sandbox: Arc<Sandbox>) {
+        let Some(vm) = sandbox.vm() else { return };
+        let head = match self.register(&sandbox) {
+            Ok(register) => register.read().await,
+            Err(error) => return tracing::error!(id = %sandbox.id, error = error.chain(), "it has no head"),
+        };
+        let head = match head {
+            Ok(Some(current)) if current.head.owner != self.owner => current.head,
+            Ok(_) => return,
+            Err(error) => {
+                let error = crate::error::chain(&error);
+                return tracing::warn!(id = %sandbox.id, error, "whether it is still ours is not known yet");
+            }
+        };
+        let guard = sandbox.lock().await;
+        if sandbox.state() == State::Running && sandbox.vm().is_some_and(|now| Arc::ptr_eq(&now, &vm)) {
+            sandbox.set_head(None);
+            let fenced = Error::Fenced { id: sandbox.id.clone(), owner: head.owner, epoch: head.epoch };
+            if let Err(error) = self.give_way(&sandbox, &fenced, &guard).await {
+                tracing::error!(id = %sandbox.id, error = error.chain(), "after a take-over");
+            }
         }
     }
 
@@ -203,7 +246,7 @@ impl Core {
             self.ready(sandbox, vm, &template.ready).await
         };
         match tokio::time::timeout(limit, booted).await {
-            Ok(outcome) => outcome,
+            Ok(outcome) => outcome.inspect(|()| reach(Point::GuestReady)),
             Err(_) => Err(Error::Deadline { id: sandbox.id.clone(), what: "the boot", ms: limit.as_millis() }),
         }
     }
@@ -268,6 +311,7 @@ impl Core {
     /// A clone is told who it is, too.
     pub(super) async fn tell_wake(&self, sandbox: &Sandbox, vm: &Vmm, identity: Option<Identity>) -> Result<(), Error> {
         if !sandbox.record().spec.agent {
+            reach(Point::GuestTold);
             return Ok(());
         }
         let agent = self.agent(vm);
@@ -282,7 +326,10 @@ impl Core {
                     identity: identity.clone(),
                 };
                 match agent.wake(&request, Duration::from_secs(10)).await {
-                    Ok(_) => return Ok(()),
+                    Ok(_) => {
+                        reach(Point::GuestTold);
+                        return Ok(());
+                    }
                     Err(AgentFailure::Refused { status, message, .. }) => {
                         return Err(failed(format!("{status} {message}")));
                     }

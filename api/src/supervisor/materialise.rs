@@ -5,6 +5,7 @@ use super::files::{Disks, in_memory};
 use super::machine::vmm_error;
 use super::{Core, blocking};
 use crate::error::Error;
+use crate::fail_points::{Point, reach};
 use crate::kept_memory::Kept;
 use crate::known_packs::{KnownPacks, SignedGrants};
 use crate::record::Spec;
@@ -179,6 +180,7 @@ pub(super) async fn materialise(
         what: "the restore",
         ms: limit.as_millis(),
     })??;
+    reach(Point::Restored);
     if let Some(memory) = memory {
         vm.hold_memory(memory);
     }

@@ -148,6 +148,8 @@ pub struct Core {
     vmm_program: PathBuf,
     /// Held from counting sandboxes to adding one, so that two requests cannot both take the last place.
     admission: Mutex<()>,
+    /// Held from reading a head to taking the sandbox up: of two that find the same one, the later might put it back to where it was.
+    adoption: tokio::sync::Mutex<()>,
 }
 
 /// A running supervisor. Dropping it leaves its tasks running; [`Supervisor::shutdown`] ends them.
@@ -233,6 +235,7 @@ impl Supervisor {
             ending: stop.clone(),
             vmm_program,
             admission: Mutex::new(()),
+            adoption: tokio::sync::Mutex::default(),
         });
         let front = Front::new(core.clone(), tls)?;
         restart::run(&core).await?;

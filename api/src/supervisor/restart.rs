@@ -7,7 +7,8 @@ use super::Core;
 use super::delete::delete_locked;
 use super::settle::{self, ReadyToCommit};
 use crate::error::{Error, chain};
-use crate::journal::{Interrupted, OperationKind};
+use crate::fail_points::{Point, reach};
+use crate::journal::{Interrupted, OperationId, OperationKind};
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::{Event, State};
 use crate::timing::Timing;
@@ -100,6 +101,7 @@ pub(super) async fn run(core: &Arc<Core>) -> Result<(), Error> {
         vm.end().await;
     }
     sweep(core, &root);
+    reach(Point::Swept);
     Ok(())
 }
 
@@ -127,14 +129,22 @@ async fn execute(
     let reason = "the supervisor was restarted in the middle of it";
     match step {
         Step::Rest => {}
-        Step::Adopt => let_run(core, sandbox, &guard).await,
-        Step::RunAgain => settle::run_again(core, sandbox, reason, &guard).await,
+        Step::Adopt => {
+            let_run(core, sandbox, &guard).await;
+            tokio::spawn(core.clone().check_owner(sandbox.clone()));
+        }
+        Step::RunAgain => {
+            settle::run_again(core, sandbox, reason, &guard).await;
+            tokio::spawn(core.clone().check_owner(sandbox.clone()));
+        }
         Step::Settle => {
             if let Some(mut ready) = attempts {
                 // It may take as long as the store is away; the sandbox is `snapshotting` until then, and everything else is served.
                 let (core, sandbox) = (core.clone(), sandbox.clone());
                 tokio::spawn(async move {
-                    settle::finish(&core, &sandbox, &mut ready, None, &mut Timing::default(), &guard).await;
+                    let ids: Vec<OperationId> = operations.iter().map(|operation| operation.id).collect();
+                    let timing = &mut Timing::default();
+                    settle::finish(&core, &sandbox, &mut ready, &ids, None, timing, &guard).await;
                     end_operations(&core, &operations);
                 });
                 return Ok(());

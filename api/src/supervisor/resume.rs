@@ -7,6 +7,7 @@ use super::materialise::{Held, materialise};
 use super::{Core, detached};
 use crate::admission::Purpose;
 use crate::error::Error;
+use crate::fail_points::{Point, reach};
 use crate::journal::{OperationId, OperationKind};
 use crate::record::Record;
 use crate::registry::{OperationGuard, Sandbox};
@@ -185,6 +186,7 @@ async fn go(core: &Core, sandbox: &Sandbox, vm: &Vmm, timing: &mut Timing) -> Re
     sandbox.set_phase(Some("wake"));
     let begun = Instant::now();
     vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
+    reach(Point::GuestRuns);
     timing.since("run", begun);
     let begun = Instant::now();
     core.tell_wake(sandbox, vm, None).await?;

@@ -2,7 +2,9 @@
 
 use super::Core;
 use super::machine::close_memory;
-use crate::error::Error;
+use crate::error::{Error, chain};
+use crate::fail_points::{Point, reach};
+use crate::journal::OperationId;
 use crate::kept_memory::Kept;
 use crate::known_packs::KnownPacks;
 use crate::record::Record;
@@ -59,11 +61,12 @@ impl ReadyToCommit {
 }
 
 /// From the first head PUT to the end. The client is told once, at the latest when the outcome is unknown for the first time; then the sender
-/// is spent and `None` comes back.
+/// is spent and `None` comes back. `operations` are those whose proposals it settles.
 pub(super) async fn finish(
     core: &Arc<Core>,
     sandbox: &Sandbox,
     ready: &mut ReadyToCommit,
+    operations: &[OperationId],
     mut tell: Option<oneshot::Sender<Answer>>,
     timing: &mut Timing,
     guard: &OperationGuard,
@@ -80,16 +83,16 @@ pub(super) async fn finish(
                 committed(core, sandbox, &now)
             }
             Settled::RunAgain(error) => {
+                // First: a restart would send what it finds again, and by then the guest has gone on.
+                for operation in operations {
+                    if let Err(error) = core.journal.withdraw(*operation) {
+                        tracing::error!(id = %sandbox.id, error = chain(&error), "cannot withdraw the proposals of a pause");
+                    }
+                }
                 run_again(core, sandbox, &error.chain(), guard).await;
                 Err(error)
             }
-            Settled::Fenced(error) => {
-                core.end_vm(sandbox).await;
-                let note = error.chain();
-                core.registry
-                    .record(sandbox, sandbox.record().lost(), Some(&note), |record| record.reason = Some(note.clone()))
-                    .and(Err(error))
-            }
+            Settled::Fenced(error) => core.give_way(sandbox, &error, guard).await.and(Err(error)),
             Settled::Unknown(error) => {
                 tracing::error!(id = %sandbox.id, error = error.chain(), "the guest stays stopped");
                 if let Some(tell) = tell.take() {
@@ -110,6 +113,7 @@ fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &mut ReadyToCommit) {
     // It stands still, and its state is in the store.
     if let Some(vm) = sandbox.vm() {
         vm.let_go();
+        reach(Point::VmmLetGo);
         sandbox.set_vm(None);
     }
     if let Some(known) = &ready.known {
@@ -141,7 +145,10 @@ async fn settle(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit) -> Settle
     };
     let total = core.config.deadlines.settle();
     let (mut commit, mut cancel) = (Backoff::within(total), Backoff::within(total));
-    match register.end_pause(&ready.attempt, &ready.cancel, ready.sent, &mut commit, &mut cancel).await {
+    reach(Point::HeadSends);
+    let end = register.end_pause(&ready.attempt, &ready.cancel, ready.sent, &mut commit, &mut cancel).await;
+    reach(Point::HeadSettled);
+    match end {
         PauseEnd::Paused { now } => Settled::Paused(now),
         PauseEnd::RunAgain { now, cause } => run_again_from(sandbox, now, cause),
         PauseEnd::Fenced { by } => fenced(sandbox, &by),
@@ -157,7 +164,9 @@ async fn give_up(core: &Core, sandbox: &Sandbox, ready: &ReadyToCommit) -> Settl
         Err(error) => return Settled::Unknown(error),
     };
     let mut pacer = Backoff::within(core.config.deadlines.settle());
-    match register.cancel(&ready.attempt, &ready.cancel, &mut pacer).await {
+    let cancelled_now = register.cancel(&ready.attempt, &ready.cancel, &mut pacer).await;
+    reach(Point::HeadSettled);
+    match cancelled_now {
         Cancelled::Won { now } => run_again_from(sandbox, Some(now), cancelled(ready)),
         Cancelled::Gone { cause } => run_again_from(sandbox, None, cause),
         Cancelled::Landed { now } => Settled::Paused(now),
@@ -200,6 +209,16 @@ pub(super) fn committed(core: &Core, sandbox: &Sandbox, now: &Current) -> Result
         (record.epoch, record.seq) = (now.head.epoch, now.head.seq);
         (record.reason, record.vmm) = (None, None);
     })
+}
+
+/// A pause that sent no head has failed: the guest goes on, unless the sandbox is somebody else's by now.
+pub(super) async fn abandon(core: &Core, sandbox: &Sandbox, error: &Error, guard: &OperationGuard) {
+    if !matches!(error, Error::Fenced { .. }) {
+        return run_again(core, sandbox, &error.chain(), guard).await;
+    }
+    if let Err(error) = core.give_way(sandbox, error, guard).await {
+        tracing::error!(id = %sandbox.id, error = error.chain(), "after a take-over");
+    }
 }
 
 /// It is proven that nothing was committed: the guest goes on, or is lost if its VMM cannot.

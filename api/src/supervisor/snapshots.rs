@@ -10,10 +10,11 @@ use super::capture::Size;
 use super::machine::vmm_error;
 use super::{Core, detached};
 use crate::error::{Error, StoreContext as _};
+use crate::fail_points::{Point, reach};
 use crate::ids::SandboxId;
 use crate::journal::OperationKind;
 use crate::record::{Portable, Record, Spec};
-use crate::registry::Sandbox;
+use crate::registry::{OperationGuard, Sandbox};
 use crate::snapshot_request;
 use crate::sources::UnixMs;
 use crate::states::{Event, State};
@@ -119,13 +120,7 @@ pub async fn create(
                 let (mut timing, since) = (Timing::default(), Instant::now());
                 let made = take(&core, &sandbox, &id, &name, &mut timing).await;
                 core.account(&sandbox, "snapshot", since, made.as_ref().err(), &timing);
-                let note = made.as_ref().err().map(|e| format!("the snapshot failed: {}", e.chain()));
-                let event = if made.is_ok() { Event::Captured } else { Event::Failed };
-                if sandbox.vm().is_none_or(|vm| vm.has_ended()) {
-                    core.lose(&sandbox, &guard).await;
-                    return made.map(|snapshot| (snapshot, timing));
-                }
-                core.registry.record(&sandbox, event, note.as_deref(), |record| record.reason.clone_from(&note))?;
+                after(&core, &sandbox, made.as_ref().err(), &guard).await?;
                 made.map(|snapshot| (snapshot, timing))
             }
             Err(error) => Err(error),
@@ -145,6 +140,25 @@ pub async fn create(
     .await
 }
 
+/// What becomes of the source: its guest goes on, if it can and is still ours.
+async fn after(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    failure: Option<&Error>,
+    guard: &OperationGuard,
+) -> Result<(), Error> {
+    if sandbox.vm().is_none_or(|vm| vm.has_ended()) {
+        core.lose(sandbox, guard).await;
+        return Ok(());
+    }
+    if let Some(fenced @ Error::Fenced { .. }) = failure {
+        return core.give_way(sandbox, fenced, guard).await;
+    }
+    let note = failure.map(|e| format!("the snapshot failed: {}", e.chain()));
+    let event = if failure.is_none() { Event::Captured } else { Event::Failed };
+    core.registry.record(sandbox, event, note.as_deref(), |record| record.reason.clone_from(&note)).map(drop)
+}
+
 /// A name for a snapshot that was given none: from its template, and its id, so that it is nobody else's.
 fn made_up(template: &str, id: &str) -> String {
     let word: String = template.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(40).collect();
@@ -159,10 +173,7 @@ async fn take(
     timing: &mut Timing,
 ) -> Result<Snapshot, Error> {
     let vm = sandbox.vm().ok_or(Error::Bug("a running sandbox without a VM"))?;
-    let current = core.current_head(sandbox).await?.ok_or_else(|| Error::Damaged {
-        object: format!("the head of {}", sandbox.id),
-        source: "it is not in the store".into(),
-    })?;
+    let current = core.held_head(sandbox).await?;
     sandbox.set_phase(Some("ahead"));
     let begun = Instant::now();
     send_ahead(core, sandbox, &vm).await;
@@ -265,11 +276,13 @@ async fn commit_head(
     let attempt = Attempt::first(&snapshot.id, &core.owner, change, commit).map_err(Core::head_error(sandbox))?;
     let register = core.store.head_of(&owner(&snapshot.tenant, &snapshot.id)?);
     let mut pacer = Backoff::within(core.config.deadlines.settle());
-    match register.commit(&attempt, Sent::Never, &mut pacer).await {
+    reach(Point::HeadSends);
+    let outcome = register.commit(&attempt, Sent::Never, &mut pacer).await;
+    reach(Point::HeadSettled);
+    match outcome {
         Outcome::Committed { .. } => Ok(()),
-        Outcome::Superseded { by } | Outcome::Fenced { by } => {
-            Err(Error::Fenced { id: sandbox.id.clone(), owner: by.head.owner, epoch: by.head.epoch })
-        }
+        // Its id is random, and nobody else's.
+        Outcome::Superseded { .. } | Outcome::Fenced { .. } => Err(Error::SnapshotExists(snapshot.name.clone())),
         Outcome::Refused { cause } => Err(Error::Store { action: "commit the head of the snapshot", source: cause }),
         // Nothing depends on it: it may show up later, under the name that was asked for.
         Outcome::Unknown { cause } => {
@@ -338,7 +351,10 @@ pub async fn delete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<(), Erro
     }
     let settle = core.config.deadlines.settle();
     detached(async move {
-        match register.commit(&attempt, Sent::Never, &mut Backoff::within(settle)).await {
+        reach(Point::HeadSends);
+        let outcome = register.commit(&attempt, Sent::Never, &mut Backoff::within(settle)).await;
+        reach(Point::HeadSettled);
+        match outcome {
             // By somebody else: it is deleted all the same.
             Outcome::Committed { .. } | Outcome::Superseded { .. } | Outcome::Fenced { .. } => Ok(()),
             Outcome::Refused { cause } | Outcome::Unknown { cause } => {

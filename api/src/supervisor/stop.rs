@@ -5,9 +5,10 @@
 
 use super::capture::Size;
 use super::machine::vmm_error;
-use super::settle::{Answer, ReadyToCommit, answer, finish, run_again};
+use super::settle::{Answer, ReadyToCommit, abandon, answer, finish};
 use super::{Core, detached};
 use crate::error::Error;
+use crate::fail_points::{Point, reach};
 use crate::journal::{OperationId, OperationKind};
 use crate::registry::{OperationGuard, Sandbox};
 use crate::states::{Event, State};
@@ -52,10 +53,10 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
     };
     let (mut timing, since) = (Timing::default(), Instant::now());
     let result = match prepare(&core, &sandbox, &vm, operation, &mut timing).await {
-        Ok(mut ready) => finish(&core, &sandbox, &mut ready, Some(tell), &mut timing, &guard).await,
+        Ok(mut ready) => finish(&core, &sandbox, &mut ready, &[operation], Some(tell), &mut timing, &guard).await,
         Err(error) => {
             // The head PUT was never sent: nothing can have been committed.
-            run_again(&core, &sandbox, &error.chain(), &guard).await;
+            abandon(&core, &sandbox, &error, &guard).await;
             Some((tell, Err(error)))
         }
     };
@@ -109,12 +110,10 @@ async fn prepare(
         .await
         .map_err(|_| Error::Deadline { id: sandbox.id.clone(), what: "stopping the guest", ms: control.as_millis() })?
         .map_err(vmm_error(sandbox, vm, "stop the guest"))?;
+    reach(Point::GuestParked);
     timing.since("stop", begun);
 
-    let current = core.current_head(sandbox).await?.ok_or_else(|| Error::Damaged {
-        object: format!("the head of {}", sandbox.id),
-        source: "it is not in the store".into(),
-    })?;
+    let current = core.held_head(sandbox).await?;
     let place = place(&sandbox.tenant, &sandbox.id)?;
     let commit = core.commit_id();
     let generation = place.generation(current.head.seq + 1, current.head.epoch, commit);

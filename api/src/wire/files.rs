@@ -52,16 +52,16 @@ pub struct ReadFile {
     /// The file.
     pub path: GuestPath,
     /// Bytes left out at the start.
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = i64::MAX))]
     pub offset: Option<i64>,
     /// Bytes at most.
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = i64::MAX))]
     pub limit: Option<i64>,
     /// The first lines only.
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = u32::MAX))]
     pub head: Option<u32>,
     /// The last lines only.
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = u32::MAX))]
     pub tail: Option<u32>,
 }
 
@@ -175,7 +175,7 @@ pub struct ShowTree {
     /// The directory.
     pub path: GuestPath,
     /// 1: only what is in it; everything when absent.
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = u32::MAX))]
     pub max_depth: Option<u32>,
     /// As for a list.
     pub exclude: Option<Patterns>,

@@ -53,7 +53,7 @@ pub struct GitClone {
     /// The commit that is checked out.
     pub commit_id: Option<OptionalGitName>,
     /// So many commits only.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = i32::MAX))]
     pub depth: Option<i32>,
     /// Name for the URL's host.
     pub username: Option<OneLine>,
@@ -102,7 +102,7 @@ pub struct GitLog {
     /// The repository.
     pub path: GuestPath,
     /// Commits at most; 10 when absent.
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = i32::MAX))]
     pub max_count: Option<i32>,
     /// Only those after.
     pub start_timestamp: Option<ShortText>,
