@@ -58,6 +58,7 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
         args::Client::Undelete(one) => {
             show(&client.call(Method::POST, &path(&one.id, "/undelete"), None).await?, output);
         }
+        args::Client::Template(template) => super::template::run(&client, template.verb, output).await?,
         args::Client::Inspect(one) => inspect(&client, &one.id, output).await?,
         args::Client::Recover(recover) => {
             let body = json!({ "take_over": recover.take_over });
@@ -74,7 +75,10 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
 }
 
 /// Ctrl-C ends the waiting, not the operation, and says so.
-async fn interruptible(call: impl Future<Output = Result<Answer, Failure>>, what: &str) -> Result<Answer, Failure> {
+pub(super) async fn interruptible(
+    call: impl Future<Output = Result<Answer, Failure>>,
+    what: &str,
+) -> Result<Answer, Failure> {
     tokio::select! {
         answer = call => answer,
         _ = tokio::signal::ctrl_c() => {
@@ -85,7 +89,12 @@ async fn interruptible(call: impl Future<Output = Result<Answer, Failure>>, what
 
 /// An id goes into a path: what is no id is escaped, and the server says that there is none.
 fn path(id: &str, rest: &str) -> String {
-    let escaped = id.bytes().fold(String::new(), |mut out, byte| {
+    format!("/v1/sandbox/{}{rest}", segment(id))
+}
+
+/// A text as a part of a path or a query.
+pub(super) fn segment(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut out, byte| {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => out.push(char::from(byte)),
             _ => {
@@ -95,8 +104,7 @@ fn path(id: &str, rest: &str) -> String {
             }
         }
         out
-    });
-    format!("/v1/sandbox/{escaped}{rest}")
+    })
 }
 
 fn create_body(create: args::Create) -> Value {
@@ -147,7 +155,7 @@ fn show(answer: &Answer, output: Output) {
     }
 }
 
-fn scalar(value: &Value) -> String {
+pub(super) fn scalar(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),

@@ -15,6 +15,7 @@ mod profile;
 mod progress;
 mod repair;
 mod serve;
+mod template;
 mod templates;
 mod verify;
 

@@ -1,7 +1,7 @@
 //! The REST API: requests in, answers out. Handlers parse, check the key, call the supervisor and convert; they decide nothing.
 //!
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
+//! contract does not have: `GET /v1/template` and `/v1/template/{id}`, `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
 //! `/readyz`, and the headers `server-timing` and
 //! `stasis-error`.
 
@@ -18,6 +18,7 @@ mod lifecycle;
 mod presigned;
 mod sandboxes;
 mod snapshots;
+mod templates;
 mod terminals;
 
 use crate::error::Error;
@@ -31,7 +32,7 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{MethodRouter, delete, get, patch, post};
 use http_body_util::BodyExt as _;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -40,7 +41,7 @@ use std::time::Instant;
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 23] = [
+    let routes: [(&str, MethodRouter<Arc<Core>>); 26] = [
         ("/v1/sandbox", post(sandboxes::create)),
         ("/v1/sandboxes", get(sandboxes::list)),
         ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
@@ -59,6 +60,9 @@ pub fn router(core: Arc<Core>) -> Router {
         ("/v1/snapshot/restore", post(snapshots::restore)),
         ("/v1/snapshot/resume", post(snapshots::restore)),
         ("/v1/snapshot/{id}", delete(snapshots::delete)),
+        ("/v1/template", post(templates::upload).merge(get(templates::list))),
+        ("/v1/templates", get(templates::list)),
+        ("/v1/template/{id}", get(templates::get).merge(patch(templates::rename)).merge(delete(templates::delete))),
         ("/v1/recover", post(sandboxes::recover)),
         ("/v1/host/metrics", get(host::metrics)),
         ("/metrics", get(host::prometheus)),

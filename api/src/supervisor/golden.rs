@@ -271,6 +271,7 @@ mod tests {
             port: None,
             digest: "d".repeat(64),
             rootfs_digest: None,
+            upload: None,
         }
     }
 

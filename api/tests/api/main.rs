@@ -5,3 +5,4 @@ mod embedded_s3;
 mod recovery;
 mod routes;
 mod support;
+mod templates;
