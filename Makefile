@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all bench clients demo test test-native test-linux lint images build setup clean
+.PHONY: all bench clients demo fuzz-api test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -39,7 +39,7 @@ lint: setup
 	$(STEP) format cargo fmt --all --check
 	$(STEP) clippy cargo clippy --workspace --all-targets -- -D warnings
 
-# The public clients of the API, in environments of their own.
+# The public clients of the API and schemathesis, in environments of their own.
 clients: setup
 	$(STEP) clients tests/sdk/venvs
 
@@ -48,6 +48,11 @@ test-native: build images clients
 
 test-linux: build images
 	$(STEP) test-linux tests/linux target/$(PROFILE)
+
+# The API against its own description, for as long as ARGS (of schemathesis) say.
+fuzz-api: ARGS ?= --max-examples 200 --seed 7
+fuzz-api: build clients
+	$(STEP) fuzz-api env STASIS_SCHEMATHESIS="$(ARGS)" $(SHELL) -c 'cargo test --workspace --test schemathesis'
 
 clean:
 	cargo clean

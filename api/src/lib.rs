@@ -10,7 +10,7 @@
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
 //! | [`store`] | the object store, heads and grants as the supervisor uses them |
-//! | [`template`], [`host`] | what sandboxes boot from; what this host can run |
+//! | [`template`], [`block_indexes`], [`host`] | what sandboxes boot from, and its blocks by content; what this host can run |
 //! | [`image`] | container images: from a reference to a root file system |
 //! | [`template_request`] | requests about templates from JSON to checked values |
 //! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
@@ -22,6 +22,7 @@
 //! | [`fair_share`] | how captures and wakes share the connections of a host |
 //! | [`front`] | the listener: TLS, HTTP/1.1 and HTTP/2, and who answers |
 //! | [`routes`] | the REST API |
+//! | [`wire`], [`openapi`] | what it takes and answers, as types; its description, made of them and of the table of routes |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
 //! | [`metrics`] | what is counted, for Prometheus |
@@ -34,6 +35,7 @@
 //! This crate knows no KVM and no devices: it talks to `stasis-vmm` over its control socket, and to a guest over its agent's protocol.
 pub mod admission;
 pub mod agent_client;
+pub mod block_indexes;
 pub mod cli;
 pub mod config;
 pub mod dev;
@@ -51,6 +53,7 @@ pub mod known_packs;
 pub mod memory_pressure;
 pub mod metrics;
 pub mod network_policy;
+pub mod openapi;
 pub mod rate;
 pub mod record;
 pub mod registry;
@@ -58,6 +61,7 @@ pub mod routes;
 pub mod run_ahead;
 pub mod snapshot_request;
 pub mod sources;
+mod sparse_file;
 pub mod states;
 pub mod store;
 pub mod supervisor;
@@ -69,3 +73,4 @@ pub mod validate;
 pub mod vmm_pool;
 pub mod vmm_process;
 pub mod vsock;
+pub mod wire;

@@ -15,7 +15,7 @@ pub fn create(body: &Map<String, Value>) -> Result<Create, Vec<FieldError>> {
     if id.as_ref().is_some_and(|id| id.is_empty() || id.chars().any(char::is_control)) {
         fields.errors.add("id", "must have visible characters only");
     }
-    let cwd = fields.optional_filled("cwd", super::PATH);
+    let cwd = fields.optional_filled("cwd", super::GUEST_PATH);
     let envs = environment(body, &["envs", "env"], &mut fields.errors);
     let (cols, rows) = (side(&mut fields, "cols"), side(&mut fields, "rows"));
     let lazy_start = fields.flag("lazy_start");

@@ -1,12 +1,13 @@
 //! The REST API: requests in, answers out. Handlers parse, check the key, call the supervisor and convert; they decide nothing.
 //!
+//! Each module has the table of its routes; a route stands there with its [`openapi::Operation`], from which `GET /openapi.json` is made.
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `GET /v1/template` and `/v1/template/{id}`, `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
-//! `/readyz`, and the headers `server-timing` and
-//! `stasis-error`.
+//! contract does not have: `GET /v1/template`, `GET /v1/template/{id}`, `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
+//! `/readyz`, `/openapi.json`, `/docs`, and the headers `server-timing` and `stasis-error`.
 
 mod answers;
 mod auth;
+mod docs;
 mod files;
 mod git;
 mod guest;
@@ -15,14 +16,18 @@ mod host;
 mod inspect;
 mod left_out;
 mod lifecycle;
+mod path;
 mod presigned;
+mod process;
 mod sandboxes;
 mod snapshots;
+mod table;
 mod templates;
 mod terminals;
 
 use crate::error::Error;
 use crate::metrics::REQUESTS;
+use crate::openapi;
 use crate::supervisor::Core;
 use auth::Tenant;
 pub(crate) use auth::tenant_of;
@@ -32,45 +37,54 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::{MethodRouter, delete, get, patch, post};
+use axum::routing::MethodRouter;
 use http_body_util::BodyExt as _;
+use path::Path;
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
+use table::Route;
+
+/// All routes. What is not here is neither served nor described.
+fn routes() -> Vec<Route> {
+    [
+        sandboxes::routes(),
+        lifecycle::routes(),
+        snapshots::routes(),
+        templates::routes(),
+        presigned::routes(),
+        process::routes(),
+        files::routes(),
+        git::routes(),
+        terminals::routes(),
+        inspect::routes(),
+        host::routes(),
+        health::routes(),
+        docs::routes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The API's description.
+pub fn document() -> Value {
+    let routes = routes();
+    let operations =
+        routes.iter().map(|route| (route.path.as_str(), route.method.as_str().to_ascii_lowercase(), &route.operation));
+    openapi::document(operations, &left_out::listed())
+}
 
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
+    let mut paths: BTreeMap<String, MethodRouter<Arc<Core>>> = BTreeMap::new();
+    for (path, handler) in routes().into_iter().map(|route| (route.path, route.handler)).chain(left_out::routes()) {
+        let methods = paths.remove(&path).unwrap_or_default();
+        paths.insert(path, methods.merge(handler));
+    }
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 26] = [
-        ("/v1/sandbox", post(sandboxes::create)),
-        ("/v1/sandboxes", get(sandboxes::list)),
-        ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
-        ("/v1/sandbox/{id}/pause", post(sandboxes::pause)),
-        ("/v1/sandbox/{id}/resume", post(sandboxes::resume)),
-        ("/v1/sandbox/{id}/stop", post(lifecycle::stop)),
-        ("/v1/sandbox/{id}/start", post(lifecycle::start)),
-        ("/v1/sandbox/{id}/undelete", post(sandboxes::undelete)),
-        ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
-        ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
-        ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
-        ("/v1/sandbox/{id}/presigned-url", post(presigned::create)),
-        ("/v1/sandbox/{id}/presigned-url/{url}", delete(presigned::delete)),
-        ("/v1/sandbox/{id}/snapshot/pause", post(snapshots::pause)),
-        ("/v1/snapshots", get(snapshots::list)),
-        ("/v1/snapshot/restore", post(snapshots::restore)),
-        ("/v1/snapshot/resume", post(snapshots::restore)),
-        ("/v1/snapshot/{id}", delete(snapshots::delete)),
-        ("/v1/template", post(templates::upload).merge(get(templates::list))),
-        ("/v1/templates", get(templates::list)),
-        ("/v1/template/{id}", get(templates::get).merge(patch(templates::rename)).merge(delete(templates::delete))),
-        ("/v1/recover", post(sandboxes::recover)),
-        ("/v1/host/metrics", get(host::metrics)),
-        ("/metrics", get(host::prometheus)),
-        ("/healthz", get(health::health)),
-        ("/readyz", get(health::ready)),
-    ];
-    let routes = routes.into_iter().map(|(path, methods)| (path.to_owned(), methods));
-    for (path, methods) in routes.chain(guest::routes()) {
+    for (path, methods) in paths {
         app = app.route(&path, methods.clone());
         if !path.ends_with("{*rest}") {
             app = app.route(&format!("{path}/"), methods);

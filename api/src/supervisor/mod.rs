@@ -12,6 +12,7 @@
 //! | `snapshots` | named snapshots |
 //! | `image` | guests of container images |
 //! | `templates` | templates from container images: made, listed, renamed, deleted |
+//! | `fork` | keeps a snapshot from the collector while a sandbox is made from it |
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
@@ -21,6 +22,7 @@
 //! | `identity` | this supervisor's name in heads |
 //! | `timers` | the ends of lives |
 //! | `ahead` | rounds of capture ahead of a pause |
+//! | `collect` | the collector, by the clock |
 //! | `pressure` | gives kept memory back when the host runs short of it |
 //!
 //! Who runs what: an operation runs in a task of its own, under the sandbox's operation lock; requests only wait for it. One task watches
@@ -33,11 +35,13 @@ mod admission;
 mod ahead;
 mod capture;
 pub mod catalogue;
+mod collect;
 mod create;
 mod delete;
 mod draft;
 mod execute;
 mod files;
+mod fork;
 mod git;
 pub mod golden;
 mod guest;
@@ -60,6 +64,7 @@ mod timers;
 use self::golden::Goldens;
 use self::snapshots::Reservations;
 use self::templates::Builds;
+use crate::block_indexes::BlockIndexes;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
@@ -100,6 +105,8 @@ const PAUSES: usize = 4;
 const RUN: &str = "run";
 /// Where packs are kept, in the data directory.
 const PACKS: &str = "packs";
+/// Where indexes of root file systems are kept, in the data directory.
+const BLOCKS: &str = "blocks";
 /// Name of the journal in the data directory.
 pub const JOURNAL: &str = "journal.db";
 
@@ -132,6 +139,8 @@ pub struct Core {
     pub shares: Arc<FairShare>,
     /// Packs on the local disk; `None` when none are kept.
     pub pack_cache: Option<CacheDir>,
+    /// What is known of the blocks of root file systems.
+    pub block_indexes: BlockIndexes,
     /// Booted templates.
     pub goldens: Goldens,
     /// Counters.
@@ -213,6 +222,7 @@ impl Supervisor {
             pool,
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
+            block_indexes: BlockIndexes::new(config.data_dir.join(BLOCKS)),
             goldens: Goldens::default(),
             builds: Builds::new(uploads, config.templates.builds),
             metrics,
@@ -238,6 +248,7 @@ impl Supervisor {
             tokio::spawn(timers::run(core.clone(), stop.clone())),
             tokio::spawn(pressure::run(core.clone(), stop.clone())),
             tokio::spawn(ahead::run(core.clone(), stop.clone())),
+            tokio::spawn(collect::run(core.clone(), stop.clone())),
         ];
         let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");

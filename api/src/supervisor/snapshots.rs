@@ -362,11 +362,11 @@ pub async fn restore(
         auto_pause: asked.auto_pause,
         network_policy: asked.network_policy.or(snapshot.spec.network_policy),
         env_vars: snapshot.spec.env_vars.into_iter().chain(asked.env_vars).collect(),
-        snapshot: Some(snapshot.id),
+        snapshot: Some(snapshot.id.clone()),
         created_at: core.sources.now_ms(),
         ..snapshot.spec
     };
-    super::create::from_manifest(core, tenant, spec, snapshot.manifest).await
+    super::create::from_snapshot(core, tenant, spec, (snapshot.id, snapshot.manifest)).await
 }
 
 #[cfg(test)]

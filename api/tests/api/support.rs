@@ -5,7 +5,7 @@ use axum::http::{Request, Response};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Invoke, Limits, RunAhead, StoreConfig, Templates, Tls, Warm};
+use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Templates, Tls, Warm};
 use stasis_api::error::Error;
 use stasis_api::record::Spec;
 use stasis_api::sources::Sources;
@@ -54,6 +54,7 @@ impl Place {
             deadlines: Deadlines { commit_ms: 1000, settle_ms: 2000, store_ms: 2000, ..Deadlines::default() },
             // The VMM here is a script that fails.
             warm: Warm { vmm_pool: 0, ..Warm::default() },
+            gc: Gc::default(),
             run_ahead: RunAhead::default(),
             invoke: Invoke::default(),
             tls: Tls::default(),
