@@ -182,7 +182,8 @@ impl<'a> Script<'a> {
                     self.line(&[b"write", content.as_os_str().as_bytes(), name])?;
                 }
                 Kind::Symlink(target) => self.line(&[b"symlink", &here, target])?,
-                Kind::Fifo => self.line(&[b"mknod", &here, b"p"])?,
+                // As `write` does, it takes the name as it is, whatever that begins with.
+                Kind::Fifo => self.line(&[b"mknod", name, b"p"])?,
             }
             self.meta(inode, &here)?;
             if node.links > 1 && !matches!(node.kind, Kind::Directory(_)) {
