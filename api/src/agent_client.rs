@@ -11,7 +11,9 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stasis_agent::protocol::git::GitRequest;
-use stasis_agent::protocol::{AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, WakeReply, WakeRequest};
+use stasis_agent::protocol::{
+    AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, WakeReply, WakeRequest,
+};
 use stasis_vmm::control::VSOCK_SOCKET;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -71,6 +73,11 @@ impl Agent {
     /// `POST /v1/wake`.
     pub async fn wake(&self, request: &WakeRequest, within: Duration) -> Result<WakeReply, AgentFailure> {
         self.call(Method::POST, "/v1/wake", Some(request), within).await
+    }
+
+    /// `POST /v1/image`.
+    pub async fn image(&self, request: &ImageRequest, within: Duration) -> Result<ImageReply, AgentFailure> {
+        self.call(Method::POST, "/v1/image", Some(request), within).await
     }
 
     async fn call<T: DeserializeOwned>(

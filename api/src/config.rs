@@ -17,12 +17,14 @@
 mod gc;
 mod invoke;
 mod run_ahead;
+mod templates;
 mod tls;
 mod warm;
 
 pub use gc::Gc;
 pub use invoke::{Invoke, Scheme};
 pub use run_ahead::RunAhead;
+pub use templates::Templates;
 pub use tls::Tls;
 pub use warm::Warm;
 
@@ -71,6 +73,9 @@ pub struct Config {
     /// TLS.
     #[serde(default)]
     pub tls: Tls,
+    /// Templates from container images.
+    #[serde(default)]
+    pub templates: Templates,
 }
 
 /// The object store.
@@ -337,6 +342,14 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_TLS_CERT", "tls.cert"),
     ("STASIS_TLS_KEY", "tls.key"),
     ("STASIS_TLS_PLAIN", "tls.plain"),
+    ("STASIS_TEMPLATES_LOCAL_DIR", "templates.local_dir"),
+    ("STASIS_TEMPLATES_BOOT", "templates.boot"),
+    ("STASIS_TEMPLATES_DISK_MIB", "templates.disk_mib"),
+    ("STASIS_TEMPLATES_IMAGE_MIB", "templates.image_mib"),
+    ("STASIS_TEMPLATES_IMAGE_ENTRIES", "templates.image_entries"),
+    ("STASIS_TEMPLATES_PER_TENANT", "templates.per_tenant"),
+    ("STASIS_TEMPLATES_BUILDS", "templates.builds"),
+    ("STASIS_TEMPLATES_BUILD_MS", "templates.build_ms"),
     ("STASIS_DEADLINES_PAUSE_RETRY_MS", "deadlines.pause_retry_ms"),
 ];
 
@@ -419,6 +432,7 @@ impl Config {
         self.warm.check()?;
         self.invoke.check()?;
         self.tls.check()?;
+        self.templates.check()?;
         self.gc.check()?;
         self.run_ahead.check()
     }
@@ -428,7 +442,20 @@ impl Config {
 const SWITCHES: [&str; 6] =
     ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled", "invoke.trust_forwarded", "tls.plain"];
 /// What the other fields that are no text begin with.
-const NUMBERS: [&str; 6] = ["gc.", "limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"];
+const NUMBERS: [&str; 12] = [
+    "gc.",
+    "limits.",
+    "deadlines.",
+    "warm.",
+    "run_ahead.",
+    "invoke.default_port",
+    "templates.disk_mib",
+    "templates.image_mib",
+    "templates.image_entries",
+    "templates.per_tenant",
+    "templates.builds",
+    "templates.build_ms",
+];
 
 fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError> {
     let (section, name) = match setting.field.split_once('.') {
@@ -519,6 +546,8 @@ mod tests {
             (vec![("warm.golden", "perhaps")], "warm.golden"),
             (vec![("warm.vmm_pool", "1000")], "warm.vmm_pool"),
             (vec![("run_ahead.core_percent", "0")], "run_ahead.core_percent"),
+            (vec![("templates.image_mib", "10240")], "templates.image_mib"),
+            (vec![("templates.local_dir", "here")], "templates.local_dir"),
             (vec![("data_dir", long.as_str())], "data_dir"),
         ] {
             let error = load(DIRECTORY, &settings).unwrap_err();

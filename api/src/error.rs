@@ -3,6 +3,7 @@
 
 use crate::admission::{NoPlace, Scope};
 use crate::ids::SandboxId;
+use crate::image::ImageError;
 use crate::invoke::InvokeError;
 use crate::journal::JournalError;
 use crate::rate::TooMany;
@@ -98,6 +99,39 @@ pub enum Error {
     /// A template cannot be used.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// The tenant has no template of that id.
+    #[error("there is no template {0:?}")]
+    NoTemplate(String),
+    /// The tenant may use a template of that name already, or is making one.
+    #[error("there is a template {0:?} already")]
+    TemplateExists(String),
+    /// The tenant has as many templates as it may have.
+    #[error("there are {most} templates already, which is the limit: delete one first")]
+    TooManyTemplates {
+        /// How many it may have.
+        most: usize,
+    },
+    /// A template that the tenant may not change, or not now.
+    #[error("template {id}: cannot {verb} it: {why}")]
+    TemplateFixed {
+        /// Which.
+        id: String,
+        /// What was asked.
+        verb: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
+    /// A sandbox or a named snapshot needs the template's disk.
+    #[error("template {id} is in use by {by}: delete that first")]
+    TemplateInUse {
+        /// Which.
+        id: String,
+        /// By what.
+        by: String,
+    },
+    /// A container image does not become a template.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// This host cannot run the guest.
     #[error("{0}")]
     Host(String),
@@ -258,9 +292,11 @@ impl Error {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::CrossOrigin => StatusCode::FORBIDDEN,
-            Self::NotFound(_) | Self::NoPath(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => {
-                StatusCode::NOT_FOUND
-            }
+            Self::NotFound(_)
+            | Self::NoPath(_)
+            | Self::NoSnapshot(_)
+            | Self::NoPresignedUrl(_)
+            | Self::NoTemplate(_) => StatusCode::NOT_FOUND,
             Self::BadJson(_) | Self::Invalid(_) => StatusCode::BAD_REQUEST,
             Self::Guest { status, .. } => *status,
             Self::LeftOut(_) => StatusCode::NOT_IMPLEMENTED,
@@ -271,6 +307,10 @@ impl Error {
             | Self::Fenced { .. }
             | Self::SnapshotExists(_)
             | Self::SnapshotInUse { .. }
+            | Self::TemplateExists(_)
+            | Self::TooManyTemplates { .. }
+            | Self::TemplateFixed { .. }
+            | Self::TemplateInUse { .. }
             | Self::NoAgent { .. } => StatusCode::CONFLICT,
             Self::Limit(refused) => refused.status(),
             Self::Rate(_) => StatusCode::TOO_MANY_REQUESTS,
@@ -281,6 +321,7 @@ impl Error {
                 | TemplateError::Malformed { .. }
                 | TemplateError::Journal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             },
+            Self::Image(e) => image_status(e),
             Self::Host(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Store { source, .. } => store_status(source.kind),
             Self::Vmm { store: Some(kind), .. } => store_status(*kind),
@@ -324,14 +365,22 @@ impl Error {
         match self {
             Self::Unauthorized => "unauthorized",
             Self::CrossOrigin => "cross-origin",
-            Self::NotFound(_) | Self::NoPath(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => "not-found",
-            Self::SnapshotExists(_) => "exists",
+            Self::NotFound(_)
+            | Self::NoPath(_)
+            | Self::NoSnapshot(_)
+            | Self::NoPresignedUrl(_)
+            | Self::NoTemplate(_) => "not-found",
+            Self::SnapshotExists(_) | Self::TemplateExists(_) => "exists",
             Self::BadJson(_) => "bad-json",
             Self::TooLarge { .. } => "too-large",
             Self::Invalid(_) => "invalid",
             Self::State { .. } => "wrong-state",
-            Self::SnapshotInUse { .. } => "in-use",
-            Self::TooManyUrls { .. } | Self::Limit(NoPlace { scope: Scope::Tenant, .. }) => "limit",
+            Self::SnapshotInUse { .. } | Self::TemplateInUse { .. } => "in-use",
+            Self::TemplateFixed { .. } => "fixed",
+            Self::Image(_) => "image",
+            Self::TooManyUrls { .. }
+            | Self::TooManyTemplates { .. }
+            | Self::Limit(NoPlace { scope: Scope::Tenant, .. }) => "limit",
             Self::Limit(NoPlace { scope: Scope::Host, .. }) => "capacity",
             Self::Rate(_) => "rate",
             Self::NoAgent { .. } => "no-agent",
@@ -373,6 +422,23 @@ impl Error {
     /// The whole chain of causes on one line.
     pub fn chain(&self) -> String {
         chain(self)
+    }
+}
+
+fn image_status(error: &ImageError) -> StatusCode {
+    match error {
+        ImageError::Place(_)
+        | ImageError::Document { .. }
+        | ImageError::Platform(_)
+        | ImageError::Layer { .. }
+        | ImageError::Registry { unreachable: false, .. } => StatusCode::BAD_REQUEST,
+        ImageError::Registry { unreachable: true, .. } => StatusCode::BAD_GATEWAY,
+        ImageError::Missing(_) => StatusCode::SERVICE_UNAVAILABLE,
+        ImageError::Local { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            StatusCode::INSUFFICIENT_STORAGE
+        }
+        ImageError::Local { .. } | ImageError::FileSystem { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        ImageError::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
     }
 }
 

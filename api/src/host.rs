@@ -145,6 +145,7 @@ mod tests {
             port: None,
             digest: String::new(),
             rootfs_digest: None,
+            upload: None,
         }
     }
 

@@ -11,6 +11,8 @@
 //! | [`supervisor`] | the operations, restart, recovery, timers |
 //! | [`store`] | the object store, heads and grants as the supervisor uses them |
 //! | [`template`], [`block_indexes`], [`host`] | what sandboxes boot from, and its blocks by content; what this host can run |
+//! | [`image`] | container images: from a reference to a root file system |
+//! | [`template_request`] | requests about templates from JSON to checked values |
 //! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
 //! | [`vsock`] | the host end of a guest's vsock |
 //! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
@@ -47,6 +49,7 @@ pub mod front;
 pub mod guest_requests;
 pub mod host;
 pub mod ids;
+pub mod image;
 pub mod invoke;
 pub mod journal;
 pub mod kept_memory;
@@ -68,6 +71,7 @@ pub mod store;
 pub mod supervisor;
 pub mod template;
 mod template_digest;
+pub mod template_request;
 pub mod timing;
 pub mod ui;
 pub mod validate;

@@ -1,11 +1,15 @@
-//! Templates: what a sandbox boots from. Read from `<images>/templates/*/template.json`; paths in it are relative to that file.
+//! Templates: what a sandbox boots from. Those of the operator, which every tenant may use, are read from `<images>/templates/*/template.json`;
+//! those that tenants made from container images from [`uploads`]. Paths in a `template.json` are relative to it.
 //!
 //! A template's digest is BLAKE3 over the digests of its files ([`crate::template_digest`]) and its command line.
 
+pub(crate) mod uploads;
+
+use crate::image::Process;
 use crate::journal::{Journal, JournalError};
+use crate::sources::UnixMs;
 use crate::template_digest::{self, Stamp, content_digest};
-use serde::Deserialize;
-use std::collections::BTreeMap;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::num::NonZeroU16;
@@ -15,7 +19,7 @@ use std::path::{Path, PathBuf};
 const MIN_MEMORY_MIB: u32 = 512;
 
 /// `template.json`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct TemplateFile {
     name: String,
     kernel: PathBuf,
@@ -33,10 +37,29 @@ struct TemplateFile {
     exit_counter: bool,
     #[serde(default)]
     port: Option<NonZeroU16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    upload: Option<Upload>,
+}
+
+/// A template that a tenant made from a container image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upload {
+    /// Its id, which it keeps under every name.
+    pub id: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// Where the image was.
+    pub uri: String,
+    /// Digest of the image, `sha256:…`.
+    pub image_digest: String,
+    /// What the image says about the processes in it.
+    pub process: Process,
+    /// When it was made.
+    pub created_at: UnixMs,
 }
 
 /// How a booted guest says that it takes requests.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ready {
     /// Its agent answers over vsock.
@@ -72,12 +95,17 @@ pub struct Template {
     pub digest: String,
     /// BLAKE3 of `rootfs`, hex: what a restore must find again.
     pub rootfs_digest: Option<String>,
+    /// The image that it was made from; `None` for a template of the operator.
+    pub upload: Option<Upload>,
 }
 
 impl Template {
-    /// `tpl-` and 16 hex digits of the digest.
+    /// `tpl-` and 16 hex digits of the digest, or what the upload was called.
     pub fn id(&self) -> String {
-        format!("tpl-{}", self.digest.get(..16).unwrap_or(&self.digest))
+        match &self.upload {
+            Some(upload) => upload.id.clone(),
+            None => format!("tpl-{}", self.digest.get(..16).unwrap_or(&self.digest)),
+        }
     }
 
     /// The guest is a stock kernel with our agent, which software KVM cannot run (design §8).
@@ -133,107 +161,158 @@ pub enum TemplateError {
     Journal(#[source] JournalError),
 }
 
-/// The templates under one directory.
+/// The templates of this host.
 #[derive(Clone, Debug)]
 pub struct Templates {
     dir: PathBuf,
+    uploads: Option<PathBuf>,
+}
+
+/// A `template.json` and where it is.
+struct Described {
+    path: PathBuf,
+    file: TemplateFile,
+}
+
+impl Described {
+    /// The tenant may use it: it is its own, or the operator's.
+    fn is_for(&self, tenant: &str) -> bool {
+        self.file.upload.as_ref().is_none_or(|upload| upload.tenant == tenant)
+    }
 }
 
 impl Templates {
-    /// Those under `<images>/templates`.
+    /// Those of the operator, under `<images>/templates`.
     pub fn new(images: &Path) -> Self {
-        Self { dir: images.join("templates") }
+        Self { dir: images.join("templates"), uploads: None }
     }
 
-    /// Where they are looked for.
+    /// And those that tenants made, under `uploads`.
+    #[must_use]
+    pub fn with_uploads(self, uploads: &Path) -> Self {
+        Self { uploads: Some(uploads.to_owned()), ..self }
+    }
+
+    /// Where those of the operator are looked for.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The template of that name, with digests. Blocks: reads whole files whose digest is not cached.
-    pub fn find(&self, name: &str, journal: &Journal) -> Result<Template, TemplateError> {
+    /// The template that `tenant` means by that name, with digests. Blocks: reads whole files whose digest is not cached.
+    pub fn find(&self, tenant: &str, name: &str, journal: &Journal) -> Result<Template, TemplateError> {
         let mut known = self.scan()?;
-        if let Some((path, file)) = known.remove(name) {
-            return load(&path, file, journal);
+        known.retain(|one| one.is_for(tenant));
+        // Its own first, should the operator have come by the same name later.
+        known.sort_by_key(|one| one.file.upload.is_none());
+        if let Some(found) = known.iter().position(|one| one.file.name == name) {
+            return load(known.swap_remove(found), journal);
         }
-        let known = known.into_keys().collect::<Vec<_>>().join(", ");
-        let known = if known.is_empty() { format!("none (nothing in {})", self.dir.display()) } else { known };
+        let mut names: Vec<_> = known.into_iter().map(|one| one.file.name).collect();
+        names.sort();
+        let known =
+            if names.is_empty() { format!("none (nothing in {})", self.dir.display()) } else { names.join(", ") };
         Err(TemplateError::Unknown { name: name.to_owned(), known })
     }
 
-    /// A root file system with that digest, `preferred` first. `None` when no template here has it.
+    /// All that `tenant` may use and that can be used. Blocks, as [`Templates::find`] does.
+    pub fn visible(&self, tenant: &str, journal: &Journal) -> Result<Vec<Template>, TemplateError> {
+        let known = self.scan()?.into_iter().filter(|one| one.is_for(tenant));
+        Ok(known.filter_map(|one| usable(load(one, journal))).collect())
+    }
+
+    /// A root file system with that digest, templates called `preferred` first. `None` when no template here has it.
     pub fn rootfs_by_digest(
         &self,
         digest: &str,
         preferred: &str,
         journal: &Journal,
     ) -> Result<Option<PathBuf>, TemplateError> {
-        let mut known = self.scan()?;
-        let first = known.remove(preferred);
-        for (path, file) in first.into_iter().chain(known.into_values()) {
-            // A broken neighbour must not hide the one that is looked for.
-            match load(&path, file, journal) {
-                Ok(template) if template.rootfs_digest.as_deref() == Some(digest) => return Ok(template.rootfs),
-                Ok(_) => {}
-                Err(e) => tracing::warn!(error = &e as &dyn std::error::Error, "a template cannot be used"),
-            }
-        }
-        Ok(None)
+        let found = self.first(preferred, journal, |template| template.rootfs_digest.as_deref() == Some(digest))?;
+        Ok(found.and_then(|template| template.rootfs))
     }
 
-    /// The template with that digest, `preferred` first. `None` when there is none here.
+    /// The template with that digest, those called `preferred` first. `None` when there is none here.
     pub fn by_digest(
         &self,
         digest: &str,
         preferred: &str,
         journal: &Journal,
     ) -> Result<Option<Template>, TemplateError> {
+        self.first(preferred, journal, |template| template.digest == digest)
+    }
+
+    /// The first that is meant, whoever it belongs to: what is asked for by digest is known to who asks.
+    fn first(
+        &self,
+        preferred: &str,
+        journal: &Journal,
+        meant: impl Fn(&Template) -> bool,
+    ) -> Result<Option<Template>, TemplateError> {
         let mut known = self.scan()?;
-        let first = known.remove(preferred);
-        for (path, file) in first.into_iter().chain(known.into_values()) {
-            // A broken neighbour must not hide the one that is looked for.
-            match load(&path, file, journal) {
-                Ok(template) if template.digest == digest => return Ok(Some(template)),
-                Ok(_) => {}
-                Err(e) => tracing::warn!(error = &e as &dyn std::error::Error, "a template cannot be used"),
-            }
-        }
-        Ok(None)
+        known.sort_by_key(|one| one.file.name != preferred);
+        // A broken neighbour must not hide the one that is looked for.
+        Ok(known.into_iter().filter_map(|one| usable(load(one, journal))).find(meant))
     }
 
-    /// Names of all templates whose description can be read.
+    /// Names of the operator's templates whose description can be read.
     pub fn names(&self) -> Result<Vec<String>, TemplateError> {
-        Ok(self.scan()?.into_keys().collect())
+        let mut names: Vec<_> = self.scan_dir(&self.dir)?.into_iter().map(|one| one.file.name).collect();
+        names.sort();
+        Ok(names)
     }
 
-    fn scan(&self) -> Result<BTreeMap<String, (PathBuf, TemplateFile)>, TemplateError> {
-        let describe = |path: &Path| {
-            let path = path.to_owned();
-            move |source| TemplateError::Description { path, source }
-        };
-        let entries = match fs::read_dir(&self.dir) {
+    fn scan(&self) -> Result<Vec<Described>, TemplateError> {
+        let mut found = self.scan_dir(&self.dir)?;
+        let Some(uploads) = &self.uploads else { return Ok(found) };
+        for tenant in uploads::tenants(uploads).map_err(describe(uploads))? {
+            found.extend(self.scan_dir(&tenant)?.into_iter().filter(|one| {
+                one.file.upload.is_some() && one.path.parent().is_some_and(|dir| !uploads::is_withdrawn(dir))
+            }));
+        }
+        Ok(found)
+    }
+
+    fn scan_dir(&self, dir: &Path) -> Result<Vec<Described>, TemplateError> {
+        let entries = match fs::read_dir(dir) {
             Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-            Err(e) => return Err(describe(&self.dir)(e)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(describe(dir)(e)),
         };
-        let mut found = BTreeMap::new();
+        let mut found = Vec::new();
         for entry in entries {
-            let path = entry.map_err(describe(&self.dir))?.path().join("template.json");
-            let text = match fs::read(&path) {
-                Ok(text) => text,
-                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
-                Err(e) => return Err(describe(&path)(e)),
-            };
-            let file: TemplateFile = serde_json::from_slice(&text)
-                .map_err(|source| TemplateError::Malformed { path: path.clone(), source })?;
-            found.insert(file.name.clone(), (path, file));
+            let path = entry.map_err(describe(dir))?.path().join("template.json");
+            match read(&path) {
+                Err(TemplateError::Description { source, .. })
+                    if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                other => found.push(Described { file: other?, path }),
+            }
         }
         Ok(found)
     }
 }
 
-fn load(description: &Path, file: TemplateFile, journal: &Journal) -> Result<Template, TemplateError> {
-    let base = description.parent().unwrap_or(Path::new("."));
+fn describe(path: &Path) -> impl Fn(io::Error) -> TemplateError {
+    move |source| TemplateError::Description { path: path.to_owned(), source }
+}
+
+fn read(path: &Path) -> Result<TemplateFile, TemplateError> {
+    let text = fs::read(path).map_err(describe(path))?;
+    serde_json::from_slice(&text).map_err(|source| TemplateError::Malformed { path: path.to_owned(), source })
+}
+
+fn usable(loaded: Result<Template, TemplateError>) -> Option<Template> {
+    loaded.inspect_err(|e| tracing::warn!(error = e as &dyn std::error::Error, "a template cannot be used")).ok()
+}
+
+/// Reads a file whole and notes its digest beside it, for the first [`load`].
+pub(crate) fn note_digest(path: &Path) -> io::Result<()> {
+    let stamp = Stamp::of(path)?;
+    template_digest::leave_beside(path, stamp, &content_digest(&fs::File::open(path)?, stamp.len)?);
+    Ok(())
+}
+
+fn load(Described { path, file }: Described, journal: &Journal) -> Result<Template, TemplateError> {
+    let base = path.parent().unwrap_or(Path::new("."));
     let digest_of = |part: &'static str, path: &Path| {
         let path = base.join(path);
         let wrong = |source| TemplateError::File { name: file.name.clone(), part, path: path.clone(), source };
@@ -274,6 +353,7 @@ fn load(description: &Path, file: TemplateFile, journal: &Journal) -> Result<Tem
         exit_counter: file.exit_counter,
         port: file.port,
         rootfs_digest,
+        upload: file.upload,
     })
 }
 
@@ -299,13 +379,13 @@ mod tests {
         let journal = Journal::in_memory().unwrap();
         write(dir.path(), "pulse", PULSE, &[("pulse", "elf")]);
         let templates = Templates::new(dir.path());
-        let first = templates.find("test/pulse", &journal).unwrap();
+        let first = templates.find("t", "test/pulse", &journal).unwrap();
         assert_eq!(first.ready, Ready::Serial("R\n".to_owned()));
         assert_eq!(first.min_memory_mib, 64);
         assert!(!first.needs_hardware_kvm());
-        assert_eq!(templates.find("test/pulse", &journal).unwrap().digest, first.digest);
+        assert_eq!(templates.find("t", "test/pulse", &journal).unwrap().digest, first.digest);
         write(dir.path(), "pulse", PULSE, &[("pulse", "elf2")]);
-        assert_ne!(templates.find("test/pulse", &journal).unwrap().digest, first.digest);
+        assert_ne!(templates.find("t", "test/pulse", &journal).unwrap().digest, first.digest);
     }
 
     #[test]
@@ -313,12 +393,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::in_memory().unwrap();
         let templates = Templates::new(dir.path());
-        assert!(templates.find("x", &journal).unwrap_err().to_string().contains("nothing in"));
+        assert!(templates.find("t", "x", &journal).unwrap_err().to_string().contains("nothing in"));
         write(dir.path(), "pulse", PULSE, &[]);
-        let error = templates.find("test/pulse", &journal).unwrap_err().to_string();
+        let error = templates.find("t", "test/pulse", &journal).unwrap_err().to_string();
         assert!(error.contains("kernel") && error.contains("pulse"), "{error}");
         write(dir.path(), "pulse", "{}", &[]);
-        assert!(matches!(templates.find("x", &journal), Err(TemplateError::Malformed { .. })));
+        assert!(matches!(templates.find("t", "x", &journal), Err(TemplateError::Malformed { .. })));
     }
 
     #[test]
@@ -328,7 +408,7 @@ mod tests {
         let json = r#"{"name":"a","kernel":"k","rootfs":"r","disk_mib":64,"cmdline":"","ready":"agent"}"#;
         write(dir.path(), "a", json, &[("k", "k"), ("r", "root")]);
         let templates = Templates::new(dir.path());
-        let digest = templates.find("a", &journal).unwrap().rootfs_digest.unwrap();
+        let digest = templates.find("t", "a", &journal).unwrap().rootfs_digest.unwrap();
         assert!(templates.rootfs_by_digest(&digest, "gone", &journal).unwrap().is_some());
         assert!(templates.rootfs_by_digest(&"0".repeat(64), "a", &journal).unwrap().is_none());
     }

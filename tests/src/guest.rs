@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
+use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Templates, Tls, Warm};
 use stasis_api::ids::SandboxId;
 use stasis_api::record::{Record, Spec, VmmIdentity};
 use stasis_api::sources::Sources;
@@ -63,6 +63,7 @@ impl LocalGuest {
             run_ahead: RunAhead::default(),
             invoke: Invoke::default(),
             tls: Tls::default(),
+            templates: Templates::default(),
         };
         std::fs::create_dir_all(at("store"))?;
         let supervisor = Supervisor::start(config).await?;

@@ -87,6 +87,8 @@ pub(super) enum Client {
     /// Presigned URLs: names by which a port of a sandbox is reached without a key.
     #[command(subcommand)]
     Url(super::presigned::Url),
+    /// Make templates from container images.
+    Template(Template),
     /// Show what is in the bucket for a sandbox.
     Inspect(One),
     /// Take up paused sandboxes that are in the bucket and unknown here.
@@ -154,6 +156,36 @@ pub(super) struct Templates {
     /// Directory with templates/ [default: target/images of a build tree, else /usr/share/stasis/images].
     #[arg(long, env = "STASIS_IMAGES_DIR")]
     pub(super) images_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Template {
+    #[command(subcommand)]
+    pub(super) verb: TemplateVerb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TemplateVerb {
+    /// Make a template from an image, and wait until sandboxes can be made from it.
+    Create(TemplateCreate),
+    /// List the templates that sandboxes can be made from, and those that are being made or could not be.
+    Ls,
+    /// Show a template.
+    Get(One),
+    /// Delete templates that no sandbox and no snapshot needs.
+    Rm(Many),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct TemplateCreate {
+    /// Its name.
+    pub(super) name: String,
+    /// The image: docker.io/library/python:3.12, or on the supervisor's host oci:PATH[:NAME], oci-archive:PATH[:NAME],
+    /// docker-archive:PATH[:NAME].
+    pub(super) image: String,
+    /// User name for the registry; the password is in STASIS_REGISTRY_PASSWORD.
+    #[arg(long)]
+    pub(super) username: Option<String>,
 }
 
 /// Which bucket, for verbs that work on it without a supervisor. They take the supervisor's configuration: the file, and the variables STASIS_….
@@ -271,13 +303,13 @@ pub(super) struct Ls {
 
 #[derive(Debug, ClapArgs)]
 pub(super) struct One {
-    /// The sandbox.
+    /// Its id.
     pub(super) id: String,
 }
 
 #[derive(Debug, ClapArgs)]
 pub(super) struct Many {
-    /// The sandboxes.
+    /// Their ids.
     #[arg(required = true)]
     pub(super) ids: Vec<String>,
 }

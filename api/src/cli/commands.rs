@@ -64,6 +64,7 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
         args::Client::Undelete(one) => {
             show(&client.call(Method::POST, &path(&one.id, "/undelete"), None).await?, output);
         }
+        args::Client::Template(template) => super::template::run(&client, template.verb, output).await?,
         args::Client::Inspect(one) => inspect(&client, &one.id, output).await?,
         args::Client::Recover(recover) => {
             let body = json!({ "take_over": recover.take_over });
@@ -80,7 +81,10 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
 }
 
 /// Ctrl-C ends the waiting, not the operation, and says so.
-async fn interruptible(call: impl Future<Output = Result<Answer, Failure>>, what: &str) -> Result<Answer, Failure> {
+pub(super) async fn interruptible(
+    call: impl Future<Output = Result<Answer, Failure>>,
+    what: &str,
+) -> Result<Answer, Failure> {
     tokio::select! {
         answer = call => answer,
         _ = tokio::signal::ctrl_c() => {

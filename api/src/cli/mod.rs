@@ -20,6 +20,7 @@ mod progress;
 mod repair;
 mod serve;
 mod snapshot;
+mod template;
 mod templates;
 mod terminal;
 mod top;

@@ -1,6 +1,7 @@
 //! What `stasis dev` and tests need beside a supervisor: an S3 server of our own, and a proxy that injects faults and a link's limits on the wire.
 
 mod fault_proxy;
+pub mod layout;
 mod link;
 mod objects;
 mod s3;

@@ -17,6 +17,7 @@ fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
 pub(crate) enum Tag {
     Sandbox,
     Snapshot,
+    Template,
     Process,
     Filesystem,
     Git,
@@ -26,9 +27,10 @@ pub(crate) enum Tag {
 }
 
 impl Tag {
-    pub(super) const ALL: [(Self, &'static str); 8] = [
+    pub(super) const ALL: [(Self, &'static str); 9] = [
         (Self::Sandbox, "Make, show, pause, wake, stop, start and delete sandboxes."),
         (Self::Snapshot, "Named snapshots of sandboxes, and sandboxes made from them."),
+        (Self::Template, "What sandboxes are made from, and templates from container images."),
         (Self::Process, "Run commands in a sandbox. A paused one is woken first."),
         (Self::Filesystem, "Files of a sandbox. A paused one is woken first."),
         (
@@ -44,6 +46,7 @@ impl Tag {
         match self {
             Self::Sandbox => "Sandbox",
             Self::Snapshot => "Snapshot",
+            Self::Template => "Template",
             Self::Process => "Process",
             Self::Filesystem => "Filesystem",
             Self::Git => "Git",

@@ -2,7 +2,7 @@
 //!
 //! Each module has the table of its routes; a route stands there with its [`openapi::Operation`], from which `GET /openapi.json` is made.
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `GET …/console`, `GET /v1/live`, `GET /v1/events`,
+//! contract does not have: `GET /v1/template` and `/v1/template/{id}`, `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `GET …/console`, `GET /v1/live`, `GET /v1/events`,
 //! `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`, `/readyz`, `/openapi.json`, `/docs`, `/ui` ([`crate::ui`]), and the headers
 //! `server-timing` and `stasis-error`.
 
@@ -25,6 +25,7 @@ mod process;
 mod sandboxes;
 mod snapshots;
 mod table;
+mod templates;
 mod terminals;
 
 use crate::error::Error;
@@ -55,6 +56,7 @@ fn routes() -> Vec<Route> {
         sandboxes::routes(),
         lifecycle::routes(),
         snapshots::routes(),
+        templates::routes(),
         presigned::routes(),
         process::routes(),
         files::routes(),

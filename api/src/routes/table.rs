@@ -30,4 +30,4 @@ macro_rules! methods {
     };
 }
 
-methods!(get GET, post POST, delete DELETE);
+methods!(get GET, post POST, patch PATCH, delete DELETE);

@@ -28,8 +28,8 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
     let begun = Instant::now();
     let name = validate::template_name(body).map_err(Error::Invalid)?;
     let template = {
-        let (core, name) = (core.clone(), name.clone());
-        blocking(move || Ok(core.templates.find(&name, &core.journal)?)).await
+        let (core, tenant, name) = (core.clone(), tenant.to_owned(), name.clone());
+        blocking(move || Ok(core.templates.find(&tenant, &name, &core.journal)?)).await
     };
     let template = match template {
         Err(Error::Template(error @ crate::template::TemplateError::Unknown { .. })) => {
@@ -183,7 +183,10 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
     {
         core.registry.amend(sandbox, |record| record.origin = Some(golden.manifest.clone()))?;
         match clone(core, sandbox, &golden.manifest, golden.held()?).await {
-            Ok(phases) => return Ok(phases),
+            Ok(mut phases) => {
+                phases.extend(tell_image(core, sandbox, template).await?);
+                return Ok(phases);
+            }
             Err(error) => {
                 tracing::warn!(id = %sandbox.id, error = error.chain(), "it cannot start from its booted template, and boots");
                 core.goldens.give_up(shape);
@@ -197,10 +200,19 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
     let spawned = begun.elapsed();
     let begun = Instant::now();
     core.boot(sandbox, &vm, template, None).await?;
+    let booted = begun.elapsed();
     if let Some(shape) = shape {
         core.make_golden(template.clone(), &spec, shape);
     }
-    Ok(vec![("spawn", spawned), ("boot", begun.elapsed())])
+    let told = tell_image(core, sandbox, template).await?;
+    Ok([("spawn", spawned), ("boot", booted)].into_iter().chain(told).collect())
+}
+
+/// Nothing for a template that was not made from an image.
+async fn tell_image(core: &Core, sandbox: &Sandbox, template: &Template) -> Result<Option<Phase>, Error> {
+    let begun = Instant::now();
+    core.tell_image(sandbox, template).await?;
+    Ok(template.upload.as_ref().map(|_| ("image", begun.elapsed())))
 }
 
 /// A guest that goes on where `manifest` stood, under an identity of its own.

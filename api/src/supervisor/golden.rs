@@ -273,6 +273,7 @@ mod tests {
             port: None,
             digest: "d".repeat(64),
             rootfs_digest: None,
+            upload: None,
         }
     }
 

@@ -11,6 +11,8 @@
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
 //! | `snapshots` | named snapshots |
+//! | `image` | guests of container images |
+//! | `templates` | templates from container images: made, listed, renamed, deleted |
 //! | `fork` | keeps a snapshot from the collector while a sandbox is made from it |
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
@@ -47,6 +49,7 @@ pub mod golden;
 mod guest;
 mod heads;
 mod identity;
+mod image;
 mod machine;
 mod materialise;
 mod pause;
@@ -57,10 +60,12 @@ mod settle;
 pub mod snapshots;
 mod start;
 mod stop;
+pub mod templates;
 mod timers;
 
 use self::golden::Goldens;
 use self::snapshots::Reservations;
+use self::templates::Builds;
 use crate::block_indexes::BlockIndexes;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
@@ -77,6 +82,7 @@ use crate::sources::Sources;
 use crate::states::State;
 use crate::store::Store;
 use crate::template::Templates;
+use crate::template::uploads::Uploads;
 use crate::vmm_pool::VmmPool;
 use futures::StreamExt as _;
 use rustix::fs::{FlockOperation, flock};
@@ -119,6 +125,8 @@ pub struct Core {
     pub store: Store,
     /// Templates.
     pub templates: Templates,
+    /// Templates that are being made.
+    pub builds: Builds,
     /// Sandboxes.
     pub registry: Registry,
     /// This supervisor's name in heads: the same for as long as its data directory exists.
@@ -197,7 +205,9 @@ impl Supervisor {
         for caveat in store.caveats() {
             tracing::warn!("the store: {caveat}");
         }
-        let templates = Templates::new(&config.images_dir);
+        let uploads = Uploads::new(&config.data_dir);
+        uploads.sweep().map_err(local(format!("look through {}", uploads.root().display())))?;
+        let templates = Templates::new(&config.images_dir).with_uploads(uploads.root());
         match templates.names() {
             Ok(names) if names.is_empty() => {
                 tracing::warn!("there are no templates in {}; build the images first", templates.dir().display());
@@ -221,6 +231,7 @@ impl Supervisor {
             pack_cache: open_pack_cache(&config),
             block_indexes: BlockIndexes::new(config.data_dir.join(BLOCKS)),
             goldens: Goldens::default(),
+            builds: Builds::new(uploads, config.templates.builds),
             metrics,
             snapshot_names: Reservations::default(),
             rates: Rates::new(config.limits.requests_per_minute, config.limits.host_requests_per_minute),
@@ -377,4 +388,8 @@ pub mod operations {
     pub use super::snapshots::{create as create_snapshot, delete as delete_snapshot, restore as restore_snapshot};
     pub use super::start::start;
     pub use super::stop::stop;
+    pub use super::templates::{
+        delete as delete_template, get as get_template, list as list_templates, rename as rename_template,
+        upload as upload_template,
+    };
 }

@@ -118,6 +118,7 @@ async fn boot(
     let digest = manifest.digest.to_string();
     let stored = StoredDisks { manifest: encoded, digest, grants, connections: share.connections() };
     core.boot(sandbox, &vm, &template, Some(stored)).await?;
+    core.tell_image(sandbox, &template).await?;
     sandbox.set_known_packs(Some(known));
     timing.since("boot", begun);
     Ok(())

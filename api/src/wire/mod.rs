@@ -37,5 +37,6 @@ pub mod presigned;
 pub mod process;
 pub mod sandboxes;
 pub mod snapshots;
+pub mod templates;
 pub mod terminals;
 pub mod text;

@@ -6,3 +6,4 @@ mod recovery;
 mod routes;
 mod sessions;
 mod support;
+mod templates;

@@ -5,7 +5,7 @@ use axum::http::{HeaderMap, Request, Response};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
+use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Templates, Tls, Warm};
 use stasis_api::error::Error;
 use stasis_api::record::Spec;
 use stasis_api::sources::Sources;
@@ -58,6 +58,7 @@ impl Place {
             run_ahead: RunAhead::default(),
             invoke: Invoke::default(),
             tls: Tls::default(),
+            templates: Templates::default(),
         }
     }
 
@@ -127,11 +128,16 @@ pub(crate) fn spec() -> Spec {
 
 /// Writes the head of a sandbox as another supervisor would have: created by `owner`, and paused with a manifest that is not there.
 pub(crate) async fn write_head(store: &Path, id: &str, owner: &str, state: HeadState) {
+    write_head_of(store, id, owner, state, &spec()).await;
+}
+
+/// The same of a sandbox that was made as `spec`.
+pub(crate) async fn write_head_of(store: &Path, id: &str, owner: &str, state: HeadState, spec: &Spec) {
     std::fs::create_dir_all(store).unwrap();
     let objects = Arc::new(DirectoryStore::open(store).unwrap());
     let place = Owner::sandbox("dev", id).unwrap();
     let register = Register::new(ObjectHead::new(objects, place.head()));
-    let record = serde_json::json!({ "version": 1, "body": { "state": "paused", "spec": spec() } });
+    let record = serde_json::json!({ "version": 1, "body": { "state": "paused", "spec": spec } });
     let mut pacer = Backoff::within(Duration::from_secs(5));
     let change = |state, manifest| Change { state, manifest, record: record.clone() };
     let ids = [CommitId([1; 16]), CommitId([2; 16]), CommitId([3; 16])];

@@ -3,6 +3,7 @@
 //! A command gets a session of its own, hence a process group that a time-out kills as a whole. It has ended when its own process has:
 //! what it left in the background runs on, and keeps a reader for the pipes it inherited, since a write to a pipe without one would kill it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -19,6 +20,7 @@ use tokio::net::unix::pipe;
 use tokio::time::{sleep, timeout};
 
 use crate::accounts::{Account, Accounts};
+use crate::image::{self, Image};
 use crate::reaper::{Process, Reaper};
 
 /// What a command finds in its environment beside its user's variables, unless the request says otherwise.
@@ -99,13 +101,25 @@ pub(crate) async fn collect(
     })
 }
 
+/// Where commands start, and what relative paths are relative to.
+pub(crate) fn directory() -> &'static str {
+    image::told().map_or(DIRECTORY, |image| &image.workdir)
+}
+
 /// The user of this name or number; who commands run as when there is none.
 pub(crate) fn user(wanted: Option<&str>) -> Result<Account, ExecError> {
+    user_in(image::told(), wanted)
+}
+
+/// The same in a guest of that image.
+pub(crate) fn user_in(image: Option<&Image>, wanted: Option<&str>) -> Result<Account, ExecError> {
     let accounts = Accounts::read(Path::new("/"));
-    match wanted {
-        Some(name) => accounts.user(name).ok_or_else(|| ExecError::User { name: name.to_owned() }),
+    let unknown = |name: &str| ExecError::User { name: name.to_owned() };
+    match (wanted, image.and_then(|image| image.user.as_deref())) {
+        (Some(name), _) => accounts.user(name).ok_or_else(|| unknown(name)),
+        (None, Some(name)) => image::account(&accounts, name).ok_or_else(|| unknown(name)),
         // An image without /etc/passwd has a root all the same.
-        None => Ok(accounts.user(USER).unwrap_or_else(|| Account {
+        (None, None) => Ok(accounts.user(USER).unwrap_or_else(|| Account {
             name: USER.to_owned(),
             uid: 0,
             gid: 0,
@@ -121,17 +135,31 @@ pub(crate) fn command(
     program: &str,
     cwd: Option<&str>,
     user: &Account,
-    env: &std::collections::BTreeMap<String, String>,
+    env: &BTreeMap<String, String>,
+) -> Result<Command, ExecError> {
+    command_in(image::told(), program, cwd, user, env)
+}
+
+/// The same in a guest of that image, whose variables and working directory come before the user's.
+pub(crate) fn command_in(
+    image: Option<&Image>,
+    program: &str,
+    cwd: Option<&str>,
+    user: &Account,
+    env: &BTreeMap<String, String>,
 ) -> Result<Command, ExecError> {
     if let Some(name) = env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
         return Err(ExecError::VariableName { name: name.clone() });
     }
     let directory = match cwd {
         Some(cwd) if cwd.starts_with('/') => cwd.to_owned(),
-        Some(cwd) => format!("{DIRECTORY}/{cwd}"),
-        None if user.name == USER => DIRECTORY.to_owned(),
-        None if Path::new(&user.home).is_dir() => user.home.clone(),
-        None => "/".to_owned(),
+        Some(cwd) => format!("{}/{cwd}", image.map_or(DIRECTORY, |image| &image.workdir)),
+        None => match image {
+            Some(image) => image.workdir.clone(),
+            None if user.name == USER => DIRECTORY.to_owned(),
+            None if Path::new(&user.home).is_dir() => user.home.clone(),
+            None => "/".to_owned(),
+        },
     };
     // Looked at here because the error of a spawn does not tell a missing directory from a missing program.
     let found = std::fs::metadata(&directory)
@@ -143,6 +171,7 @@ pub(crate) fn command(
     let shell = if user.shell.is_empty() { SHELL } else { &user.shell };
     command.current_dir(&directory).env_clear().envs(ENVIRONMENT);
     command.env("HOME", &user.home).env("USER", &user.name).env("LOGNAME", &user.name).env("SHELL", shell);
+    command.envs(image.iter().flat_map(|image| &image.env));
     command.env("PWD", directory).envs(env);
     let switch = (geteuid().as_raw() != user.uid).then(|| Switch::to(user));
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are system calls, and nothing is allocated or freed.

@@ -4,6 +4,7 @@
 //! - `reaper`: the one place that waits for child processes
 //! - `exec`: one command, its output and its end
 //! - `git`: one run of git
+//! - `image`: what a container image says about the processes in it, and its program
 //! - `files`: the guest's files
 //! - `terminals`: shells on pseudo-terminals
 //! - `accounts`: users and groups by name
@@ -19,6 +20,7 @@ mod exec;
 mod files;
 mod forward;
 mod git;
+mod image;
 mod init;
 mod reaper;
 mod server;

@@ -5,6 +5,7 @@
 //! | `GET /v1/health` | – | [`Health`] |
 //! | `POST /v1/exec` | [`ExecRequest`] | [`ExecReply`]; 400 [`AgentError`] when it could not be started |
 //! | `POST /v1/wake` | [`WakeRequest`] | [`WakeReply`] |
+//! | `POST /v1/image` | [`ImageRequest`] | [`ImageReply`] |
 //! | `GET /v1/system` | – | [`System`] |
 //! | `POST /v1/files/…` | see [`files`] | |
 //! | `POST /v1/git` | [`git::GitRequest`] | [`ExecReply`] |
@@ -107,6 +108,32 @@ pub struct Identity {
 pub struct WakeReply {
     /// How far the wall clock was stepped, ns.
     pub stepped_ns: i64,
+}
+
+/// Body of `POST /v1/image`, sent after a boot of a container image, or after a restore of what was captured before it was sent. Sent again,
+/// it changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRequest {
+    /// Environment of every command.
+    pub env: BTreeMap<String, String>,
+    /// Who commands run as: `user` or `user:group`, names or numbers; root when absent.
+    pub user: Option<String>,
+    /// Where they start; absolute.
+    pub workdir: String,
+    /// The program to start and its arguments; empty when there is none.
+    pub command: Vec<String>,
+    /// Its environment, over `env`.
+    pub command_env: BTreeMap<String, String>,
+}
+
+/// Answer of `POST /v1/image`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageReply {
+    /// The program was started.
+    pub started: bool,
+    /// Why it was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// Answer of `GET /v1/system`.

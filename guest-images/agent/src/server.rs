@@ -22,7 +22,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
 use stasis_agent::protocol::git::GitRequest;
-use stasis_agent::protocol::{AgentError, ExecReply, ExecRequest, Health, PROTOCOL, System, WakeReply};
+use stasis_agent::protocol::{
+    AgentError, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, PROTOCOL, System, WakeReply,
+};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -31,6 +33,7 @@ use tokio_vsock::{VsockListener, VsockStream};
 use crate::chain;
 use crate::exec::{self, ExecError};
 use crate::git;
+use crate::image;
 use crate::reaper::Reaper;
 use crate::terminals::Registry;
 use crate::wake::{self, WakeError};
@@ -102,6 +105,7 @@ pub(crate) fn router(reaper: Arc<Reaper>) -> Router {
         .route("/v1/exec", post(run_command))
         .route("/v1/wake", post(wake_up))
         .route("/v1/git", post(run_git))
+        .route("/v1/image", post(tell_image))
         .route("/v1/system", get(system))
         .merge(files::routes())
         .merge(terminals::routes(Registry::new(Arc::clone(&reaper))))
@@ -145,7 +149,16 @@ async fn to_its_end(
 }
 
 async fn system() -> Result<Json<System>, Refusal> {
-    Ok(Json(System { home: exec::user(None)?.home, workdir: exec::DIRECTORY.to_owned() }))
+    Ok(Json(System { home: exec::user(None)?.home, workdir: exec::directory().to_owned() }))
+}
+
+/// In one go: nothing may start a command between the telling and the answer.
+async fn tell_image(State(reaper): State<Arc<Reaper>>, body: Bytes) -> Result<Json<ImageReply>, Refusal> {
+    let request: ImageRequest = parse(&body)?;
+    if !request.workdir.starts_with('/') {
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, format!("workdir {:?} is not absolute", request.workdir)));
+    }
+    Ok(Json(image::tell(&reaper, request)))
 }
 
 async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {

@@ -133,7 +133,7 @@ impl Registry {
             inner: Mutex::new(Inner {
                 cols: request.cols,
                 rows: request.rows,
-                cwd: request.cwd.clone().unwrap_or_else(|| exec::DIRECTORY.to_owned()),
+                cwd: request.cwd.clone().unwrap_or_else(|| exec::directory().to_owned()),
                 running: None,
                 started: false,
                 exit_code: None,

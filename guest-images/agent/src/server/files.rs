@@ -28,7 +28,7 @@ use tokio::time::timeout;
 
 use super::{Refusal, parse};
 use crate::chain;
-use crate::exec::DIRECTORY;
+use crate::exec::directory;
 use crate::files::part::{self, Part};
 use crate::files::path::resolve;
 use crate::files::replace::{Replacement, random};
@@ -46,7 +46,7 @@ const STALL: Duration = Duration::from_mins(1);
 const IGNORED: u64 = 1 << 30;
 
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
-    let base = || Path::new(DIRECTORY);
+    let base = || Path::new(directory());
     let json = Router::new()
         .route(
             "/v1/files/ls",
@@ -155,7 +155,7 @@ async fn blocking<T: Send + 'static>(
 
 async fn read(body: Bytes) -> Result<Response, Refusal> {
     let request: Read = parse(&body)?;
-    let part = blocking(move || part::part(&resolve("path", &request.path, Path::new(DIRECTORY))?, &request)).await?;
+    let part = blocking(move || part::part(&resolve("path", &request.path, Path::new(directory()))?, &request)).await?;
     let mut contents = Contents::default();
     contents.push(part).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream".to_owned())], Body::new(contents)).into_response())
@@ -169,7 +169,7 @@ async fn read_many(body: Bytes) -> Result<Response, Refusal> {
     }
     let paths = request.paths.clone();
     let parts = blocking(move || {
-        let whole = |path: &String| part::whole(&resolve("paths", path, Path::new(DIRECTORY))?);
+        let whole = |path: &String| part::whole(&resolve("paths", path, Path::new(directory()))?);
         paths.iter().map(whole).collect::<Result<Vec<_>, _>>()
     })
     .await?;
@@ -205,7 +205,7 @@ async fn write(Query(query): Query<Write>, body: Body) -> Result<StatusCode, Ref
     let mut incoming = Incoming(body);
     let written = async {
         let permissions = query.permissions.as_deref().map(|text| mode("permissions", text)).transpose()?;
-        let path = resolve("path", &query.path, Path::new(DIRECTORY))?;
+        let path = resolve("path", &query.path, Path::new(directory()))?;
         let replacement = blocking(move || Replacement::begin(&path, permissions)).await?;
         fill(replacement, &mut incoming).await
     }
@@ -231,7 +231,7 @@ async fn write_many(request: Request) -> Result<StatusCode, Refusal> {
             if name.is_empty() {
                 return Err(FileError::invalid("name", "of a part must be the path of a file").into());
             }
-            let path = resolve("path", &name, Path::new(DIRECTORY))?;
+            let path = resolve("path", &name, Path::new(directory()))?;
             let replacement = blocking(move || Replacement::begin(&path, None)).await?;
             fill(replacement, &mut FormPart(field)).await?;
         }

@@ -1,0 +1,518 @@
+//! Layers against a model, hostile archives, and file systems read back with the tools that made them.
+
+use super::tree::{Kind, Meta, ROOT, Refused, Tree};
+use super::*;
+use crate::dev::layout::{Entry, EntryKind, Layout, Packing, archive, digest};
+use proptest::prelude::*;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::sync::Arc;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    limits: Limits,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("images");
+        fs::create_dir(&local).unwrap();
+        let limits = Limits { local_dir: Some(local), disk_mib: 64, image_mib: 32, ..Limits::default() };
+        Self { dir, limits }
+    }
+
+    fn local(&self, name: &str) -> PathBuf {
+        self.dir.path().join("images").join(name)
+    }
+
+    /// Applies layers to a tree, as a build does.
+    fn merge(&self, layers: &[Vec<Entry>]) -> Result<Tree, String> {
+        let archives: Vec<_> = layers.iter().map(|entries| archive(entries)).collect();
+        let layers = archives.iter().map(|archive| (archive.clone(), None, digest(archive))).collect();
+        self.merge_blobs(layers)
+    }
+
+    /// The same of blobs with their digests and those of their archives.
+    fn merge_blobs(&self, layers: Vec<(Vec<u8>, Option<String>, String)>) -> Result<Tree, String> {
+        let contents = Contents { dir: self.dir.path().join("content") };
+        let _ = fs::remove_dir_all(&contents.dir);
+        fs::create_dir(&contents.dir).unwrap();
+        let mut tree = Tree::new(self.limits.image_entries);
+        let mut budget = layer::Budget { bytes: self.limits.image_mib << 20, entries: self.limits.image_entries };
+        let count = layers.len();
+        for (index, (bytes, digest, diff_id)) in layers.into_iter().enumerate() {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            let layer = Layer { blob: Blob::whole(file).unwrap(), digest, diff_id };
+            layer::apply(&mut tree, &layer, index + 1, &contents, &mut budget, &Progress::default())
+                .map_err(|fault| fault.of(index + 1, count, &layer).to_string())?;
+        }
+        Ok(tree)
+    }
+
+    fn content(&self, content: Option<u64>) -> Vec<u8> {
+        content.map_or_else(Vec::new, |n| fs::read(self.dir.path().join("content").join(n.to_string())).unwrap())
+    }
+
+    async fn build(&self, uri: &str) -> Result<(Built, PathBuf), String> {
+        let work = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
+        let out = work.join("out.ext4");
+        let reference = Reference::parse(uri).map_err(|e| e.to_string())?;
+        let progress = Arc::new(Progress::default());
+        let built = build(&reference, None, &self.limits, &work, &out, &progress).await;
+        built.map(|built| (built, out)).map_err(|e| crate::error::chain(&e))
+    }
+}
+
+/// What is in a tree: directories, files with their content, links with their targets.
+fn listing(bench: &Bench, tree: &Tree, at: usize, path: &str, out: &mut BTreeMap<String, String>) {
+    for (name, inode) in tree.names(at) {
+        let path = format!("{path}/{}", String::from_utf8_lossy(name));
+        let what = match &tree.node(inode).kind {
+            Kind::Directory(_) => "directory".to_owned(),
+            Kind::File(content) => format!("file {}", String::from_utf8_lossy(&bench.content(*content))),
+            Kind::Symlink(target) => format!("link {}", String::from_utf8_lossy(target)),
+            Kind::Fifo => "fifo".to_owned(),
+        };
+        out.insert(path.clone(), what);
+        listing(bench, tree, inode, &path, out);
+    }
+}
+
+fn list(bench: &Bench, tree: &Tree) -> BTreeMap<String, String> {
+    let mut out = BTreeMap::new();
+    listing(bench, tree, ROOT, "", &mut out);
+    out
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Directory(String),
+    File(String, u8),
+    Symlink(String),
+}
+
+#[derive(Clone, Debug)]
+struct ModelLayer {
+    whiteouts: Vec<String>,
+    opaque: Vec<String>,
+    ops: Vec<Op>,
+}
+
+/// What the specification says in its own words, over a map of paths.
+#[derive(Default)]
+struct Model(BTreeMap<String, String>);
+
+impl Model {
+    fn remove(&mut self, path: &str) {
+        let below = format!("{path}/");
+        self.0.retain(|other, _| other != path && !other.starts_with(&below));
+    }
+
+    fn above(&mut self, path: &str) -> Result<(), ()> {
+        let mut at = String::new();
+        let names: Vec<_> = path.trim_start_matches('/').split('/').collect();
+        for name in &names[..names.len() - 1] {
+            at = format!("{at}/{name}");
+            match self.0.get(&at).map(String::as_str) {
+                None => drop(self.0.insert(at.clone(), "directory".to_owned())),
+                Some("directory") => {}
+                Some(_) => return Err(()),
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, layer: &ModelLayer) -> Result<(), ()> {
+        for path in &layer.whiteouts {
+            self.remove(path);
+        }
+        for path in &layer.opaque {
+            let below = format!("{path}/");
+            self.0.retain(|other, _| !other.starts_with(&below));
+        }
+        for op in &layer.ops {
+            let (path, what) = match op {
+                Op::Directory(path) => (path, "directory".to_owned()),
+                Op::File(path, content) => (path, format!("file {}", "x".repeat(usize::from(*content)))),
+                Op::Symlink(path) => (path, "link nowhere".to_owned()),
+            };
+            self.above(path)?;
+            if what != "directory" || self.0.get(path).is_some_and(|there| there != "directory") {
+                self.remove(path);
+            }
+            self.0.insert(path.clone(), what);
+        }
+        Ok(())
+    }
+}
+
+/// Paths of few names, so that layers meet. Symbolic links have names of their own: what leads through one is a test of its own.
+fn path() -> impl Strategy<Value = String> {
+    prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 1..4)
+        .prop_map(|names| format!("/{}", names.join("/")))
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        path().prop_map(Op::Directory),
+        (path(), 0_u8..4).prop_map(|(path, content)| Op::File(path, content)),
+        path().prop_map(|path| Op::Symlink(format!("{path}-link"))),
+    ]
+}
+
+fn model_layer() -> impl Strategy<Value = ModelLayer> {
+    let few = || prop::collection::vec(path(), 0..3);
+    (few(), few(), prop::collection::vec(op(), 0..8)).prop_map(|(whiteouts, opaque, ops)| ModelLayer {
+        whiteouts,
+        opaque,
+        ops,
+    })
+}
+
+fn entries(layer: &ModelLayer) -> Vec<Entry> {
+    let whiteout = |path: &String| {
+        let (above, name) = path[1..].rsplit_once('/').unwrap_or(("", &path[1..]));
+        Entry::file(format!("{above}{}.wh.{name}", if above.is_empty() { "" } else { "/" }), "")
+    };
+    let opaque = |path: &String| Entry::file(format!("./{}/.wh..wh..opq", &path[1..]), "");
+    let put = |op: &Op| match op {
+        Op::Directory(path) => Entry::directory(format!("{}/", &path[1..])),
+        Op::File(path, content) => Entry::file(format!("./{}", &path[1..]), "x".repeat(usize::from(*content))),
+        Op::Symlink(path) => Entry::symlink(&path[1..], "nowhere"),
+    };
+    let hidden = layer.whiteouts.iter().map(whiteout).chain(layer.opaque.iter().map(opaque));
+    hidden.chain(layer.ops.iter().map(put)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+    #[test]
+    fn layers_make_what_the_model_makes(layers in prop::collection::vec(model_layer(), 1..5)) {
+        let bench = Bench::new();
+        let mut model = Model::default();
+        let expected = layers.iter().try_for_each(|layer| model.apply(layer));
+        let merged = bench.merge(&layers.iter().map(entries).collect::<Vec<_>>());
+        match expected {
+            Ok(()) => {
+                let tree = merged.map_err(TestCaseError::fail)?;
+                prop_assert_eq!(list(&bench, &tree), model.0);
+                // Nothing is kept of what was replaced.
+                let kept = fs::read_dir(bench.dir.path().join("content")).unwrap().count();
+                prop_assert_eq!(kept, list(&bench, &tree).values().filter(|what| what.starts_with("file x")).count());
+            }
+            Err(()) => prop_assert!(merged.is_err()),
+        }
+    }
+}
+
+#[test]
+fn a_whiteout_spares_its_own_layer_in_any_order() {
+    let bench = Bench::new();
+    let lower =
+        vec![Entry::directory("d"), Entry::file("d/old", "1"), Entry::file("d/sub/old", "1"), Entry::file("f", "1")];
+    let mut upper = vec![
+        Entry::file("d/.wh..wh..opq", ""),
+        Entry::directory("d").mode(0o700),
+        Entry::file("d/new", "2"),
+        Entry::file(".wh.f", ""),
+        Entry::file("f", "2"),
+        Entry::file(".wh.none", ""),
+        Entry::file("none/.wh.none", ""),
+    ];
+    for _ in 0..2 {
+        let mut tree = bench.merge(&[lower.clone(), upper.clone()]).unwrap();
+        let wanted = [("/d", "directory"), ("/d/new", "file 2"), ("/f", "file 2")];
+        assert_eq!(list(&bench, &tree), wanted.map(|(a, b)| (a.to_owned(), b.to_owned())).into());
+        let d = tree.find(b"d").unwrap();
+        assert_eq!(tree.node(d).meta.mode, 0o700);
+        upper.reverse();
+    }
+}
+
+#[test]
+fn links_of_lower_layers_are_followed_within_the_image() {
+    let bench = Bench::new();
+    let lower =
+        vec![Entry::directory("usr/lib"), Entry::symlink("lib", "usr/lib"), Entry::symlink("top", "/usr/../usr")];
+    let upper = vec![Entry::file("lib/x", "1"), Entry::file("top/y", "2"), Entry::link("z", "lib/x")];
+    let tree = bench.merge(&[lower, upper]).unwrap();
+    let found = list(&bench, &tree);
+    assert_eq!(
+        (found["/usr/lib/x"].as_str(), found["/usr/y"].as_str(), found["/z"].as_str()),
+        ("file 1", "file 2", "file 1")
+    );
+}
+
+#[test]
+fn hostile_entries_are_refused_by_layer_and_name() {
+    let bench = Bench::new();
+    let base = || vec![Entry::directory("etc"), Entry::file("etc/passwd", "root"), Entry::symlink("out", "../../etc")];
+    let deep = vec!["d"; 1000].join("/");
+    let long = "n".repeat(300);
+    let large = vec![7; 4000];
+    for (entries, entry, what) in [
+        (vec![Entry::file("../etc/passwd", "x")], "../etc/passwd", "'..'"),
+        (vec![Entry::file("a/../../b", "x")], "a/../../b", "'..'"),
+        (vec![Entry::file("/etc/passwd", "x")], "/etc/passwd", "absolute"),
+        (
+            vec![Entry::symlink("s", "/etc"), Entry::file("s/passwd", "x")],
+            "s/passwd",
+            "symbolic link of the same layer",
+        ),
+        (vec![Entry::file("out/passwd", "x")], "out/passwd", "out of the image"),
+        (vec![Entry::link("l", "../../etc/shadow")], "l", "'..'"),
+        (vec![Entry::link("l", "/etc/passwd")], "l", "absolute"),
+        (vec![Entry::link("l", "none")], "l", "hard link to"),
+        (vec![Entry::link("l", "etc")], "l", "hard link to"),
+        (vec![Entry::new("sda", EntryKind::Device)], "sda", "a device"),
+        (vec![Entry::new("dev/../sda", EntryKind::Device)], "dev/../sda", "a device"),
+        (vec![Entry::file("etc/passwd/x", "x")], "etc/passwd/x", "no directory"),
+        (vec![Entry::file(&deep, "x")], deep.as_str(), "too many directories"),
+        (vec![Entry::file(&long, "x")], long.as_str(), "too long"),
+        (vec![Entry::file("a\nb", "x")], "a\\nb", "line feed"),
+        (vec![Entry::file(".", "x")], ".", "top of the image"),
+        (vec![Entry::symlink("s", "a\nb")], "s", "target"),
+        (vec![Entry::file("x", "x").xattr("user.large", &large)], "x", "attributes"),
+    ] {
+        let error = bench.merge(&[base(), entries]).unwrap_err();
+        assert!(error.starts_with("layer 2 of 2 (sha256:"), "{error}");
+        assert!(error.contains(&format!("entry \"{entry}\"")) && error.contains(what), "{error}");
+    }
+    // What docker puts there for its own sake.
+    let tree = bench.merge(&[vec![Entry::new("dev/console", EntryKind::Device), Entry::file("a", "x")]]).unwrap();
+    assert_eq!(list(&bench, &tree).len(), 1);
+}
+
+#[test]
+fn symbolic_links_that_go_round_end() {
+    let bench = Bench::new();
+    let lower = vec![Entry::symlink("a", "b"), Entry::symlink("b", "a")];
+    assert!(bench.merge(&[lower, vec![Entry::file("a/x", "")]]).unwrap_err().contains("too many"));
+    let mut tree = Tree::new(3);
+    let put = |tree: &mut Tree, path: &str| tree.put(path.as_bytes(), 1, Meta::default(), Kind::File(None));
+    put(&mut tree, "x/y/z").unwrap();
+    assert_eq!(put(&mut tree, "v"), Err(Refused::TooMany(3)));
+}
+
+#[test]
+fn bombs_go_off_in_bounds() {
+    let mut bench = Bench::new();
+    bench.limits.image_mib = 1;
+    let zeros = archive(&[Entry::file("zeros", vec![0; 2 << 20])]);
+    for packing in [Packing::Plain, Packing::Gzip, Packing::Zstd] {
+        let layout = Layout::new(&json!({}), &[(packing, zeros.clone())]).unwrap();
+        let (name, blob) = layout.blobs.iter().find(|(_, blob)| !blob.starts_with(b"{")).unwrap();
+        let error = bench.merge_blobs(vec![(blob.clone(), Some(name.clone()), digest(&zeros))]).unwrap_err();
+        assert!(error.contains("image_mib"), "{packing:?}: {error}");
+    }
+    bench.limits.image_entries = 10;
+    let many: Vec<_> = (0..11).map(|n| Entry::file(format!("{n}"), "")).collect();
+    assert!(bench.merge(&[many[..10].to_vec()]).is_ok());
+    assert!(bench.merge(&[many.clone()]).unwrap_err().contains("image_entries"));
+    assert!(bench.merge(&[many[..6].to_vec(), many[6..].to_vec()]).unwrap_err().contains("layer 2 of 2"));
+    // An extended header that would have to be held.
+    bench.limits = Bench::new().limits;
+    let header = Entry::file("x", "").xattr("user.x", &vec![1; 2 << 20]);
+    assert!(bench.merge(&[vec![header]]).unwrap_err().contains("extended header"));
+}
+
+#[test]
+fn damaged_layers_are_refused() {
+    let bench = Bench::new();
+    let plain = archive(&[Entry::file("a", "hello"), Entry::file("b", vec![3; 100_000])]);
+    let layout = Layout::new(&json!({}), &[(Packing::Gzip, plain.clone())]).unwrap();
+    let gzip = layout.blobs.values().find(|blob| blob.starts_with(&[0x1f, 0x8b])).unwrap().clone();
+    let merge = |bytes: &[u8], named: Option<String>, diff_id: String| {
+        bench.merge_blobs(vec![(bytes.to_vec(), named, diff_id)])
+    };
+    assert!(merge(&gzip, Some(digest(&gzip)), digest(&plain)).is_ok());
+    let other = digest(b"other");
+    assert!(merge(&gzip, Some(other.clone()), digest(&plain)).unwrap_err().contains(&format!("not {other}")));
+    assert!(merge(&gzip, None, other.clone()).unwrap_err().contains("its archive has the digest"));
+    let cut = &gzip[..gzip.len() / 2];
+    assert!(merge(cut, Some(digest(cut)), digest(&plain)).is_err());
+    let mut flipped = gzip.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 0x55;
+    assert!(merge(&flipped, Some(digest(&flipped)), digest(&plain)).is_err());
+    // An archive that ends early is another archive.
+    assert!(merge(&plain[..512], None, digest(&plain)).is_err());
+    assert!(merge(b"not an archive", None, digest(b"not an archive")).is_err());
+    // What follows the archive belongs to the blob's digest.
+    let trailed = [gzip.as_slice(), b"more"].concat();
+    assert!(merge(&trailed, Some(digest(&gzip)), digest(&plain)).is_err());
+}
+
+/// What `debugfs` says to one command.
+#[expect(clippy::disallowed_methods, reason = "what was written is read with another program")]
+fn debugfs(image: &Path, command: &str) -> String {
+    let path = "/usr/sbin:/sbin:/usr/bin:/bin";
+    let ran = std::process::Command::new("debugfs")
+        .env("PATH", path)
+        .env("TZ", "UTC")
+        .arg("-R")
+        .arg(command)
+        .arg(image)
+        .output();
+    String::from_utf8_lossy(&ran.unwrap().stdout).into_owned()
+}
+
+fn rich() -> Vec<Vec<Entry>> {
+    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let first = vec![
+        Entry::directory("./").mode(0o711),
+        Entry::directory("home/app").mode(0o2750).owner(1000, 70_000),
+        Entry::file("bin/su", "elf").mode(0o4755),
+        Entry::file("bin/ping", "elf").xattr("security.capability", &capability).xattr("user.note", b"a\0b\n"),
+        Entry::file("bin/none", "elf").xattr("trusted.secret", b"x").xattr("security.selinux", b"x"),
+        Entry::link("bin/ping2", "bin/ping"),
+        Entry::symlink("short", "bin"),
+        Entry::symlink("long", "x/".repeat(100)),
+        Entry::file("empty", ""),
+        Entry::file("secret", "s").mode(0o000).owner(100_000, 1),
+        Entry::new("pipe", EntryKind::Fifo).mode(0o622),
+        Entry::file("zeros", [vec![0; 300_000], b"end".to_vec()].concat()),
+        Entry::directory("lost+found").mode(0o700),
+        Entry::file("lost+found/kept", "k"),
+        Entry::file("gone", "g"),
+    ];
+    let odd = ["<12>", "-x", "a b", "q\"uo'te", "back\\slash", "#c", "$x;|&*?", "tab\tbed", "ümlaut"];
+    let mut second: Vec<_> = odd.iter().map(|name| Entry::file(format!("odd/{name}"), name)).collect();
+    second.push(Entry::file(b"odd/\xff\xfe", "latin"));
+    second.push(Entry::directory("odd/\"q\" d"));
+    second.push(Entry::file("odd/\"q\" d/<2>", "inner"));
+    second.push(Entry::file(".wh.gone", ""));
+    vec![first, second]
+}
+
+fn layout_of(layers: &[Vec<Entry>], config: &serde_json::Value) -> Layout {
+    let packings = [Packing::Gzip, Packing::Zstd, Packing::Plain].into_iter().cycle();
+    let layers: Vec<_> = packings.zip(layers).map(|(packing, entries)| (packing, archive(entries))).collect();
+    Layout::new(config, &layers).unwrap()
+}
+
+#[tokio::test]
+async fn the_file_system_holds_what_the_layers_say() {
+    let bench = Bench::new();
+    let layout = layout_of(&rich(), &json!({"WorkingDir": "/srv/app", "Cmd": ["run"]}));
+    layout.write(&bench.local("rich"), "v1").unwrap();
+    let (built, image) = bench.build("oci:rich:v1").await.unwrap();
+    assert_eq!((built.digest, built.process.command()), (layout.digest(), vec!["run".to_owned()]));
+    for (path, wanted) in [
+        ("/", vec!["Mode:  0711"]),
+        ("/home/app", vec!["Mode:  02750", "User:  1000", "Group: 70000", "Type: directory"]),
+        ("/bin/su", vec!["Mode:  04755", "User:     0", "Size: 3", "mtime: 0x5f5e1000"]),
+        ("/bin/ping", vec!["Links: 2", "security.capability (20)", "user.note (4)"]),
+        ("/short", vec!["Type: symlink", "Fast link dest: \"bin\""]),
+        ("/long", vec!["Type: symlink", "Size: 200"]),
+        ("/empty", vec!["Type: regular", "Size: 0"]),
+        ("/secret", vec!["Mode:  0000", "User: 100000", "Group:     1"]),
+        ("/pipe", vec!["Type: FIFO", "Mode:  0622"]),
+        ("/lost+found", vec!["Mode:  0700"]),
+        ("/srv/app", vec!["Type: directory", "Mode:  0755"]),
+        ("/tmp", vec!["Mode:  01777"]),
+    ] {
+        let said = debugfs(&image, &format!("stat {path}"));
+        wanted.iter().for_each(|wanted| assert!(said.contains(wanted), "{path}: no {wanted:?} in {said}"));
+    }
+    let (one, other) = (debugfs(&image, "stat /bin/ping"), debugfs(&image, "stat /bin/ping2"));
+    assert_eq!(one, other);
+    let plain = debugfs(&image, "stat /bin/none");
+    assert!(!plain.contains("trusted") && !plain.contains("selinux"), "{plain}");
+    assert!(debugfs(&image, "ea_get -x /bin/ping user.note").contains("61 00 62 0a"));
+    assert_eq!(debugfs(&image, "cat /lost+found/kept"), "k");
+    assert_eq!(debugfs(&image, "cat /etc/hostname"), "sandbox\n");
+    assert!(!debugfs(&image, "ls -p /").contains("gone"));
+    // All content, by another way than it was written.
+    let dump = bench.dir.path().join("dump");
+    fs::create_dir(&dump).unwrap();
+    debugfs(&image, &format!("rdump /odd /zeros {}", dump.display()));
+    assert_eq!(fs::read(dump.join("zeros")).unwrap(), [vec![0; 300_000], b"end".to_vec()].concat());
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dump.join("odd")).unwrap().map(Result::unwrap).filter(|e| e.path().is_file()) {
+        found.insert(entry.file_name(), fs::read(entry.path()).unwrap());
+    }
+    use std::os::unix::ffi::OsStrExt as _;
+    let latin = found.remove(std::ffi::OsStr::from_bytes(b"\xff\xfe")).unwrap();
+    assert_eq!((latin.as_slice(), found.len()), (b"latin".as_slice(), 9));
+    found.iter().for_each(|(name, content)| assert_eq!(name.as_bytes(), content));
+    assert_eq!(fs::read(dump.join("odd/\"q\" d/<2>")).unwrap(), b"inner");
+}
+
+#[tokio::test]
+async fn one_image_makes_the_same_octets_whatever_it_is_packed_in() {
+    let bench = Bench::new();
+    let layout = layout_of(&rich(), &json!({}));
+    layout.write(&bench.local("rich"), "v1").unwrap();
+    fs::write(bench.local("oci.tar"), layout.oci_archive("v1")).unwrap();
+    fs::write(bench.local("saved.tar"), layout.docker_archive("app:v1")).unwrap();
+    let absolute = format!("oci-archive:{}:v1", bench.local("oci.tar").display());
+    let mut sums = Vec::new();
+    for uri in ["oci:rich", "oci:rich:v1", &absolute, "docker-archive:saved.tar", "docker-archive:./saved.tar:app:v1"] {
+        let (built, image) = bench.build(uri).await.unwrap();
+        assert!(built.digest.starts_with("sha256:"));
+        sums.push(digest(&fs::read(image).unwrap()));
+    }
+    assert!(sums.iter().all(|sum| *sum == sums[0]), "{sums:?}");
+}
+
+#[tokio::test]
+async fn only_what_the_operator_offers_is_read() {
+    let mut bench = Bench::new();
+    let layout = layout_of(&rich(), &json!({}));
+    let outside = bench.dir.path().join("outside");
+    layout.write(&outside, "v1").unwrap();
+    fs::write(bench.dir.path().join("secret"), "hush").unwrap();
+    std::os::unix::fs::symlink(&outside, bench.local("link")).unwrap();
+    fs::create_dir(bench.local("layout")).unwrap();
+    std::os::unix::fs::symlink(bench.dir.path().join("secret"), bench.local("layout/index.json")).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, bench.local("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let far = format!("oci:{}", outside.display());
+    for uri in
+        [far.as_str(), "oci:link", "oci:layout", "oci:none", "docker-archive:pipe", "oci-archive:layout", "oci:/etc"]
+    {
+        let error = bench.build(uri).await.unwrap_err();
+        assert!(!error.contains("hush"), "{uri}: {error}");
+        assert!(
+            error.contains("cannot open") || error.contains("not below") || error.contains("index.json"),
+            "{uri}: {error}"
+        );
+    }
+    bench.limits.local_dir = None;
+    assert!(bench.build("oci:link").await.unwrap_err().contains("templates.local_dir"));
+}
+
+#[tokio::test]
+async fn documents_that_lie_are_refused() {
+    let bench = Bench::new();
+    let layer = archive(&[Entry::file("a", "x")]);
+    let mut layout = Layout::new(&json!({}), &[(Packing::Gzip, layer.clone())]).unwrap();
+    layout.write(&bench.local("good"), "v1").unwrap();
+    assert!(bench.build("oci:good:v2").await.unwrap_err().contains("\"v1\""));
+    let config = layout.blobs.iter_mut().find(|(_, blob)| blob.starts_with(b"{")).unwrap();
+    config.1.push(b' ');
+    layout.write(&bench.local("config"), "v1").unwrap();
+    assert!(bench.build("oci:config").await.unwrap_err().contains("configuration"));
+    let arm = json!({"architecture": "arm64", "os": "linux", "rootfs": {"diff_ids": [digest(&layer)]}});
+    let arm = Layout::with_configuration(&arm, &[(Packing::Plain, layer.clone())]).unwrap();
+    arm.write(&bench.local("arm"), "v1").unwrap();
+    assert!(bench.build("oci:arm").await.unwrap_err().contains("linux/arm64"));
+    let few = json!({"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": []}});
+    Layout::with_configuration(&few, &[(Packing::Plain, layer)]).unwrap().write(&bench.local("few"), "v1").unwrap();
+    assert!(bench.build("oci:few").await.unwrap_err().contains("0 layers"));
+    fs::write(bench.local("none.tar"), archive(&[Entry::file("x", "")])).unwrap();
+    assert!(bench.build("docker-archive:none.tar").await.unwrap_err().contains("manifest.json"));
+}
+
+#[tokio::test]
+async fn an_image_that_does_not_fit_its_disk_says_so() {
+    let mut bench = Bench::new();
+    bench.limits.image_mib = 128;
+    let noise: Vec<u8> = (0..70_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8 | 1).collect();
+    layout_of(&[vec![Entry::file("noise", noise)]], &json!({})).write(&bench.local("large"), "v1").unwrap();
+    let error = bench.build("oci:large").await.unwrap_err();
+    assert!(error.contains("debugfs"), "{error}");
+}
