@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all bench clients demo test test-native test-linux lint images build setup clean
+.PHONY: all bench browser clients deb demo fuzz-api test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -25,7 +25,7 @@ demo: build images
 	$(STEP) demo tests/rig/here-or-rig --time-limit 900 --mem 6144 -- tests/demo target/$(PROFILE)
 
 # Everything: unit and property tests, pulse guests on this machine's /dev/kvm, Debian guests here or in the rig.
-test: build images clients test-native test-linux
+test: build images clients browser test-native test-linux
 	@$(STEP) --summary
 
 # The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 15 minutes, into BENCHMARKS.md.
@@ -39,15 +39,30 @@ lint: setup
 	$(STEP) format cargo fmt --all --check
 	$(STEP) clippy cargo clippy --workspace --all-targets -- -D warnings
 
-# The public clients of the API, in environments of their own.
+# The public clients of the API and schemathesis, in environments of their own.
 clients: setup
 	$(STEP) clients tests/sdk/venvs
 
-test-native: build images clients
+# The browser that the page for people is tested in. Without it the test says that it was left out.
+browser: setup
+	$(STEP) browser guest-images/linux/need chromium=chromium || echo "make: no browser, so the tests of the page are left out" >&2
+
+test-native: build images clients browser
 	$(STEP) test-native tests/native
 
 test-linux: build images
 	$(STEP) test-linux tests/linux target/$(PROFILE)
+
+# A Debian package of the programs, the service and the scripts that make images: target/debian/stasis_*.deb.
+deb: setup
+	$(STEP) build-deb cargo build --release --workspace --bins
+	$(STEP) agent guest-images/agent/build
+	$(STEP) deb packaging/deb target/release target/images/stasis-agent
+
+# The API against its own description, for as long as ARGS (of schemathesis) say.
+fuzz-api: ARGS ?= --max-examples 200 --seed 7
+fuzz-api: build clients
+	$(STEP) fuzz-api env STASIS_SCHEMATHESIS="$(ARGS)" $(SHELL) -c 'cargo test --workspace --test schemathesis'
 
 clean:
 	cargo clean

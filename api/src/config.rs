@@ -14,11 +14,13 @@
 //! # access_key, secret_key: better in STASIS_STORE_ACCESS_KEY and STASIS_STORE_SECRET_KEY
 //! ```
 
+mod gc;
 mod invoke;
 mod run_ahead;
 mod tls;
 mod warm;
 
+pub use gc::Gc;
 pub use invoke::{Invoke, Scheme};
 pub use run_ahead::RunAhead;
 pub use tls::Tls;
@@ -60,6 +62,9 @@ pub struct Config {
     /// What is sent ahead of a pause.
     #[serde(default)]
     pub run_ahead: RunAhead,
+    /// What is deleted from the bucket, and when.
+    #[serde(default)]
+    pub gc: Gc,
     /// How apps in sandboxes are reached.
     #[serde(default)]
     pub invoke: Invoke,
@@ -312,6 +317,8 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_RUN_AHEAD_MIB_PER_MINUTE", "run_ahead.mib_per_minute"),
     ("STASIS_RUN_AHEAD_CORE_PERCENT", "run_ahead.core_percent"),
     ("STASIS_RUN_AHEAD_CONNECTIONS", "run_ahead.connections"),
+    ("STASIS_GC_EVERY_S", "gc.every_s"),
+    ("STASIS_GC_GRACE_S", "gc.grace_s"),
     ("STASIS_DEADLINES_BOOT_MS", "deadlines.boot_ms"),
     ("STASIS_DEADLINES_CONTROL_MS", "deadlines.control_ms"),
     ("STASIS_DEADLINES_CAPTURE_MS", "deadlines.capture_ms"),
@@ -412,6 +419,7 @@ impl Config {
         self.warm.check()?;
         self.invoke.check()?;
         self.tls.check()?;
+        self.gc.check()?;
         self.run_ahead.check()
     }
 }
@@ -420,7 +428,7 @@ impl Config {
 const SWITCHES: [&str; 6] =
     ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled", "invoke.trust_forwarded", "tls.plain"];
 /// What the other fields that are no text begin with.
-const NUMBERS: [&str; 5] = ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"];
+const NUMBERS: [&str; 6] = ["gc.", "limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port"];
 
 fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError> {
     let (section, name) = match setting.field.split_once('.') {

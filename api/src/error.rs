@@ -25,9 +25,17 @@ pub enum Error {
     /// No key, or one that is not accepted.
     #[error("a valid API key is required, in the authorization or leap0-authorization header")]
     Unauthorized,
+    /// A browser's session counts only for what our own page sends.
+    #[error(
+        "a session of the page counts only for requests from that page: this one comes from elsewhere, or a proxy changes Host"
+    )]
+    CrossOrigin,
     /// Unknown, of another tenant, or not an id at all.
     #[error("there is no sandbox {0:?}")]
     NotFound(String),
+    /// A part of the path is no text.
+    #[error("there is no {0}")]
+    NoPath(String),
     /// The body is no JSON object.
     #[error("the body must be a JSON object: {0}")]
     BadJson(String),
@@ -249,8 +257,11 @@ impl Error {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => StatusCode::NOT_FOUND,
-            Self::BadJson(_) | Self::Invalid(_) | Self::NoAgent { .. } => StatusCode::BAD_REQUEST,
+            Self::CrossOrigin => StatusCode::FORBIDDEN,
+            Self::NotFound(_) | Self::NoPath(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => {
+                StatusCode::NOT_FOUND
+            }
+            Self::BadJson(_) | Self::Invalid(_) => StatusCode::BAD_REQUEST,
             Self::Guest { status, .. } => *status,
             Self::LeftOut(_) => StatusCode::NOT_IMPLEMENTED,
             Self::NoWebSocket(_) => StatusCode::UPGRADE_REQUIRED,
@@ -259,7 +270,8 @@ impl Error {
             | Self::TooManyUrls { .. }
             | Self::Fenced { .. }
             | Self::SnapshotExists(_)
-            | Self::SnapshotInUse { .. } => StatusCode::CONFLICT,
+            | Self::SnapshotInUse { .. }
+            | Self::NoAgent { .. } => StatusCode::CONFLICT,
             Self::Limit(refused) => refused.status(),
             Self::Rate(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Template(e) => match e {
@@ -273,7 +285,11 @@ impl Error {
             Self::Store { source, .. } => store_status(source.kind),
             Self::Vmm { store: Some(kind), .. } => store_status(*kind),
             Self::Damaged { .. } | Self::Agent { .. } => StatusCode::BAD_GATEWAY,
-            Self::Unknown { .. } | Self::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Unknown { .. }
+            | Self::Deadline { .. }
+            | Self::Vmm { source: ClientError::Deadline { .. } | ClientError::Refused { status: 504, .. }, .. } => {
+                StatusCode::GATEWAY_TIMEOUT
+            }
             Self::Vmm { store: None, .. }
             | Self::VmmEnded { .. }
             | Self::Draft { .. }
@@ -288,11 +304,27 @@ impl Error {
         }
     }
 
+    /// The fields that are wrong, for a 400.
+    pub fn fields(&self) -> Vec<FieldError> {
+        match self {
+            Self::Invalid(fields) => fields.clone(),
+            Self::BadJson(why) => {
+                vec![FieldError { field: "body".to_owned(), error: format!("must be a JSON object: {why}") }]
+            }
+            Self::Template(error @ TemplateError::Unknown { .. }) => {
+                vec![FieldError { field: "template_name".to_owned(), error: error.to_string() }]
+            }
+            Self::Shared(error) => error.fields(),
+            _ => Vec::new(),
+        }
+    }
+
     /// A stable word for machines, in the `stasis-error` header.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
-            Self::NotFound(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => "not-found",
+            Self::CrossOrigin => "cross-origin",
+            Self::NotFound(_) | Self::NoPath(_) | Self::NoSnapshot(_) | Self::NoPresignedUrl(_) => "not-found",
             Self::SnapshotExists(_) => "exists",
             Self::BadJson(_) => "bad-json",
             Self::TooLarge { .. } => "too-large",

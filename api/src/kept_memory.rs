@@ -29,7 +29,8 @@ pub struct Kept {
 }
 
 /// What is kept now.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+#[schemars(rename = "KeptMemoryUsage")]
 pub struct Usage {
     /// Sandboxes.
     pub sandboxes: usize,

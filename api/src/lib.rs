@@ -10,7 +10,7 @@
 //! | [`registry`] | the sandboxes of this supervisor; the one place that moves a state |
 //! | [`supervisor`] | the operations, restart, recovery, timers |
 //! | [`store`] | the object store, heads and grants as the supervisor uses them |
-//! | [`template`], [`host`] | what sandboxes boot from; what this host can run |
+//! | [`template`], [`block_indexes`], [`host`] | what sandboxes boot from, and its blocks by content; what this host can run |
 //! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
 //! | [`vsock`] | the host end of a guest's vsock |
 //! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
@@ -20,11 +20,13 @@
 //! | [`fair_share`] | how captures and wakes share the connections of a host |
 //! | [`front`] | the listener: TLS, HTTP/1.1 and HTTP/2, and who answers |
 //! | [`routes`] | the REST API |
+//! | [`ui`] | the page for people, and its sessions |
+//! | [`wire`], [`openapi`] | what it takes and answers, as types; its description, made of them and of the table of routes |
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
 //! | [`fail_points`] | the steps at which tests kill it |
 //! | [`metrics`] | what is counted, for Prometheus |
-//! | [`timing`], [`sources`] | what an operation cost; clock, entropy |
+//! | [`timing`], [`costs`], [`sources`] | what an operation cost; the last ones of a sandbox; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
 //! | [`cli`] | the program `stasis` |
 //!
@@ -33,8 +35,10 @@
 //! This crate knows no KVM and no devices: it talks to `stasis-vmm` over its control socket, and to a guest over its agent's protocol.
 pub mod admission;
 pub mod agent_client;
+pub mod block_indexes;
 pub mod cli;
 pub mod config;
+pub mod costs;
 pub mod dev;
 pub mod error;
 pub mod fail_points;
@@ -50,6 +54,7 @@ pub mod known_packs;
 pub mod memory_pressure;
 pub mod metrics;
 pub mod network_policy;
+pub mod openapi;
 pub mod rate;
 pub mod record;
 pub mod registry;
@@ -57,13 +62,16 @@ pub mod routes;
 pub mod run_ahead;
 pub mod snapshot_request;
 pub mod sources;
+mod sparse_file;
 pub mod states;
 pub mod store;
 pub mod supervisor;
 pub mod template;
 mod template_digest;
 pub mod timing;
+pub mod ui;
 pub mod validate;
 pub mod vmm_pool;
 pub mod vmm_process;
 pub mod vsock;
+pub mod wire;

@@ -13,7 +13,7 @@ pub const MAX_CIDRS: usize = 10;
 pub const MAX_TRANSFORMS: usize = 20;
 
 /// What a sandbox may reach.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct NetworkPolicy {
     /// The default.
     pub mode: Mode,
@@ -29,8 +29,9 @@ pub struct NetworkPolicy {
 }
 
 /// The default of a policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "NetworkPolicyMode")]
 pub enum Mode {
     /// Everything passes.
     AllowAll,
@@ -41,7 +42,8 @@ pub enum Mode {
 }
 
 /// Header changes for one domain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[schemars(rename = "HeaderTransform")]
 pub struct Transform {
     /// The domain.
     pub domain: String,

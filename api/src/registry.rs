@@ -4,6 +4,7 @@
 //! task of its own that no client can cancel. Its record is published on a watch channel, so that anybody may read it or wait for a change
 //! without the lock. The lock of the map and the small locks inside a sandbox are never held across a wait.
 
+use crate::costs::{Cost, Costs};
 use crate::error::Error;
 use crate::ids::SandboxId;
 use crate::journal::{Journal, Move};
@@ -57,6 +58,15 @@ pub struct Sandbox {
     places: Arc<Semaphore>,
     rounds: Arc<tokio::sync::Mutex<()>>,
     ahead: Mutex<Spent>,
+    costs: Mutex<Costs>,
+    changes: Changes,
+}
+
+/// Counts what people who watch can see change, of all sandboxes together.
+type Changes = Arc<watch::Sender<u64>>;
+
+fn changed(changes: &watch::Sender<u64>) {
+    changes.send_modify(|count| *count = count.wrapping_add(1));
 }
 
 /// The operation lock of a sandbox, held.
@@ -65,10 +75,10 @@ pub type OperationGuard = OwnedMutexGuard<()>;
 impl Sandbox {
     /// One that neither registry nor journal knows: for a guest that is nobody's sandbox.
     pub fn unlisted(record: Record) -> Self {
-        Self::new(record)
+        Self::new(record, Arc::default())
     }
 
-    fn new(record: Record) -> Self {
+    fn new(record: Record, changes: Changes) -> Self {
         Self {
             id: record.id.clone(),
             tenant: record.tenant.clone(),
@@ -84,6 +94,8 @@ impl Sandbox {
             places: Arc::new(Semaphore::new(PLACES)),
             rounds: Arc::default(),
             ahead: Mutex::default(),
+            costs: Mutex::default(),
+            changes,
         }
     }
 
@@ -199,6 +211,18 @@ impl Sandbox {
     /// Says what its operation is doing.
     pub fn set_phase(&self, phase: Option<&'static str>) {
         *locked(&self.phase) = phase;
+        changed(&self.changes);
+    }
+
+    /// Remembers what an operation cost.
+    pub fn note_cost(&self, cost: Cost) {
+        locked(&self.costs).add(cost);
+        changed(&self.changes);
+    }
+
+    /// What its last operations cost, oldest first.
+    pub fn costs(&self) -> Vec<Arc<Cost>> {
+        locked(&self.costs).iter().cloned().collect()
     }
 }
 
@@ -223,6 +247,7 @@ pub struct Registry {
     sources: Sources,
     sandboxes: RwLock<HashMap<SandboxId, Arc<Sandbox>>>,
     deadlines_changed: Notify,
+    changes: Changes,
 }
 
 impl std::fmt::Debug for Sources {
@@ -237,8 +262,10 @@ impl Registry {
         let forgotten = sources.now_ms() - REMEMBER_DELETED_MS;
         let mut records = journal.records()?;
         records.retain(|r| r.state != State::Deleted || r.state_changed_at > forgotten);
-        let sandboxes = records.into_iter().map(|r| (r.id.clone(), Arc::new(Sandbox::new(r)))).collect();
-        Ok(Self { journal, sources, sandboxes: RwLock::new(sandboxes), deadlines_changed: Notify::new() })
+        let changes = Changes::default();
+        let sandbox = |record| Arc::new(Sandbox::new(record, changes.clone()));
+        let sandboxes = records.into_iter().map(|r| (r.id.clone(), sandbox(r))).collect();
+        Ok(Self { journal, sources, sandboxes: RwLock::new(sandboxes), deadlines_changed: Notify::new(), changes })
     }
 
     /// One of `tenant`'s. Another tenant's is as unknown as one that does not exist.
@@ -263,8 +290,9 @@ impl Registry {
     pub fn add(&self, record: Record) -> Result<Arc<Sandbox>, Error> {
         let by = Move { before: None, event: Event::Create, at: self.sources.now_ms(), note: None };
         self.journal.store_move(&record, &by)?;
-        let sandbox = Arc::new(Sandbox::new(record));
+        let sandbox = Arc::new(Sandbox::new(record, self.changes.clone()));
         self.sandboxes.write().unwrap_or_else(PoisonError::into_inner).insert(sandbox.id.clone(), sandbox.clone());
+        changed(&self.changes);
         Ok(sandbox)
     }
 
@@ -283,8 +311,9 @@ impl Registry {
             self.publish(&known, record);
             return Ok(known);
         }
-        let sandbox = Arc::new(Sandbox::new(record));
+        let sandbox = Arc::new(Sandbox::new(record, self.changes.clone()));
         all.insert(sandbox.id.clone(), sandbox.clone());
+        changed(&self.changes);
         Ok(sandbox)
     }
 
@@ -353,7 +382,13 @@ impl Registry {
     fn publish(&self, sandbox: &Sandbox, record: Record) -> Record {
         sandbox.record.send_replace(record.clone());
         self.deadlines_changed.notify_one();
+        changed(&self.changes);
         record
+    }
+
+    /// Sees each change of a state, a phase or a cost of any sandbox.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 
     /// Waits until some deadline may have changed.

@@ -17,7 +17,8 @@ const TRY_AFTER: u32 = 5;
 const LONGEST_REST: u64 = 32;
 
 /// What rounds of one sandbox have done and cost, since its VM started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+#[schemars(rename = "RunAheadSpent")]
 pub struct Spent {
     /// Rounds that sent something.
     pub rounds: u64,

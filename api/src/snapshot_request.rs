@@ -102,7 +102,7 @@ pub fn restore(body: &Map<String, Value>) -> Result<Restore, Vec<FieldError>> {
 pub fn list(query: &[(String, String)]) -> Result<List, Vec<FieldError>> {
     let mut errors = FieldErrors::default();
     let mut out = List { query: String::new(), sort: SortBy::CreatedAt, ascending: false, page: 1, page_size: 20 };
-    for (name, value) in query.iter().filter(|(_, value)| !value.is_empty()) {
+    for (name, value) in query {
         match name.replace('_', "-").as_str() {
             "query" if value.chars().count() <= MAX_NAME => out.query.clone_from(value),
             "query" => errors.add(name, format!("must have at most {MAX_NAME} characters")),

@@ -14,8 +14,9 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What a sandbox is doing, in the words of the API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(rename = "SandboxState")]
 pub enum State {
     /// Its VM boots.
     Starting,

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::sparse_file::each_block;
+
 /// What a digest belongs to besides a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
@@ -62,28 +64,13 @@ pub(crate) fn leave_beside(path: &Path, stamp: Stamp, digest: &str) {
 /// BLAKE3 over the number and content of every 64 KiB block that is not all zero, then the length; hex. Says the same of a sparse and of a
 /// full copy, and skips holes without reading them: a root file system of 10 GiB has a few hundred MiB of content.
 pub(crate) fn content_digest(file: &fs::File, len: u64) -> io::Result<String> {
-    use std::os::unix::fs::FileExt as _;
-    const BLOCK: u64 = 64 << 10;
+    const BLOCK: usize = 64 << 10;
     let mut hasher = blake3::Hasher::new();
-    let mut block = vec![0; BLOCK as usize];
-    let mut at = 0;
-    while at < len {
-        at = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
-            // A hole may end inside a block, whose beginning is then zero.
-            Ok(data) => data - data % BLOCK,
-            // Nothing but a hole up to the end.
-            Err(rustix::io::Errno::NXIO) => break,
-            // A file system without holes.
-            Err(rustix::io::Errno::INVAL) => at,
-            Err(e) => return Err(e.into()),
-        };
-        let n = usize::try_from(BLOCK.min(len - at)).unwrap_or(block.len());
-        file.read_exact_at(&mut block[..n], at)?;
-        if block[..n].iter().any(|byte| *byte != 0) {
-            hasher.update(&(at / BLOCK).to_le_bytes()).update(&block[..n]);
+    each_block(file, len, BLOCK, |at, bytes| {
+        if bytes.iter().any(|byte| *byte != 0) {
+            hasher.update(&(at / BLOCK as u64).to_le_bytes()).update(bytes);
         }
-        at += BLOCK;
-    }
+    })?;
     Ok(hasher.update(&len.to_le_bytes()).finalize().to_hex().to_string())
 }
 

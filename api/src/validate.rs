@@ -10,11 +10,22 @@ use std::collections::BTreeMap;
 
 /// The template of a sandbox when the request names none.
 pub const DEFAULT_TEMPLATE: &str = "system/debian:bookworm";
+/// The states that a list can be narrowed to.
+pub(crate) const LISTED: [State; 8] = [
+    State::Starting,
+    State::Running,
+    State::Snapshotting,
+    State::Paused,
+    State::Unpausing,
+    State::Stopping,
+    State::Stopped,
+    State::Deleting,
+];
 /// Variables in `env_vars` or `envs` at most.
 pub const MAX_ENV_VARS: usize = 256;
 
 /// One field and what is wrong with it.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct FieldError {
     /// Path of the field in the request.
     pub field: String,
@@ -225,10 +236,10 @@ pub struct List {
 pub fn list(query: &[(String, String)]) -> Result<List, Vec<FieldError>> {
     let mut errors = FieldErrors::default();
     let mut out = List { state: None, sort: SortBy::CreatedAt, ascending: false, page: 1, page_size: 20 };
-    for (name, value) in query.iter().filter(|(_, value)| !value.is_empty()) {
+    for (name, value) in query {
         match name.replace('_', "-").as_str() {
             "state" => match State::parse(value) {
-                Some(state) if state != State::Deleted => out.state = Some(state),
+                Some(state) if LISTED.contains(&state) => out.state = Some(state),
                 _ => errors.add(name, format!("{value:?} is not a state that can be listed")),
             },
             "sort" => match value.as_str() {

@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
+use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
 use stasis_api::ids::SandboxId;
 use stasis_api::record::{Record, Spec, VmmIdentity};
 use stasis_api::sources::Sources;
@@ -59,6 +59,7 @@ impl LocalGuest {
             limits: Limits::default(),
             deadlines: Deadlines::default(),
             warm: Warm { vmm_pool: 0, ..Warm::default() },
+            gc: Gc::default(),
             run_ahead: RunAhead::default(),
             invoke: Invoke::default(),
             tls: Tls::default(),

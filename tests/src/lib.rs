@@ -10,9 +10,11 @@
 //! | [`model`] | what random requests, crashes and faults may make of sandboxes |
 //! | [`guest`] | a supervisor whose sandbox's guest is an agent of this machine |
 //! | [`bench`] | the benchmark |
+//! | [`browser`] | a browser, driven as a person would |
 //! | [`suite`] | a test binary whose tests may need what the machine lacks, and then say so |
 
 pub mod bench;
+pub mod browser;
 pub mod guest;
 pub mod host;
 pub mod invariants;

@@ -29,7 +29,8 @@ struct Guest {
 }
 
 impl Guest {
-    async fn start() -> Result<Self, Error> {
+    /// One vCPU unless a test is about several: the rig emulates them all.
+    async fn start(vcpus: u32) -> Result<Self, Error> {
         let options = Options {
             images: Some(host::built("images")),
             environment: [("STASIS_DEADLINES_BOOT_MS", "300000"), ("STASIS_DEADLINES_WAKE_MS", "60000")]
@@ -39,7 +40,7 @@ impl Guest {
         let started = Instant::now();
         let service = Service::start(options).await?;
         let body = json!({
-            "template_name": "system/debian:bookworm", "memory": 512, "vcpu": 2, "env_vars": {"GREETING": "hello, env"},
+            "template_name": "system/debian:bookworm", "memory": 512, "vcpu": vcpus, "env_vars": {"GREETING": "hello, env"},
         });
         let id = service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id");
         let guest = Self { service, id, started };
@@ -69,6 +70,9 @@ impl Guest {
             let path = format!("/v1/sandbox/{}/{verb}", self.id);
             let done = self.service.call("POST", &path, None).await?.expect(200)?;
             self.say(&format!("{verb}: {}", done.timing));
+            if verb == "stop" {
+                self.service.await_no_vmm().await?;
+            }
         }
         Ok(())
     }
@@ -86,7 +90,7 @@ impl Guest {
 
 async fn stop_and_start() -> Outcome {
     const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
-    let guest = Guest::start().await?;
+    let guest = Guest::start(1).await?;
     assert_eq!(guest.run("echo \"$GREETING\"").await?, "hello, env");
     let mut boots = vec![guest.run(BOOT).await?];
     let mut sums = Vec::new();
@@ -145,7 +149,7 @@ async fn ask(guest: &Guest, signal: &str) -> Result<(String, u64), Error> {
 }
 
 async fn five_cycles() -> Outcome {
-    let guest = Guest::start().await?;
+    let guest = Guest::start(2).await?;
     guest.run(&format!("cat > /root/holder.py <<'EOF'\n{HOLDER}\nEOF\nsetsid python3 /root/holder.py >/dev/null 2>&1 &\nfor i in $(seq 200); do [ -s /run/holder.pid ] && break; sleep 0.1; done")).await?;
     let pid = guest.run("cat /run/holder.pid").await?;
     let boot = guest.run("cat /proc/sys/kernel/random/boot_id").await?;
@@ -203,7 +207,7 @@ Server(('127.0.0.1', 8000), Handler).serve_forever()
 
 async fn invoke() -> Outcome {
     const LARGE: usize = 100 << 20;
-    let guest = Guest::start().await?;
+    let guest = Guest::start(1).await?;
     guest.run(&format!("cat > /root/server.py <<'EOF'\n{SERVER}\nEOF\nsetsid python3 /root/server.py >/dev/null 2>&1 &\nfor i in $(seq 300); do grep -q ' 0100007F:1F40 00000000:0000 0A' /proc/net/tcp && exit 0; sleep 0.1; done; exit 1")).await?;
     let client = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
     let post = |port: u16, body: Vec<u8>| {
@@ -258,7 +262,7 @@ async fn invoke() -> Outcome {
 
 /// The same snapshot is resumed twice (the second time after its VMM was killed), and each time UUIDs are drawn.
 async fn two_resumes() -> Outcome {
-    let guest = Guest::start().await?;
+    let guest = Guest::start(1).await?;
     guest.service.pause(&guest.id).await?.expect(201)?;
     let mut drawn = std::collections::BTreeSet::new();
     for _ in 0..2 {

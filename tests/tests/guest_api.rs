@@ -4,6 +4,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use stasis_api::front::authority::Authority;
+use stasis_api::invoke::Domain;
+use stasis_api::sources::Sources;
 use stasis_tests::guest::{self, LocalGuest, SANDBOX};
 use stasis_tests::host;
 use stasis_tests::service::{Options, Service};
@@ -80,6 +83,7 @@ fn main() {
         .test("large_files_pass_through_and_broken_ones_leave_the_old", guest::lacking(), large_files)
         .test("commands_have_users_limits_and_an_environment", guest::lacking(), commands)
         .test("secrets_of_git_are_in_no_log_and_no_argument", guest::lacking(), git_secrets)
+        .test("unmodified_clients_live_through_the_whole_story", no_debian(), story)
         .test("a_debian_guest_serves_the_client_and_sleeps_with_a_terminal", no_debian(), debian)
         .main();
 }
@@ -92,25 +96,31 @@ async fn clients() -> Outcome {
     Ok(())
 }
 
-/// Runs the script with one version of the client.
-#[expect(clippy::disallowed_methods, reason = "the client is a program")]
+/// Runs the script of the guest's requests with one version of the client.
 async fn drive(version: &str, url: &str, key: &str, sandbox: &str, scratch: &str, pauses: bool) -> Result<(), Error> {
-    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("sdk/guest.py");
-    let mut command = std::process::Command::new(client(version));
-    command.arg(script).env("LEAP0_BASE_URL", url).env("LEAP0_API_KEY", key);
-    command.env("SANDBOX", sandbox).env("SCRATCH", scratch).env("LEAP0_SDK_OTEL_ENABLED", "false");
+    let mut environment =
+        vec![("LEAP0_BASE_URL", url), ("LEAP0_API_KEY", key), ("SANDBOX", sandbox), ("SCRATCH", scratch)];
     if pauses {
-        command.env("PAUSES", "1");
+        environment.push(("PAUSES", "1"));
     }
+    script(version, "guest.py", &environment).await
+}
+
+/// Runs a script of `tests/sdk` with one version of the client.
+#[expect(clippy::disallowed_methods, reason = "the client is a program")]
+async fn script(version: &str, name: &str, environment: &[(&str, &str)]) -> Result<(), Error> {
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("sdk").join(name);
+    let mut command = std::process::Command::new(client(version));
+    command.arg(script).env("LEAP0_SDK_OTEL_ENABLED", "false").envs(environment.iter().copied());
     eprintln!("client {version}");
     let status = tokio::task::spawn_blocking(move || command.status()).await??;
-    if status.success() { Ok(()) } else { Err(format!("the script with client {version}: {status}").into()) }
+    if status.success() { Ok(()) } else { Err(format!("{name} with client {version}: {status}").into()) }
 }
 
 async fn tenants() -> Outcome {
     let guest = LocalGuest::start().await?;
     let journal = &guest.supervisor.core().journal;
-    let (_, other) = journal.create_key("other", "", &stasis_api::sources::Sources::system())?;
+    let (_, other) = journal.create_key("other", "", &Sources::system())?;
     // This machine is the guest: what is not there is looked for where nobody else makes anything.
     let nowhere = guest.dir.path().join("none").display().to_string();
     for (method, route, body) in ROUTES {
@@ -313,4 +323,39 @@ async fn debian() -> Outcome {
         eprintln!("{route}: {}", woken.timing);
     }
     drive("0.8.0", &service.url, &service.key, &id, "/root/scratch", true).await
+}
+
+/// Create, execute, files, a server, invoke over HTTPS, pause, invoke again, snapshot, clone, terminal, presigned URL, delete: by both clients.
+async fn story() -> Outcome {
+    const DOMAIN: &str = "sandbox.test";
+    let certificates = tempfile::tempdir()?;
+    let domain = Domain::parse(DOMAIN).ok_or("the domain")?;
+    let made = Authority::prepare(certificates.path(), &domain, &Sources::system())?;
+    let (cert, key) = (made.cert.display().to_string(), made.key.display().to_string());
+    let mut options = Options { images: Some(host::built("images")), ..Options::default() };
+    for (name, value) in [
+        ("STASIS_DEADLINES_BOOT_MS", "300000"),
+        ("STASIS_DEADLINES_WAKE_MS", "60000"),
+        ("STASIS_DOMAIN", DOMAIN),
+        ("STASIS_TLS_CERT", &cert),
+        ("STASIS_TLS_KEY", &key),
+        ("STASIS_TLS_PLAIN", "true"),
+    ] {
+        options.environment.push((name.to_owned(), value.to_owned()));
+    }
+    let service = Service::start(options).await?;
+    let port = service.url.rsplit_once(':').map(|(_, port)| port).ok_or("the port")?;
+    let (url, place, ca) =
+        (format!("https://{DOMAIN}:{port}"), format!("{DOMAIN}:{port}"), made.ca.display().to_string());
+    for version in CLIENTS {
+        let environment = [
+            ("LEAP0_BASE_URL", url.as_str()),
+            ("LEAP0_API_KEY", service.key.as_str()),
+            ("LEAP0_SANDBOX_DOMAIN", place.as_str()),
+            ("SSL_CERT_FILE", ca.as_str()),
+            ("TEMPLATE", "system/debian:bookworm"),
+        ];
+        script(version, "story.py", &environment).await?;
+    }
+    service.await_no_vmm().await
 }

@@ -23,6 +23,8 @@ fn main() {
         .test("a_head_of_a_delayed_old_process_lands_too_late", no_pulse(), delayed_head)
         .test("a_deleted_sandbox_is_put_back_until_it_is_purged", no_pulse(), delete_and_undelete)
         .test("garbage_goes_in_two_passes_and_sandboxes_stay", no_pulse(), two_passes)
+        .test("a_snapshot_that_is_restored_while_it_is_purged_stays_whole", no_pulse(), fork_is_kept)
+        .test("the_supervisor_collects_by_the_clock", no_pulse(), collected_by_the_clock)
         .test("damage_is_found_and_repaired_from_an_older_snapshot", no_pulse(), verify_and_repair)
         .main();
 }
@@ -316,6 +318,61 @@ async fn delete_and_undelete() -> Outcome {
     assert_eq!(names(&service, &id), 1, "the tombstone alone is left");
     service.call("POST", &format!("{path}/undelete"), None).await?.expect(404)?;
     Ok(())
+}
+
+/// Only the snapshot names the packs, and the head of the new sandbox is held back until the collector has purged the snapshot.
+async fn fork_is_kept() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let source = service.create_pulse().await?;
+    let body = json!({"name": "warm", "kill_sandbox_after": true});
+    let path = format!("/v1/sandbox/{source}/snapshot/create");
+    let snapshot = service.call("POST", &path, Some(body)).await?.expect(201)?.text("id");
+    service.proxy.take_seen();
+    service.proxy.add(Rule::once(http::Method::PUT, "/sandbox/", Fault::Delay(Duration::from_secs(8))));
+    let restored = service.call("POST", "/v1/snapshot/restore", Some(json!({"snapshot_name": "warm"})));
+    // The host that restores it would refuse to delete it.
+    let (second, second_key) = stranger(&service).await?;
+    let purged = async {
+        until("the head that is held back", || {
+            let seen = service.proxy.take_seen();
+            let held = |seen: &stasis_api::dev::Seen| seen.method == http::Method::PUT && seen.path.ends_with("/head");
+            Ok(seen.iter().any(held).then_some(()))
+        })
+        .await?;
+        let path = format!("/v1/snapshot/{snapshot}");
+        service.call_at(&second.url, &second_key, "DELETE", &path, None).await?.expect(204)?;
+        // The tombstone is noted, then purged; what it named is noted, then would be deleted.
+        let mut purged = 0;
+        for _ in 0..4 {
+            let done = gc(&service, &["--grace", "0s"]).await?;
+            purged += done["purged"].as_array().map_or(0, Vec::len);
+            assert!(!done["deleted"].to_string().contains("/pack/"), "{done}");
+        }
+        assert!(purged >= 1, "the snapshot is gone for good");
+        Ok::<_, Error>(())
+    };
+    let (restored, purged) = tokio::join!(restored, purged);
+    purged?;
+    let id = restored?.expect(201)?.text("id");
+    service.pulse_is_well(&id).await?;
+    service.pause(&id).await?.expect(201)?;
+    assert_eq!(service.stasis(&["verify", &id]).await?.code, 0);
+    // A snapshot that is gone before the restore asks for it is not restored.
+    service.call("POST", "/v1/snapshot/restore", Some(json!({"snapshot_name": "warm"}))).await?.expect(404)?;
+    Ok(())
+}
+
+async fn collected_by_the_clock() -> Outcome {
+    let mut options = Options::default();
+    for (name, value) in [("STASIS_GC_EVERY_S", "1"), ("STASIS_GC_GRACE_S", "0")] {
+        options.environment.push((name.to_owned(), value.to_owned()));
+    }
+    let service = Service::start(options).await?;
+    let (kept, gone) = (sleeps(&service).await?, sleeps(&service).await?);
+    service.call("DELETE", &format!("/v1/sandbox/{gone}"), None).await?.expect(204)?;
+    until("the end of the deleted sandbox's objects", || Ok((names(&service, &gone) == 1).then_some(()))).await?;
+    service.resume(&kept).await?.expect(200)?;
+    service.pulse_is_well(&kept).await
 }
 
 async fn two_passes() -> Outcome {

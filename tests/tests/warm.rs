@@ -19,6 +19,7 @@ fn main() {
         .test("many_pauses_at_once_all_succeed", no_pulse(), many_at_once)
         .test("a_booted_template_is_shared_by_creates_and_supervisors", no_pulse(), booted_template)
         .test("a_named_snapshot_leaves_its_sandbox_running_and_starts_others", no_pulse(), named_snapshot)
+        .test("memory_that_equals_the_template_disk_is_not_sent", no_pulse(), template_blocks)
         .test("what_was_sent_ahead_is_not_sent_again", no_pulse(), run_ahead)
         .test("a_page_that_cannot_be_fetched_ends_in_paused", no_pulse(), lost_page)
         .main();
@@ -224,6 +225,40 @@ fn kill(pid: u32) {
 fn sent(timing: &str) -> u64 {
     let (_, rest) = timing.split_once("sent;desc=\"").unwrap_or_default();
     rest.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// The root file system of this template is the guest's own kernel, so that the guest's memory holds blocks of it.
+async fn template_blocks() -> Outcome {
+    let service = Service::start(with(&[("STASIS_KEEP_MEMORY_MIB", "0"), ("STASIS_PACK_CACHE_MIB", "0")])).await?;
+    let images = service.dir.path().join("images");
+    let (pulse, template) = (images.join("templates/pulse"), images.join("templates/pulse-disk"));
+    std::fs::create_dir(&template)?;
+    let mut json: Value = serde_json::from_slice(&std::fs::read(pulse.join("template.json"))?)?;
+    let kernel = json["kernel"].as_str().map(|kernel| pulse.join(kernel)).ok_or("the template names no kernel")?;
+    std::fs::copy(&kernel, template.join("rootfs"))?;
+    for (field, value) in [("name", json!("test/disk")), ("rootfs", json!("rootfs")), ("disk_mib", json!(1))] {
+        json[field] = value;
+    }
+    std::fs::write(template.join("template.json"), json.to_string())?;
+    let indexed = service.stasis(&["templates", "--images-dir", &images.to_string_lossy()]).await?;
+    assert_eq!(indexed.code, 0, "{indexed:?}");
+
+    let body = json!({"template_name": "test/disk", "memory": 32});
+    let id = service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id");
+    let mut referred = Vec::new();
+    for _ in 0..3 {
+        service.pulse_is_well(&id).await?;
+        service.pause(&id).await?.expect(201)?;
+        let seen = service.call("GET", &format!("/v1/sandbox/{id}/inspect"), None).await?.expect(200)?;
+        let memory = &seen.json["manifest"]["images"][0];
+        referred.push(memory["base"].as_u64().ok_or_else(|| format!("no count in {memory}"))?);
+        service.resume(&id).await?.expect(200)?;
+    }
+    service.pulse_is_well(&id).await?;
+    assert!(referred.iter().all(|pages| *pages > 0), "{referred:?}");
+    service.call("POST", &format!("/v1/sandbox/{id}/pause"), None).await?.expect(201)?;
+    assert_eq!(service.stasis(&["verify", &id]).await?.code, 0);
+    Ok(())
 }
 
 async fn run_ahead() -> Outcome {

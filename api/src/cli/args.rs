@@ -46,6 +46,8 @@ pub(super) enum Command {
     Verify(Verify),
     /// Find sandboxes whose head names a snapshot that is not whole, and the newest one that is. Changes nothing without --apply.
     Repair(Repair),
+    /// Print what a shell needs to complete this command line.
+    Completion(super::completion::Completion),
     #[command(flatten)]
     Client(Client),
 }
@@ -73,6 +75,18 @@ pub(super) enum Client {
     Rm(Many),
     /// Put a deleted sandbox back, paused as it was at its last pause.
     Undelete(One),
+    /// Show what a guest wrote to its console.
+    Logs(super::logs::Logs),
+    /// Copy files and directories into a sandbox (cp file sbx-…:/path) or out of it; wakes it when it is paused.
+    Cp(super::copy::Copy),
+    /// Named snapshots of sandboxes.
+    #[command(subcommand)]
+    Snapshot(super::snapshot::Snapshot),
+    /// Show the sandboxes as they change, with what their last pauses and resumes cost.
+    Top(super::top::Top),
+    /// Presigned URLs: names by which a port of a sandbox is reached without a key.
+    #[command(subcommand)]
+    Url(super::presigned::Url),
     /// Show what is in the bucket for a sandbox.
     Inspect(One),
     /// Take up paused sandboxes that are in the bucket and unknown here.
@@ -279,6 +293,15 @@ pub(super) struct Recover {
 pub(super) struct Exec {
     /// The sandbox.
     pub(super) id: String,
+    /// Give it a terminal: this one. Without a command, a shell.
+    #[arg(long, short)]
+    pub(super) tty: bool,
+    /// Pass on what is typed; a terminal always does, and without one there is no standard input.
+    #[arg(long, short, requires = "tty")]
+    pub(super) interactive: bool,
+    /// User, by name or number [default: root].
+    #[arg(long)]
+    pub(super) user: Option<String>,
     /// Working directory.
     #[arg(long)]
     pub(super) cwd: Option<String>,
@@ -289,11 +312,11 @@ pub(super) struct Exec {
     #[arg(long)]
     pub(super) timeout: Option<u64>,
     /// The command: one word is given to /bin/sh as it is, several are quoted first.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(required_unless_present = "tty", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(super) command: Vec<String>,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || "must be a number with s, m, h or d, such as 72h".to_owned();
     let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or_else(wrong)?;
     let number: u64 = number.parse().map_err(|_| wrong())?;
@@ -307,7 +330,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
 }
 
-fn variable(text: &str) -> Result<(String, String), String> {
+pub(super) fn variable(text: &str) -> Result<(String, String), String> {
     text.split_once('=')
         .filter(|(name, _)| !name.is_empty())
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
@@ -330,6 +353,19 @@ mod tests {
         assert!(!args.json);
         let Command::Client(Client::Exec(exec)) = args.command else { panic!("not exec") };
         assert_eq!(exec.command, ["ls", "-l", "--json"]);
+        let args = Args::try_parse_from(["stasis", "exec", "-it", "--user", "ann", "sbx-a", "vi", "-R", "x"]).unwrap();
+        let Command::Client(Client::Exec(exec)) = args.command else { panic!("not exec") };
+        assert_eq!((exec.tty, exec.interactive, exec.user.as_deref()), (true, true, Some("ann")));
+        assert_eq!(exec.command, ["vi", "-R", "x"]);
+        assert!(Args::try_parse_from(["stasis", "exec", "-t", "sbx-a"]).is_ok(), "a shell");
+        assert!(Args::try_parse_from(["stasis", "exec", "sbx-a"]).is_err(), "no command");
+        assert!(Args::try_parse_from(["stasis", "exec", "-i", "sbx-a", "cat"]).is_err(), "no standard input");
+    }
+
+    #[test]
+    fn no_argument_is_taken_for_the_address_of_the_supervisor() {
+        let args = Args::try_parse_from(["stasis", "url", "rm", "sbx-a", "psu-b"]).unwrap();
+        assert_eq!(args.connection.url.filter(|url| url == "psu-b"), None);
     }
 
     #[test]

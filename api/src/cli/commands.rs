@@ -5,7 +5,7 @@ use super::client::{Answer, Client};
 use super::output::{self, Output, bytes};
 use super::profile::{self, Profile};
 use super::progress::Progress;
-use super::{ExitStatus, Failure};
+use super::{ExitStatus, Failure, copy, logs, presigned, snapshot, terminal, top};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -22,7 +22,13 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
         }
         args::Client::Ls(ls) => list(&client, ls, output).await?,
         args::Client::Get(one) => show(&client.call(Method::GET, &path(&one.id, ""), None).await?, output),
+        args::Client::Exec(exec) if exec.tty => return terminal::run(&client, exec, output).await,
         args::Client::Exec(exec) => return execute(&client, exec, output).await,
+        args::Client::Logs(arguments) => return logs::run(&client, &arguments).await,
+        args::Client::Cp(arguments) => return copy::run(&client, &arguments, output).await,
+        args::Client::Snapshot(arguments) => return snapshot::run(&client, arguments, output).await,
+        args::Client::Top(arguments) => return top::run(&client, &arguments, output).await,
+        args::Client::Url(arguments) => return presigned::run(&client, arguments, output).await,
         args::Client::Pause(one) => {
             let progress = Progress::start(&client, &one.id, output);
             let answer =
@@ -84,8 +90,13 @@ async fn interruptible(call: impl Future<Output = Result<Answer, Failure>>, what
 }
 
 /// An id goes into a path: what is no id is escaped, and the server says that there is none.
-fn path(id: &str, rest: &str) -> String {
-    let escaped = id.bytes().fold(String::new(), |mut out, byte| {
+pub(super) fn path(id: &str, rest: &str) -> String {
+    format!("/v1/sandbox/{}{rest}", escaped(id))
+}
+
+/// For a part of a path, or a value of a query.
+pub(super) fn escaped(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut out, byte| {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => out.push(char::from(byte)),
             _ => {
@@ -95,8 +106,7 @@ fn path(id: &str, rest: &str) -> String {
             }
         }
         out
-    });
-    format!("/v1/sandbox/{escaped}{rest}")
+    })
 }
 
 fn create_body(create: args::Create) -> Value {
@@ -117,7 +127,7 @@ fn create_body(create: args::Create) -> Value {
 }
 
 /// One sandbox: its id alone when nobody watches would hide its state, so id and state, then what it cost.
-fn show(answer: &Answer, output: Output) {
+pub(super) fn show(answer: &Answer, output: Output) {
     if output.json {
         return Output::value(&answer.body);
     }
@@ -142,12 +152,10 @@ fn show(answer: &Answer, output: Output) {
     if let Some(reason) = answer.body["reason"].as_str() {
         output::tell(&format!("reason: {reason}"));
     }
-    if let Some(timing) = &answer.timing {
-        output::tell(&format!("timing (ms): {}", timing.replace(";dur=", " ").replace(";desc=", " ").replace('"', "")));
-    }
+    output::timing(answer.timing.as_deref());
 }
 
-fn scalar(value: &Value) -> String {
+pub(super) fn scalar(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),
@@ -155,7 +163,7 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-fn rows(heads: &[&str], fields: &[&str], items: &[Value]) -> Vec<Vec<String>> {
+pub(super) fn rows(heads: &[&str], fields: &[&str], items: &[Value]) -> Vec<Vec<String>> {
     let head = heads.iter().map(|h| (*h).to_owned()).collect();
     std::iter::once(head).chain(items.iter().map(|item| fields.iter().map(|f| scalar(&item[*f])).collect())).collect()
 }
@@ -175,10 +183,7 @@ async fn list(client: &Client, ls: args::Ls, output: Output) -> Result<(), Failu
         &["id", "state", "template_id", "created_at", "state_change_time"],
         &items,
     ));
-    let total = answer.body["total_items"].as_u64().unwrap_or(0);
-    if total > items.len() as u64 {
-        output::tell(&format!("{} of {total}; --page {} shows more", items.len(), ls.page + 1));
-    }
+    output::more(items.len(), &answer.body["total_items"], ls.page);
     Ok(())
 }
 
@@ -190,6 +195,9 @@ async fn execute(client: &Client, exec: args::Exec, output: Output) -> Result<Ex
     }
     if let Some(timeout) = exec.timeout {
         body["timeout"] = timeout.into();
+    }
+    if let Some(user) = exec.user {
+        body["user"] = user.into();
     }
     let path = path(&exec.id, "/process/execute");
     let call = client.call(Method::POST, &path, Some(&body));
@@ -212,14 +220,14 @@ async fn execute(client: &Client, exec: args::Exec, output: Output) -> Result<Ex
 }
 
 /// One word is a shell line already; several are quoted, so that each arrives as one.
-fn shell_line(words: &[String]) -> String {
+pub(super) fn shell_line(words: &[String]) -> String {
     match words {
         [line] => line.clone(),
         words => words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "),
     }
 }
 
-fn quote(word: &str) -> String {
+pub(super) fn quote(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./=:,@%+".contains(&b);
     if !word.is_empty() && word.bytes().all(plain) {
         word.to_owned()

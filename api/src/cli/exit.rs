@@ -35,7 +35,7 @@ pub(super) const HELP: &str = "Exit codes:
   6    it is not known whether it was done; ask for the state before trying again
   7    something in the bucket is damaged or missing
   130  interrupted
-`stasis exec` without --json ends with the command's own exit status when the command ran.";
+`stasis exec` without --json, and with -t, ends with the command's own exit status when the command ran.";
 
 impl ExitStatus {
     /// What an HTTP status means here; `code` is the `stasis-error` header.

@@ -7,15 +7,22 @@ mod args;
 mod bucket;
 mod client;
 mod commands;
+mod completion;
+mod copy;
 mod exit;
 mod gc;
 mod keys;
+mod logs;
 mod output;
+mod presigned;
 mod profile;
 mod progress;
 mod repair;
 mod serve;
+mod snapshot;
 mod templates;
+mod terminal;
+mod top;
 mod verify;
 
 pub use exit::ExitStatus;
@@ -83,6 +90,7 @@ async fn run(args: Args) -> Result<ExitStatus, Failure> {
         Command::Verify(arguments) => verify::run(arguments, output).await,
         Command::Repair(arguments) => repair::run(arguments, output).await,
         Command::Templates(arguments) => templates::run(&arguments, output),
+        Command::Completion(arguments) => Ok(completion::run(&arguments)),
         Command::Client(client) => commands::run(client, &args.connection, output).await,
     }
 }

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::AsFd as _;
 
 /// How answers are printed.
 #[derive(Clone, Copy, Debug)]
@@ -23,10 +24,16 @@ impl Output {
 
     /// A table: the first row is the head.
     pub(super) fn table(self, rows: &[Vec<String>]) {
+        self.rendered(rows).iter().for_each(|text| line(text));
+    }
+
+    /// Its lines.
+    pub(super) fn rendered(self, rows: &[Vec<String>]) -> Vec<String> {
         let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
         let widths = (0..columns)
             .map(|i| rows.iter().filter_map(|row| row.get(i)).map(|cell| cell.chars().count()).max().unwrap_or(0))
             .collect::<Vec<_>>();
+        let mut lines = Vec::with_capacity(rows.len());
         for (n, row) in rows.iter().enumerate() {
             let mut text = String::new();
             for (cell, width) in row.iter().zip(&widths) {
@@ -35,8 +42,9 @@ impl Output {
                 text.push_str(&" ".repeat(pad + 2));
             }
             let text = text.trim_end();
-            line(&if n == 0 { self.bold(text) } else { text.to_owned() });
+            lines.push(if n == 0 { self.bold(text) } else { text.to_owned() });
         }
+        lines
     }
 
     pub(super) fn bold(self, text: &str) -> String {
@@ -63,9 +71,31 @@ pub(super) fn raw(bytes: &[u8], narration: bool) {
     }
 }
 
+/// Standard input, read by a thread that may wait for ever: whoever uses it ends the process itself.
+pub(super) fn input() -> Result<tokio::fs::File, super::Failure> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned();
+    let stdin = stdin.map_err(|e| super::Failure::other(format!("cannot read standard input: {e}")))?;
+    Ok(std::fs::File::from(stdin).into())
+}
+
 /// A line of narration.
 pub(super) fn tell(text: &str) {
     raw(format!("{text}\n").as_bytes(), true);
+}
+
+/// What an operation cost, as the `server-timing` header says it.
+pub(super) fn timing(header: Option<&str>) {
+    if let Some(timing) = header {
+        tell(&format!("timing (ms): {}", timing.replace(";dur=", " ").replace(";desc=", " ").replace('"', "")));
+    }
+}
+
+/// That a page is not the last one.
+pub(super) fn more(shown: usize, total: &Value, page: u32) {
+    let total = total.as_u64().unwrap_or(0);
+    if total > shown as u64 {
+        tell(&format!("{shown} of {total}; --page {} shows more", page + 1));
+    }
 }
 
 /// An error.

@@ -170,6 +170,7 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
 
   API        {url}
   API key    {api_key}
+  page       {url}/ui
   sandboxes  https://<id>-<port>.{named}/  (http:// works, too), signed by {ca}
   S3         {s3}  bucket {DEV_BUCKET}, access key {access_key}, secret key {secret_key}
   data       {data}

@@ -1,8 +1,9 @@
 //! `stasis templates`: reads the image directory, beside a running supervisor or before the first one.
 
 use super::args::Templates as Arguments;
-use super::output::Output;
+use super::output::{self, Output};
 use super::{ExitStatus, Failure, serve};
+use crate::block_indexes;
 use crate::error::chain;
 use crate::journal::Journal;
 use crate::template::Templates;
@@ -16,7 +17,13 @@ pub(super) fn run(arguments: &Arguments, output: Output) -> Result<ExitStatus, F
     let names = templates.names().map_err(|e| Failure::other(chain(&e)))?;
     let mut found = Vec::new();
     for name in names {
-        found.push(templates.find(&name, &journal).map_err(|e| Failure::other(chain(&e)))?);
+        let template = templates.find(&name, &journal).map_err(|e| Failure::other(chain(&e)))?;
+        if let (Some(rootfs), Some(digest)) = (&template.rootfs, &template.rootfs_digest)
+            && let Err(error) = block_indexes::leave_beside(rootfs, digest)
+        {
+            output::tell(&format!("{}: its blocks are indexed by the supervisor: {error}", template.name));
+        }
+        found.push(template);
     }
     if output.json {
         let items: Vec<_> = found

@@ -12,6 +12,7 @@ pub mod authority;
 pub mod tls;
 
 use crate::error::Error;
+use crate::ids::SandboxId;
 use crate::invoke::{self, Account, Client, Destination, Domain};
 use crate::metrics::{INVOKE_SECONDS, INVOKES};
 use crate::routes;
@@ -75,7 +76,8 @@ impl Front {
 
     async fn answer(&self, request: Request<Incoming>, client: Client) -> Response {
         let id = self.core.sources.word(REQUEST_ID_CHARS);
-        let span = tracing::info_span!("request", request = id);
+        // Every line that is logged for a request has its id, and its sandbox once that is known.
+        let span = tracing::info_span!("request", request = id, sandbox = tracing::field::Empty);
         let mut response = self.route(request.map(Body::new), client).instrument(span).await;
         if let Ok(id) = HeaderValue::from_str(&id) {
             response.headers_mut().entry(REQUEST_ID).or_insert(id);
@@ -83,9 +85,18 @@ impl Front {
         response
     }
 
-    async fn route(&self, request: Request<Body>, client: Client) -> Response {
+    async fn route(&self, mut request: Request<Body>, client: Client) -> Response {
         let destination = self.domain.destination(request.version(), request.uri(), request.headers());
+        let sandbox = match &destination {
+            Destination::Api => of_path(request.uri().path()),
+            Destination::Sandbox(id, _) => Some(id.clone()),
+            Destination::Presigned(_) | Destination::Nobody | Destination::Unclear => None,
+        };
+        if let Some(id) = sandbox {
+            tracing::Span::current().record("sandbox", tracing::field::display(id));
+        }
         if destination == Destination::Api {
+            request.extensions_mut().insert(client);
             return match self.api.call(request).await {
                 Ok(response) => response,
                 Err(never) => match never {},
@@ -102,6 +113,11 @@ impl Front {
         tracing::info!(%method, id, port = account.port, url = account.url, status, ms, "invoke");
         response
     }
+}
+
+/// The sandbox that a path of the API is about.
+fn of_path(path: &str) -> Option<SandboxId> {
+    SandboxId::parse(path.strip_prefix("/v1/sandbox/")?.split('/').next()?)
 }
 
 /// Serves until `stop`; then requests under way are finished.
@@ -194,6 +210,17 @@ async fn connection(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_sandbox_of_a_request_is_in_its_path() {
+        let id = "sbx-aaaaaaaaaaaaaaaaaaaa";
+        for path in [format!("/v1/sandbox/{id}"), format!("/v1/sandbox/{id}/pause"), format!("/v1/sandbox/{id}/")] {
+            assert_eq!(of_path(&path), SandboxId::parse(id), "{path}");
+        }
+        for path in ["/v1/sandboxes", "/v1/sandbox/", "/v1/sandbox/x y/pause", "/"] {
+            assert_eq!(of_path(path), None, "{path}");
+        }
+    }
 
     #[test]
     fn the_answer_in_clear_says_its_own_length() {

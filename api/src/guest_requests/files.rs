@@ -11,12 +11,12 @@ use stasis_agent::protocol::files::{
 type Body = Map<String, Value>;
 type Checked<T> = Result<T, Vec<FieldError>>;
 
-const PATTERN: usize = 1024;
-const PATTERNS: usize = 256;
+pub(crate) const PATTERN: usize = 1024;
+pub(crate) const PATTERNS: usize = 256;
 const TEXT: usize = 10 << 20;
-const SEARCHED: usize = 64 << 10;
-const FILES: usize = 1000;
-const EDITS: usize = 1000;
+pub(crate) const SEARCHED: usize = 64 << 10;
+pub(crate) const FILES: usize = 1000;
+pub(crate) const EDITS: usize = 1000;
 
 fn exclude(fields: &mut Fields<'_>) -> Vec<String> {
     fields.texts("exclude", 0..=PATTERNS, PATTERN)
@@ -89,7 +89,7 @@ pub fn read(body: &Body) -> Checked<Read> {
 /// `read-files`.
 pub fn read_many(body: &Body) -> Checked<ReadMany> {
     let mut fields = Fields::of(body);
-    let out = ReadMany { paths: fields.texts("paths", 1..=FILES, super::PATH) };
+    let out = ReadMany { paths: fields.texts("paths", 1..=FILES, super::GUEST_PATH) };
     fields.or(out)
 }
 
@@ -176,7 +176,7 @@ pub fn edit(body: &Body) -> Checked<EditFile> {
 pub fn edit_many(body: &Body) -> Checked<EditFiles> {
     let mut fields = Fields::of(body);
     let out = EditFiles {
-        files: fields.texts("files", 1..=FILES, super::PATH),
+        files: fields.texts("files", 1..=FILES, super::GUEST_PATH),
         find: fields.filled("find", TEXT),
         replace: fields.optional("replace", TEXT).unwrap_or_default(),
     };

@@ -1,16 +1,15 @@
 //! `git/*`: which runs of git an operation is. Names that start with `-` are refused where git would take them for options.
 
-use super::Fields;
+use super::{Fields, NAME};
 use crate::validate::FieldError;
 use serde_json::{Map, Value};
 use stasis_agent::protocol::git::{Credentials, Remote};
 use std::collections::BTreeMap;
 
-const NAME: usize = 1024;
-const URL: usize = 8 << 10;
+pub(crate) const URL: usize = 8 << 10;
 /// One argument of a program has at most 128 KiB on Linux.
-const MESSAGE: usize = 100 << 10;
-const FILES: usize = 10_000;
+pub(crate) const MESSAGE: usize = 100 << 10;
+pub(crate) const FILES: usize = 10_000;
 
 /// What an operation runs, in order, until one fails.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -256,7 +255,7 @@ fn delete_branch(body: &Map<String, Value>) -> Result<Plan, Vec<FieldError>> {
 fn add(body: &Map<String, Value>) -> Result<Plan, Vec<FieldError>> {
     let mut fields = Fields::of(body);
     let path = fields.path("path");
-    let files = fields.texts("files", 1..=FILES, super::PATH);
+    let files = fields.texts("files", 1..=FILES, super::GUEST_PATH);
     fields.or(Plan::of(Some(path), [[words(["add", "--"]), files].concat()]))
 }
 

@@ -9,7 +9,9 @@ use crate::validate::{FieldError, FieldErrors, boolean, integer};
 use serde_json::{Map, Value};
 
 /// Octets of a path at most: Linux knows no longer ones.
-const PATH: usize = 4095;
+pub(crate) const GUEST_PATH: usize = 4095;
+/// Octets of a name (a branch, a remote, a person) at most.
+pub(crate) const NAME: usize = 1024;
 
 /// Reads the fields of a request; what is wrong with them is collected.
 struct Fields<'a> {
@@ -58,7 +60,7 @@ impl<'a> Fields<'a> {
     }
 
     fn path(&mut self, name: &str) -> String {
-        self.filled(name, PATH)
+        self.filled(name, GUEST_PATH)
     }
 
     /// An optional text that is nothing when it is empty.

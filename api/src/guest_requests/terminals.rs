@@ -6,6 +6,8 @@ use serde_json::{Map, Value};
 use stasis_agent::protocol::terminals::{Create, DEFAULT_SIZE};
 
 const ID: usize = 128;
+const USER: usize = 64;
+const COMMAND: usize = 64 << 10;
 const SIDE: u16 = 2000;
 
 /// `POST pty`. The sandbox's own environment is added later.
@@ -15,12 +17,16 @@ pub fn create(body: &Map<String, Value>) -> Result<Create, Vec<FieldError>> {
     if id.as_ref().is_some_and(|id| id.is_empty() || id.chars().any(char::is_control)) {
         fields.errors.add("id", "must have visible characters only");
     }
-    let cwd = fields.optional_filled("cwd", super::PATH);
+    let command = fields.optional_filled("command", COMMAND);
+    let user = fields.optional_filled("user", USER);
+    let cwd = fields.optional_filled("cwd", super::GUEST_PATH);
     let envs = environment(body, &["envs", "env"], &mut fields.errors);
     let (cols, rows) = (side(&mut fields, "cols"), side(&mut fields, "rows"));
     let lazy_start = fields.flag("lazy_start");
     fields.or(Create {
         id,
+        command,
+        user,
         cwd,
         envs,
         environment: std::collections::BTreeMap::new(),

@@ -23,7 +23,8 @@ pub struct Key {
     pub revoked_at: Option<UnixMs>,
 }
 
-fn hash(secret: &str) -> String {
+/// What is stored of a key.
+pub(super) fn hash(secret: &str) -> String {
     blake3::derive_key("stasis 2026 api key at rest", secret.as_bytes()).iter().fold(String::new(), |mut hex, byte| {
         use std::fmt::Write as _;
         // Writing to a String cannot fail.

@@ -5,6 +5,7 @@
 //! - `operations`: what was begun, written **before** it begins, and how it ended. What has no end when the supervisor starts was interrupted.
 //! - `transitions`: every move of every state machine, for people.
 //! - `presigned_urls`: presigned URLs, their tokens hashed.
+//! - `sessions`: sessions of the page for people, their tokens hashed.
 //! - `digests`: BLAKE3 of template files by path, size and time.
 //!
 //! Nothing here is needed by another host: the bucket is the catalogue, and an empty journal is rebuilt from it (`supervisor::catalogue`).
@@ -18,6 +19,7 @@ pub mod keys;
 mod operations;
 pub mod presigned;
 mod sandboxes;
+mod sessions;
 
 pub use operations::{Interrupted, OperationId, OperationKind};
 #[cfg(test)]
@@ -48,6 +50,7 @@ const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS presigned_urls (
         id TEXT PRIMARY KEY, sandbox TEXT NOT NULL, port INTEGER NOT NULL, hash BLOB NOT NULL,
         created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS sessions (hash BLOB PRIMARY KEY, key TEXT NOT NULL, expires_at INTEGER NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;
 ";
 

@@ -22,7 +22,7 @@ pub struct Move<'a> {
 }
 
 /// A move as it is listed.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct Transition {
     /// When.
     pub at: UnixMs,

@@ -70,6 +70,9 @@ families! {
     CACHE_FILES Gauge "stasis_pack_cache_files" "Packs on the local disk."
     AHEAD_ROUNDS Gauge "stasis_run_ahead_rounds" "Rounds ahead of a pause, of the sandboxes that run now, by outcome."
     AHEAD_BYTES Gauge "stasis_run_ahead_bytes" "Bytes sent ahead of a pause, of the sandboxes that run now."
+    COLLECTIONS Counter "stasis_gc_passes_total" "Passes of the collector, by outcome."
+    COLLECTED Counter "stasis_gc_deleted_objects_total" "Objects that the collector deleted."
+    COLLECTED_BYTES Counter "stasis_gc_deleted_bytes_total" "Bytes that the collector deleted."
 }
 
 /// Name and value of each label of a series.

@@ -2,82 +2,68 @@
 
 use crate::error::Error;
 use crate::record::Record;
-use crate::registry::Sandbox;
+use crate::registry;
 use crate::sources::rfc3339;
 use crate::timing::Timing;
+use crate::wire::errors::{Failure, ValidationError};
+use crate::wire::sandboxes::{Sandbox, SandboxItem};
 use axum::Json;
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// Names the header that carries [`Error::code`]; the contract's error body has no room for it.
 const STASIS_ERROR: HeaderName = HeaderName::from_static("stasis-error");
 
 /// A sandbox.
-pub(super) fn sandbox(record: &Record) -> Value {
+pub(super) fn sandbox(record: &Record) -> Sandbox {
     let spec = &record.spec;
     // The contract knows no sandbox without a disk; test templates have none.
     let disk = spec.disk_mib.max(1);
-    let mut out = json!({
-        "id": record.id,
-        "template_id": spec.template_id,
-        "template_name": spec.template_name,
-        "vcpu": spec.vcpu,
-        "memory": spec.memory_mib,
-        "memory_mib": spec.memory_mib,
-        "disk": disk,
-        "disk_mib": disk,
-        "timeout": spec.timeout_s,
-        "timeout_min": spec.timeout_s.div_ceil(60),
-        "state": record.state,
-        "auto_pause": spec.auto_pause,
-        "created_at": rfc3339(spec.created_at),
-        "updated_at": rfc3339(record.state_changed_at),
-    });
-    // Absent rather than null: some clients refuse null.
-    if let (Some(policy), Some(fields)) = (&spec.network_policy, out.as_object_mut()) {
-        fields.insert("network_policy".to_owned(), json!(policy));
+    Sandbox {
+        id: record.id.to_string(),
+        template_id: spec.template_id.clone(),
+        template_name: spec.template_name.clone(),
+        vcpu: spec.vcpu,
+        memory: spec.memory_mib,
+        memory_mib: spec.memory_mib,
+        disk,
+        disk_mib: disk,
+        timeout: spec.timeout_s,
+        timeout_min: spec.timeout_s.div_ceil(60),
+        state: record.state,
+        auto_pause: spec.auto_pause,
+        network_policy: spec.network_policy.clone(),
+        created_at: rfc3339(spec.created_at),
+        updated_at: rfc3339(record.state_changed_at),
+        reason: record.reason.clone(),
+        phase: None,
     }
-    if let (Some(reason), Some(fields)) = (&record.reason, out.as_object_mut()) {
-        fields.insert("reason".to_owned(), json!(reason));
-    }
-    out
 }
 
 /// The same with what its operation is doing now.
-pub(super) fn live_sandbox(of: &Sandbox) -> Value {
-    let mut out = sandbox(&of.record());
-    if let (Some(phase), Some(fields)) = (of.phase(), out.as_object_mut()) {
-        fields.insert("phase".to_owned(), json!(phase));
-    }
-    out
+pub(super) fn live_sandbox(of: &registry::Sandbox) -> Sandbox {
+    Sandbox { phase: of.phase(), ..sandbox(&of.record()) }
 }
 
 /// A line of a list.
-pub(super) fn item(record: &Record) -> Value {
-    let mut out = json!({
-        "id": record.id,
-        "template_id": record.spec.template_id,
-        "pod_id": "",
-        "state": record.state,
-        "created_at": rfc3339(record.spec.created_at),
-        "state_change_time": rfc3339(record.state_changed_at),
-    });
-    if let Some(fields) = out.as_object_mut() {
-        if let Some(at) = record.launched_at {
-            fields.insert("launch_time".to_owned(), json!(rfc3339(at)));
-        }
-        if let Some(at) = record.deadline {
-            fields.insert("timeout_at".to_owned(), json!(at / 1000));
-        }
+pub(super) fn item(record: &Record) -> SandboxItem {
+    SandboxItem {
+        id: record.id.to_string(),
+        template_id: record.spec.template_id.clone(),
+        pod_id: "",
+        state: record.state,
+        created_at: rfc3339(record.spec.created_at),
+        state_change_time: rfc3339(record.state_changed_at),
+        launch_time: record.launched_at.map(rfc3339),
+        timeout_at: record.deadline.map(|at| at / 1000),
     }
-    out
 }
 
 /// A JSON answer with what it cost.
-pub(super) fn timed(status: StatusCode, body: Value, timing: &Timing) -> Response {
+pub(super) fn timed(status: StatusCode, body: impl Serialize, timing: &Timing) -> Response {
     with_timing((status, Json(body)).into_response(), timing)
 }
 
@@ -93,7 +79,7 @@ pub(super) fn with_timing(mut response: Response, timing: &Timing) -> Response {
 
 /// `{message}`.
 pub(super) fn plain(status: StatusCode, message: &str, code: &'static str) -> Response {
-    let mut response = (status, Json(json!({ "message": message }))).into_response();
+    let mut response = (status, Json(Failure { message: message.to_owned() })).into_response();
     response.headers_mut().insert(STASIS_ERROR, HeaderValue::from_static(code));
     response
 }
@@ -105,14 +91,12 @@ pub(super) fn error(error: &Error) -> Response {
     if status.is_server_error() {
         tracing::error!(status = status.as_u16(), code = error.code(), "{message}");
     }
-    let mut response = match error {
-        Error::Invalid(errors) => {
-            let mut response = (status, Json(json!({ "message": message, "errors": errors }))).into_response();
-            response.headers_mut().insert(STASIS_ERROR, HeaderValue::from_static(error.code()));
-            response
-        }
-        _ => plain(status, &message, error.code()),
+    let mut response = if status == StatusCode::BAD_REQUEST {
+        (status, Json(ValidationError { message, errors: error.fields() })).into_response()
+    } else {
+        (status, Json(Failure { message })).into_response()
     };
+    response.headers_mut().insert(STASIS_ERROR, HeaderValue::from_static(error.code()));
     if let Some(seconds) = error.retry_after_s() {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
@@ -124,11 +108,12 @@ mod tests {
     use super::*;
     use crate::journal::tests_support::sample;
     use crate::network_policy::{Mode, NetworkPolicy};
+    use serde_json::{json, to_value};
 
     #[test]
     fn a_sandbox_has_both_spellings_and_no_nulls() {
         let mut record = sample("sbx-a");
-        let plain = sandbox(&record);
+        let plain = to_value(sandbox(&record)).unwrap();
         for (a, b) in [("memory", "memory_mib"), ("disk", "disk_mib")] {
             assert_eq!(plain[a], plain[b]);
             assert!(plain[a].as_u64().unwrap() >= 1);
@@ -137,6 +122,6 @@ mod tests {
         assert!(plain.get("network_policy").is_none());
         record.spec.network_policy =
             Some(NetworkPolicy { mode: Mode::DenyAll, allow_domains: vec![], allow_cidrs: vec![], transforms: vec![] });
-        assert_eq!(sandbox(&record)["network_policy"], json!({"mode": "deny-all"}));
+        assert_eq!(to_value(sandbox(&record)).unwrap()["network_policy"], json!({"mode": "deny-all"}));
     }
 }

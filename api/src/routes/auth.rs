@@ -1,12 +1,14 @@
 //! Who asks: an API key in `leap0-authorization` or, when that is absent, in `authorization`; `Bearer ` is optional in both.
 //!
-//! The first wins because it exists for requests whose `authorization` belongs to somebody else.
+//! The first wins because it exists for requests whose `authorization` belongs to somebody else. A request without either may carry a
+//! session of the page for people ([`crate::ui`]).
 
 use crate::error::Error;
 use crate::supervisor::Core;
+use crate::ui::session;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, Uri, header};
 use std::sync::Arc;
 
 /// The tenant that the request's key speaks for. Each request that takes this counts against the rates.
@@ -16,10 +18,18 @@ impl FromRequestParts<Arc<Core>> for Tenant {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Error> {
-        let tenant = tenant_of(core, &parts.headers)?;
+        let tenant = authenticated(core, &parts.uri, &parts.headers)?;
         core.rates.take(&tenant, core.sources.now_ms())?;
         Ok(Self(tenant))
     }
+}
+
+/// The tenant that a key or a session speaks for.
+pub(super) fn authenticated(core: &Core, uri: &Uri, headers: &HeaderMap) -> Result<String, Error> {
+    if key_of(headers).is_some() {
+        return tenant_of(core, headers);
+    }
+    session::tenant(core, uri, headers)?.ok_or(Error::Unauthorized)
 }
 
 /// The tenant that the key in these headers speaks for.

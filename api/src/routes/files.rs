@@ -3,19 +3,24 @@
 use super::answers::with_timing;
 use super::guest::{STALL, acting, asking};
 use super::sandboxes::pairs;
-use super::{Shared, Tenant, json_body};
+use super::table::Route;
+use super::{Path, Shared, Tenant, json_body};
 use crate::error::Error;
 use crate::guest_requests::files as requests;
+use crate::openapi::{Operation, Tag};
 use crate::registry::Sandbox;
 use crate::supervisor::Core;
 use crate::supervisor::operations::reach;
 use crate::validate::FieldError;
+use crate::wire::files::{
+    DeletePath, EditFile, EditFiles, FindFiles, FindLines, ListDirectory, MakeDirectory, MoveOrCopy, OnePath, ReadFile,
+    ReadFiles, SetPermissions, ShowTree, WriteFile,
+};
 use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{MethodRouter, post};
 use serde::Serialize;
 use stasis_agent::protocol::files::{EditResults, Edited, Exists, FileInfo, Listing, Matches, Paths, TreeItems};
 use std::sync::Arc;
@@ -24,27 +29,139 @@ const VERB: &str = "use files of";
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)> {
-    let routes = [
-        ("ls", asking::<_, Listing>(requests::ls, "/v1/files/ls", VERB)),
-        ("stat", asking::<_, FileInfo>(requests::path, "/v1/files/stat", VERB)),
-        ("mkdir", acting(requests::mkdir, "/v1/files/mkdir", VERB)),
-        ("write-file", post(write)),
-        ("write-files", post(write_many)),
-        ("read-file", post(read)),
-        ("read-files", post(read_many)),
-        ("delete", acting(requests::delete, "/v1/files/delete", VERB)),
-        ("set-permissions", acting(requests::set_permissions, "/v1/files/set-permissions", VERB)),
-        ("glob", asking::<_, Paths>(requests::glob, "/v1/files/glob", VERB)),
-        ("grep", asking::<_, Matches>(requests::grep, "/v1/files/grep", VERB)),
-        ("edit-file", asking::<_, Edited>(requests::edit, "/v1/files/edit", VERB)),
-        ("edit-files", asking::<_, EditResults>(requests::edit_many, "/v1/files/edit-many", VERB)),
-        ("move", acting(requests::transfer, "/v1/files/move", VERB)),
-        ("copy", acting(requests::transfer, "/v1/files/copy", VERB)),
-        ("exists", asking::<_, Exists>(requests::path, "/v1/files/exists", VERB)),
-        ("tree", asking::<_, TreeItems>(requests::tree, "/v1/files/tree", VERB)),
-    ];
-    routes.into_iter().map(|(name, handler)| (format!("/v1/sandbox/{{id}}/filesystem/{name}"), handler))
+pub(super) fn routes() -> Vec<Route> {
+    let at = |name: &str| format!("/v1/sandbox/{{id}}/filesystem/{name}");
+    let op = |id: &str, summary| Operation::new(format!("filesystem{id}"), Tag::Filesystem, summary);
+    vec![
+        asking::<_, Listing>(
+            at("ls"),
+            op("LS", "List a directory").body::<ListDirectory>(),
+            requests::ls,
+            "/v1/files/ls",
+            VERB,
+        ),
+        asking::<_, FileInfo>(
+            at("stat"),
+            op("Stat", "Show a file or directory").body::<OnePath>(),
+            requests::path,
+            "/v1/files/stat",
+            VERB,
+        ),
+        acting(
+            at("mkdir"),
+            op("Mkdir", "Make a directory").body::<MakeDirectory>(),
+            requests::mkdir,
+            "/v1/files/mkdir",
+            VERB,
+        ),
+        Route::post(
+            at("write-file"),
+            write,
+            op("WriteFile", "Write a file")
+                .says("The body is the file, of any size. It takes the place of what is there when it is complete.")
+                .query::<WriteFile>()
+                .octets()
+                .done(204, "It is written.")
+                .asks_guest(),
+        ),
+        Route::post(
+            at("write-files"),
+            write_many,
+            op("WriteFiles", "Write files")
+                .says("A form with a part for each file, whose name is the path.")
+                .form()
+                .done(204, "They are written.")
+                .asks_guest(),
+        ),
+        Route::post(
+            at("read-file"),
+            read,
+            op("ReadFile", "Read a file")
+                .says("Whole, or a part of it: bytes, or its first or last lines.")
+                .body::<ReadFile>()
+                .answers_octets("The bytes.")
+                .asks_guest(),
+        ),
+        Route::post(
+            at("read-files"),
+            read_many,
+            op("ReadFiles", "Read files")
+                .says("One that cannot be read refuses the request.")
+                .body::<ReadFiles>()
+                .answers_form("A part for each file, whose name is the path.")
+                .asks_guest(),
+        ),
+        acting(
+            at("delete"),
+            op("Delete", "Delete a file or directory").body::<DeletePath>(),
+            requests::delete,
+            "/v1/files/delete",
+            VERB,
+        ),
+        acting(
+            at("set-permissions"),
+            op("SetPermissions", "Change mode, owner or group").body::<SetPermissions>(),
+            requests::set_permissions,
+            "/v1/files/set-permissions",
+            VERB,
+        ),
+        asking::<_, Paths>(
+            at("glob"),
+            op("Glob", "Find files by name").body::<FindFiles>(),
+            requests::glob,
+            "/v1/files/glob",
+            VERB,
+        ),
+        asking::<_, Matches>(
+            at("grep"),
+            op("Grep", "Find lines that contain a text").says("Binary files are passed over.").body::<FindLines>(),
+            requests::grep,
+            "/v1/files/grep",
+            VERB,
+        ),
+        asking::<_, Edited>(
+            at("edit-file"),
+            op("EditFile", "Replace texts in a file").body::<EditFile>(),
+            requests::edit,
+            "/v1/files/edit",
+            VERB,
+        ),
+        asking::<_, EditResults>(
+            at("edit-files"),
+            op("EditFiles", "Replace a text in files").body::<EditFiles>(),
+            requests::edit_many,
+            "/v1/files/edit-many",
+            VERB,
+        ),
+        acting(
+            at("move"),
+            op("Move", "Move a file or directory").body::<MoveOrCopy>(),
+            requests::transfer,
+            "/v1/files/move",
+            VERB,
+        ),
+        acting(
+            at("copy"),
+            op("Copy", "Copy a file or directory").body::<MoveOrCopy>(),
+            requests::transfer,
+            "/v1/files/copy",
+            VERB,
+        ),
+        asking::<_, Exists>(
+            at("exists"),
+            op("Exists", "Ask whether a path is there").body::<OnePath>(),
+            requests::path,
+            "/v1/files/exists",
+            VERB,
+        ),
+        asking::<_, TreeItems>(
+            at("tree"),
+            op("Tree", "Show a directory as a tree").body::<ShowTree>(),
+            requests::tree,
+            "/v1/files/tree",
+            VERB,
+        ),
+    ]
 }
 
 /// The file is the body, whatever its content type.

@@ -1,22 +1,34 @@
 //! What is in the bucket for one sandbox: head, manifest, packs, and its past here. An extension of ours, for people.
 
-use super::{Shared, Tenant, answers};
+use super::table::Route;
+use super::{Path, Shared, Tenant, answers};
 use crate::error::{Error, StoreContext as _, chain};
+use crate::openapi::{Operation, Tag};
 use crate::registry::Sandbox;
 use crate::store::place;
 use crate::supervisor::Core;
+use crate::wire::sandboxes::{HeadObject, Inspection, StoredObject, VmmPlace};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde_json::{Value, json};
 use stasis_snapshot::image::PageRef;
 use stasis_snapshot::manifest::{Image, ImageKind, Manifest, ManifestRef};
 
+pub(super) fn routes() -> Vec<Route> {
+    let operation = Operation::new("inspectSandbox", Tag::Sandbox, "Show what is in the bucket for a sandbox")
+        .says("Its head, manifest and packs, and its past on this host. Damage is part of the answer.")
+        .of_sandbox()
+        .answers::<Inspection>(200, "Everything that is known.")
+        .stores();
+    vec![Route::get("/v1/sandbox/{id}/inspect", inspect, operation)]
+}
+
 /// 200 with everything; damage is part of the answer, not an error.
-pub(super) async fn inspect(
+async fn inspect(
     State(core): Shared,
     Tenant(tenant): Tenant,
     Path(id): Path<String>,
-) -> Result<Json<Value>, Error> {
+) -> Result<Json<Inspection>, Error> {
     let sandbox = core.registry.find(&tenant, &id)?;
     let place = place(&sandbox.tenant, &sandbox.id)?;
     let objects = core.store.list_all(place.prefix()).await?;
@@ -26,20 +38,21 @@ pub(super) async fn inspect(
         None => None,
     };
     let total: u64 = objects.iter().map(|(_, size)| size).sum();
-    Ok(Json(json!({
-        "sandbox": answers::live_sandbox(&sandbox),
-        "vmm": vmm(&sandbox),
-        "run_ahead": sandbox.ahead(|spent| *spent),
-        "head": head.map(|current| json!({ "etag": current.etag, "body": current.head })),
-        "manifest": manifest,
-        "objects": objects.iter().map(|(key, bytes)| json!({ "key": key, "bytes": bytes })).collect::<Vec<_>>(),
-        "objects_bytes": total,
-        "transitions": core.journal.transitions(&sandbox.id)?,
-    })))
+    Ok(Json(Inspection {
+        sandbox: answers::live_sandbox(&sandbox),
+        vmm: vmm(&sandbox),
+        run_ahead: sandbox.ahead(|spent| *spent),
+        head: head.map(|current| HeadObject { etag: current.etag.0.clone(), body: json!(current.head) }),
+        manifest,
+        objects: objects.into_iter().map(|(key, bytes)| StoredObject { key, bytes }).collect(),
+        objects_bytes: total,
+        transitions: core.journal.transitions(&sandbox.id)?,
+    }))
 }
 
-fn vmm(sandbox: &Sandbox) -> Value {
-    sandbox.vm().map_or(Value::Null, |vm| json!({ "pid": vm.identity().pid, "run_dir": vm.run_dir() }))
+fn vmm(sandbox: &Sandbox) -> Option<VmmPlace> {
+    let vm = sandbox.vm()?;
+    Some(VmmPlace { pid: vm.identity().pid, run_dir: vm.run_dir().display().to_string() })
 }
 
 async fn describe(core: &Core, named: &ManifestRef) -> Value {

@@ -8,7 +8,10 @@ use axum::response::Response;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use std::sync::Arc;
 
-/// What is left out: a part of the API, a method, and the path below `/v1/sandbox/{id}/`. The desktop and the code interpreter are no routes
+/// Where left-out parts are.
+const BELOW: &str = "/v1/sandbox/{id}/";
+
+/// What is left out: a part of the API, a method, and the path below [`BELOW`]. The desktop and the code interpreter are no routes
 /// of the contract but services in templates of theirs, which are not there either.
 const LEFT_OUT: [(&str, MethodFilter, &str); 15] = [
     ("lsp", MethodFilter::POST, "lsp/start"),
@@ -31,10 +34,20 @@ const LEFT_OUT: [(&str, MethodFilter, &str); 15] = [
 const ANY: MethodFilter =
     MethodFilter::GET.or(MethodFilter::POST).or(MethodFilter::PUT).or(MethodFilter::PATCH).or(MethodFilter::DELETE);
 
+/// Methods and paths of what is left out, for the API's document.
+pub(super) fn listed() -> Vec<(String, String)> {
+    LEFT_OUT.iter().map(|(_, method, path)| (name(*method).to_owned(), format!("{BELOW}{path}"))).collect()
+}
+
+fn name(method: MethodFilter) -> &'static str {
+    let named = [(MethodFilter::POST, "post"), (MethodFilter::PATCH, "patch"), (MethodFilter::DELETE, "delete")];
+    named.into_iter().find_map(|(known, name)| (known == method).then_some(name)).unwrap_or("any")
+}
+
 pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)> {
     let mut routes: Vec<(String, MethodRouter<Arc<Core>>)> = Vec::new();
     for (part, method, path) in LEFT_OUT {
-        let path = format!("/v1/sandbox/{{id}}/{path}");
+        let path = format!("{BELOW}{path}");
         let handler = on(method, move |core: Shared, tenant: Tenant, params: RawPathParams| {
             std::future::ready(refuse(core, tenant, &params, part))
         });

@@ -1,12 +1,15 @@
 //! The REST API: requests in, answers out. Handlers parse, check the key, call the supervisor and convert; they decide nothing.
 //!
+//! Each module has the table of its routes; a route stands there with its [`openapi::Operation`], from which `GET /openapi.json` is made.
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`,
-//! `/readyz`, and the headers `server-timing` and
-//! `stasis-error`.
+//! contract does not have: `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `GET …/console`, `GET /v1/live`, `GET /v1/events`,
+//! `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`, `/readyz`, `/openapi.json`, `/docs`, `/ui` ([`crate::ui`]), and the headers
+//! `server-timing` and `stasis-error`.
 
 mod answers;
 mod auth;
+mod console;
+mod docs;
 mod files;
 mod git;
 mod guest;
@@ -15,14 +18,20 @@ mod host;
 mod inspect;
 mod left_out;
 mod lifecycle;
+mod live;
+mod path;
 mod presigned;
+mod process;
 mod sandboxes;
 mod snapshots;
+mod table;
 mod terminals;
 
 use crate::error::Error;
 use crate::metrics::REQUESTS;
+use crate::openapi;
 use crate::supervisor::Core;
+use crate::ui;
 use auth::Tenant;
 pub(crate) use auth::tenant_of;
 use axum::Router;
@@ -31,42 +40,63 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{MethodRouter, get};
 use http_body_util::BodyExt as _;
+use path::Path;
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
+use table::Route;
+
+/// All routes of the API. What is neither here nor in [`undescribed`] is not served.
+fn routes() -> Vec<Route> {
+    [
+        sandboxes::routes(),
+        lifecycle::routes(),
+        snapshots::routes(),
+        presigned::routes(),
+        process::routes(),
+        files::routes(),
+        git::routes(),
+        terminals::routes(),
+        inspect::routes(),
+        live::routes(),
+        host::routes(),
+        health::routes(),
+        docs::routes(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// What is served and not described: the page for people, which is no part of the API, and answers without an end, since whoever asks by
+/// the description waits for a whole body.
+fn undescribed() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)> {
+    let streams = [("/v1/events", get(live::events)), ("/v1/sandbox/{id}/console", get(console::console))];
+    streams.into_iter().map(|(path, handler)| (path.to_owned(), handler)).chain(ui::routes())
+}
+
+/// The API's description.
+pub fn document() -> Value {
+    let routes = routes();
+    let operations =
+        routes.iter().map(|route| (route.path.as_str(), route.method.as_str().to_ascii_lowercase(), &route.operation));
+    openapi::document(operations, &left_out::listed())
+}
 
 /// The whole API over `core`.
 pub fn router(core: Arc<Core>) -> Router {
+    let mut paths: BTreeMap<String, MethodRouter<Arc<Core>>> = BTreeMap::new();
+    for (path, handler) in
+        routes().into_iter().map(|route| (route.path, route.handler)).chain(left_out::routes()).chain(undescribed())
+    {
+        let methods = paths.remove(&path).unwrap_or_default();
+        paths.insert(path, methods.merge(handler));
+    }
     let mut app = Router::new();
-    let routes: [(&str, MethodRouter<Arc<Core>>); 23] = [
-        ("/v1/sandbox", post(sandboxes::create)),
-        ("/v1/sandboxes", get(sandboxes::list)),
-        ("/v1/sandbox/{id}", get(sandboxes::get).merge(delete(sandboxes::delete))),
-        ("/v1/sandbox/{id}/pause", post(sandboxes::pause)),
-        ("/v1/sandbox/{id}/resume", post(sandboxes::resume)),
-        ("/v1/sandbox/{id}/stop", post(lifecycle::stop)),
-        ("/v1/sandbox/{id}/start", post(lifecycle::start)),
-        ("/v1/sandbox/{id}/undelete", post(sandboxes::undelete)),
-        ("/v1/sandbox/{id}/process/execute", post(sandboxes::execute)),
-        ("/v1/sandbox/{id}/inspect", get(inspect::inspect)),
-        ("/v1/sandbox/{id}/snapshot/create", post(snapshots::create)),
-        ("/v1/sandbox/{id}/presigned-url", post(presigned::create)),
-        ("/v1/sandbox/{id}/presigned-url/{url}", delete(presigned::delete)),
-        ("/v1/sandbox/{id}/snapshot/pause", post(snapshots::pause)),
-        ("/v1/snapshots", get(snapshots::list)),
-        ("/v1/snapshot/restore", post(snapshots::restore)),
-        ("/v1/snapshot/resume", post(snapshots::restore)),
-        ("/v1/snapshot/{id}", delete(snapshots::delete)),
-        ("/v1/recover", post(sandboxes::recover)),
-        ("/v1/host/metrics", get(host::metrics)),
-        ("/metrics", get(host::prometheus)),
-        ("/healthz", get(health::health)),
-        ("/readyz", get(health::ready)),
-    ];
-    let routes = routes.into_iter().map(|(path, methods)| (path.to_owned(), methods));
-    for (path, methods) in routes.chain(guest::routes()) {
+    for (path, methods) in paths {
         app = app.route(&path, methods.clone());
         if !path.ends_with("{*rest}") {
             app = app.route(&format!("{path}/"), methods);
@@ -101,7 +131,7 @@ async fn log(State(core): Shared, request: Request, next: Next) -> Response {
 }
 
 /// The body as a JSON object; an empty one counts as `{}`. Content types are not looked at: the contract's clients often send none.
-async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error> {
+pub(crate) async fn json_body(core: &Core, body: Body) -> Result<Map<String, Value>, Error> {
     let bytes = read(body, core.config.limits.body_bytes).await?;
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(Map::new());

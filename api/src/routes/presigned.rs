@@ -1,22 +1,50 @@
 //! Presigned URLs: names by which a port of a sandbox is reached without a key, for a while.
 
-use super::{Shared, Tenant, json_body};
+use super::table::Route;
+use super::{Path, Shared, Tenant, json_body};
 use crate::error::Error;
+use crate::openapi::{Operation, Tag};
 use crate::sources::rfc3339;
 use crate::states::State as SandboxState;
 use crate::validate::{FieldError, FieldErrors, integer};
+use crate::wire::presigned::{CreatePresignedUrl, PresignedUrl};
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::num::NonZeroU16;
 
 /// Life of a URL whose request says none, seconds.
 const LIFE: i64 = 3600;
 /// Longest life, seconds: a week.
 const LONGEST_LIFE: i64 = 7 * 24 * 3600;
+
+pub(super) fn routes() -> Vec<Route> {
+    let op = |id: &str, summary| Operation::new(id, Tag::PresignedUrl, summary);
+    vec![
+        Route::post(
+            "/v1/sandbox/{id}/presigned-url",
+            create,
+            op("createPresignedURL", "Make a presigned URL")
+                .says("Opens one port to whoever has the URL. The sandbox may be asleep and stays so; a request by the URL wakes it.")
+                .of_sandbox()
+                .body::<CreatePresignedUrl>()
+                .answers::<PresignedUrl>(201, "The URL, with its token, which is shown this once.")
+                .fails(409, "The sandbox has as many as it may have.")
+                .fails(503, "This host has no domain for them."),
+        ),
+        Route::delete(
+            "/v1/sandbox/{id}/presigned-url/{url}",
+            delete,
+            op("deletePresignedURL", "Delete a presigned URL")
+                .says("What came by it is finished; nothing else comes.")
+                .fails(404, "There is no such sandbox, or it has no such URL.")
+                .done(204, "It leads nowhere."),
+        ),
+    ]
+}
 
 /// A checked request: the port, and the life in seconds.
 fn checked(body: &Map<String, Value>) -> Result<(NonZeroU16, i64), Vec<FieldError>> {
@@ -34,7 +62,7 @@ fn checked(body: &Map<String, Value>) -> Result<(NonZeroU16, i64), Vec<FieldErro
 }
 
 /// 201 with the URL and its token, which is shown this once. The sandbox may be asleep; it stays so.
-pub(super) async fn create(
+async fn create(
     State(core): Shared,
     Tenant(tenant): Tenant,
     Path(id): Path<String>,
@@ -49,20 +77,20 @@ pub(super) async fn create(
     let (url, token) = made.ok_or(Error::TooManyUrls { id: sandbox.id.clone() })?;
     let invoke = &core.config.invoke;
     let domain = invoke.domain().map_err(|e| Error::Host(e.to_string()))?;
-    let answer = json!({
-        "id": url.id,
-        "token": token.reveal(),
-        "url": format!("{}://{}", invoke.scheme.as_str(), domain.authority(token.reveal())),
-        "sandbox_id": url.sandbox,
-        "port": url.port,
-        "expires_at": rfc3339(url.expires_at),
-        "created_at": rfc3339(url.created_at),
-    });
+    let answer = PresignedUrl {
+        id: url.id,
+        token: token.reveal().to_owned(),
+        url: format!("{}://{}", invoke.scheme.as_str(), domain.authority(token.reveal())),
+        sandbox_id: url.sandbox,
+        port: url.port,
+        expires_at: rfc3339(url.expires_at),
+        created_at: rfc3339(url.created_at),
+    };
     Ok((StatusCode::CREATED, Json(answer)).into_response())
 }
 
 /// 204. The URL leads nowhere from now on; what came by it is finished.
-pub(super) async fn delete(
+async fn delete(
     State(core): Shared,
     Tenant(tenant): Tenant,
     Path((id, url)): Path<(String, String)>,
@@ -78,6 +106,7 @@ pub(super) async fn delete(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn of(body: &Value) -> Result<(u16, i64), Vec<String>> {
         checked(body.as_object().unwrap())

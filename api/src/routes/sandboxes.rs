@@ -1,121 +1,159 @@
-//! Sandboxes: create, get, list, delete, undelete, pause, resume, execute, recover.
+//! Sandboxes: create, get, list, delete, undelete, pause, resume, recover.
 
-use super::{Shared, Tenant, answers, json_body};
+use super::table::Route;
+use super::{Path, Shared, Tenant, answers, json_body};
 use crate::error::Error;
+use crate::openapi::{Operation, Tag};
 use crate::record::Record;
 use crate::states;
 use crate::supervisor::{catalogue, operations};
-use crate::validate::{self, List, SortBy};
+use crate::validate::{self, FieldErrors, List, SortBy, boolean};
+use crate::wire::sandboxes::{CreateSandbox, ListSandboxes, Recover, Recovered, Sandbox, SandboxList};
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
-use serde_json::{Value, json};
+
+pub(super) fn routes() -> Vec<Route> {
+    let op = |id: &str, summary| Operation::new(id, Tag::Sandbox, summary);
+    vec![
+        Route::post(
+            "/v1/sandbox",
+            create,
+            op("createSandbox", "Make a sandbox")
+                .says("Answers once it runs. It lives for its `timeout`, from each boot and each wake.")
+                .body::<CreateSandbox>()
+                .answers::<Sandbox>(201, "It runs.")
+                .changes("The organisation has as many running sandboxes as it may have.")
+                .timed(),
+        ),
+        Route::get(
+            "/v1/sandboxes",
+            list,
+            op("listSandboxes", "List sandboxes")
+                .says("Deleted ones are not listed.")
+                .query::<ListSandboxes>()
+                .answers::<SandboxList>(200, "One page."),
+        ),
+        Route::get(
+            "/v1/sandbox/{id}",
+            get,
+            op("getSandbox", "Show a sandbox")
+                .says("Wakes nothing and does not prolong its life. A deleted one is shown for a day, with the reason.")
+                .of_sandbox()
+                .answers::<Sandbox>(200, "As it is now."),
+        ),
+        Route::delete(
+            "/v1/sandbox/{id}",
+            delete,
+            op("deleteSandbox", "Delete a sandbox")
+                .says("One that runs is ended first. `undelete` puts it back until the collector has purged it.")
+                .of_sandbox()
+                .done(204, "It is deleted.")
+                .changes("Another operation is under way."),
+        ),
+        Route::post(
+            "/v1/sandbox/{id}/pause",
+            pause,
+            op("pauseSandbox", "Put a sandbox to sleep")
+                .says(
+                    "VM state, memory and disk are captured and uploaded, the head is committed, and the VM is ended. Answers once all of it \
+                     is durable. A pause that fails leaves the sandbox running. The next request that needs the guest wakes it.",
+                )
+                .of_sandbox()
+                .answers::<Sandbox>(201, "It is paused, and durable.")
+                .changes("It does not run.")
+                .timed(),
+        ),
+        Route::post(
+            "/v1/sandbox/{id}/resume",
+            resume,
+            op("resumeSandbox", "Wake a sandbox")
+                .says("One that runs already is answered as it is. Of several requests at once, one wakes and all wait.")
+                .of_sandbox()
+                .answers::<Sandbox>(200, "It runs.")
+                .changes("It is neither paused nor running.")
+                .timed(),
+        ),
+        Route::post(
+            "/v1/sandbox/{id}/undelete",
+            undelete,
+            op("undeleteSandbox", "Put a deleted sandbox back")
+                .says("It is paused, or stopped, as it was at its last pause or stop.")
+                .fails(404, "There is no such sandbox, or it is purged.")
+                .answers::<Sandbox>(200, "It is back.")
+                .changes("It is not deleted, or was never paused."),
+        ),
+        Route::post(
+            "/v1/recover",
+            recover,
+            op("recoverSandboxes", "Take up sandboxes that are in the bucket and unknown here")
+                .body::<Recover>()
+                .answers::<Recovered>(200, "What was found, head by head.")
+                .changes("Another operation is under way."),
+        ),
+    ]
+}
 
 /// 201 with the sandbox, once it runs.
-pub(super) async fn create(State(core): Shared, Tenant(tenant): Tenant, body: Body) -> Result<Response, Error> {
+async fn create(State(core): Shared, Tenant(tenant): Tenant, body: Body) -> Result<Response, Error> {
     let body = json_body(&core, body).await?;
     let (record, timing) = operations::create(&core, &tenant, &body).await?;
     Ok(answers::timed(StatusCode::CREATED, answers::sandbox(&record), &timing))
 }
 
 /// 200 with the sandbox as it is. Wakes nothing, or asking would defeat pausing.
-pub(super) async fn get(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-) -> Result<Response, Error> {
+async fn get(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
     let sandbox = core.registry.find(&tenant, &id)?;
     Ok(Json(answers::live_sandbox(&sandbox)).into_response())
 }
 
 /// 204.
-pub(super) async fn delete(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-) -> Result<Response, Error> {
+async fn delete(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
     let sandbox = core.registry.find(&tenant, &id)?;
     operations::delete(&core, &sandbox).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// 200 with the sandbox, paused as it was at its last pause; 404 once the collector has purged it.
-pub(super) async fn undelete(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-) -> Result<Response, Error> {
+async fn undelete(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
     let record = operations::undelete(&core, &tenant, &id).await?;
     Ok(Json(answers::sandbox(&record)).into_response())
 }
 
 /// 201 with the sandbox, once its head is committed and its VM is gone.
-pub(super) async fn pause(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-) -> Result<Response, Error> {
+async fn pause(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
     let sandbox = core.registry.find(&tenant, &id)?;
     let (record, timing) = operations::pause(&core, &sandbox).await?;
     Ok(answers::timed(StatusCode::CREATED, answers::sandbox(&record), &timing))
 }
 
 /// 200 with the sandbox, once its guest knows that it is awake.
-pub(super) async fn resume(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-) -> Result<Response, Error> {
+async fn resume(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
     let sandbox = core.registry.find(&tenant, &id)?;
     let (record, timing) = operations::resume(&core, &sandbox).await?;
     Ok(answers::timed(StatusCode::OK, answers::sandbox(&record), &timing))
 }
 
-/// 200 with what the command wrote, whatever its exit status.
-pub(super) async fn execute(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-    body: Body,
-) -> Result<Response, Error> {
-    let sandbox = core.registry.find(&tenant, &id)?;
-    let body = json_body(&core, body).await?;
-    let command = validate::execute(&body).map_err(Error::Invalid)?;
-    let done = operations::execute(&core, &sandbox, command).await?;
-    let body = json!({
-        "exit_code": done.exit_code,
-        "stdout": done.stdout,
-        "stderr": done.stderr,
-        "result": done.stdout,
-        "stdout_dropped": done.dropped.0,
-        "stderr_dropped": done.dropped.1,
-        "timed_out": done.timed_out,
-    });
-    Ok(answers::timed(StatusCode::OK, body, &done.timing))
-}
-
 /// 200 with what was found in the bucket. `{"take_over": true}` also takes what a dead supervisor held.
-pub(super) async fn recover(State(core): Shared, Tenant(tenant): Tenant, body: Body) -> Result<Response, Error> {
+async fn recover(State(core): Shared, Tenant(tenant): Tenant, body: Body) -> Result<Response, Error> {
     let body = json_body(&core, body).await?;
-    let take_over = body.get("take_over").and_then(Value::as_bool).unwrap_or(false);
-    let found = catalogue::recover(&core, Some(&tenant), take_over).await?;
-    Ok(Json(json!({ "items": found })).into_response())
+    let mut errors = FieldErrors::default();
+    let take_over = boolean(&body, "take_over", &mut errors).unwrap_or(false);
+    errors.or(()).map_err(Error::Invalid)?;
+    let items = catalogue::recover(&core, Some(&tenant), take_over).await?;
+    Ok(Json(Recovered { items }).into_response())
 }
 
 /// 200 with one page of the tenant's sandboxes. Deleted ones are not listed.
-pub(super) async fn list(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    RawQuery(query): RawQuery,
-) -> Result<Response, Error> {
+async fn list(State(core): Shared, Tenant(tenant): Tenant, RawQuery(query): RawQuery) -> Result<Response, Error> {
     let query = pairs(query.as_deref().unwrap_or_default());
     let list = validate::list(&query).map_err(Error::Invalid)?;
     let records = core.registry.all().into_iter().filter(|s| s.tenant == tenant).map(|s| s.record()).collect();
     let (items, total) = page(records, list);
-    let items = items.iter().map(answers::item).collect::<Vec<_>>();
-    Ok(Json(json!({ "items": items, "total_items": total })).into_response())
+    let items = items.iter().map(answers::item).collect();
+    Ok(Json(SandboxList { items, total_items: total }).into_response())
 }
 
 /// The names and values of a query.

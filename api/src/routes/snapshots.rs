@@ -2,21 +2,85 @@
 //! `snapshot/pause` (create, and end the sandbox) and `snapshot/resume` (restore) are its older ones.
 
 use super::sandboxes::pairs;
-use super::{Shared, Tenant, answers, json_body};
+use super::table::Route;
+use super::{Path, Shared, Tenant, answers, json_body};
 use crate::error::Error;
+use crate::openapi::{Operation, Tag};
 use crate::snapshot_request::{self, List, SortBy};
 use crate::sources::rfc3339;
 use crate::supervisor::operations;
 use crate::supervisor::snapshots::{self, Snapshot};
+use crate::wire::sandboxes::Sandbox;
+use crate::wire::snapshots::{
+    self as wire, CreateSnapshot, ListSnapshots, PausedSnapshot, RestoreSnapshot, SnapshotList,
+};
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
-use serde_json::{Value, json};
+
+pub(super) fn routes() -> Vec<Route> {
+    let op = |id: &str, summary| Operation::new(id, Tag::Snapshot, summary);
+    let restores = |id: &str, summary| {
+        op(id, summary)
+            .says("vCPUs, memory, disk and template are the snapshot's.")
+            .body::<RestoreSnapshot>()
+            .fails(404, "There is no such snapshot.")
+            .answers::<Sandbox>(201, "A new sandbox runs.")
+            .changes("The snapshot is being deleted.")
+            .timed()
+    };
+    vec![
+        Route::post(
+            "/v1/sandbox/{id}/snapshot/create",
+            create,
+            op("createSnapshot", "Make a named snapshot of a sandbox that runs")
+                .says("The sandbox goes on, or is deleted once the snapshot is durable.")
+                .of_sandbox()
+                .body::<CreateSnapshot>()
+                .answers::<wire::Snapshot>(201, "It is durable.")
+                .changes("There is a snapshot of that name, or one is being made, or the sandbox does not run.")
+                .timed(),
+        ),
+        Route::post(
+            "/v1/sandbox/{id}/snapshot/pause",
+            pause,
+            op("pauseSnapshot", "Make a named snapshot of a sandbox, and delete the sandbox")
+                .says("An older word for `snapshot/create` with `kill_sandbox_after`.")
+                .of_sandbox()
+                .body::<CreateSnapshot>()
+                .answers::<PausedSnapshot>(201, "It is durable.")
+                .changes("There is a snapshot of that name, or one is being made, or the sandbox does not run.")
+                .timed(),
+        ),
+        Route::post("/v1/snapshot/restore", restore, restores("restoreSnapshot", "Make a sandbox from a snapshot")),
+        Route::post(
+            "/v1/snapshot/resume",
+            restore,
+            restores("resumeSnapshot", "Make a sandbox from a snapshot, by an older word"),
+        ),
+        Route::get(
+            "/v1/snapshots",
+            list,
+            op("listSnapshots", "List snapshots")
+                .query::<ListSnapshots>()
+                .answers::<SnapshotList>(200, "One page.")
+                .stores(),
+        ),
+        Route::delete(
+            "/v1/snapshot/{snapshot}",
+            delete,
+            op("deleteSnapshot", "Delete a snapshot")
+                .fails(404, "There is no such snapshot.")
+                .done(204, "It is deleted.")
+                .changes("A sandbox that was made from it runs."),
+        ),
+    ]
+}
 
 /// 201 with the snapshot, once it is durable; the sandbox runs.
-pub(super) async fn create(
+async fn create(
     State(core): Shared,
     Tenant(tenant): Tenant,
     Path(id): Path<String>,
@@ -26,12 +90,11 @@ pub(super) async fn create(
     let body = json_body(&core, body).await?;
     let asked = snapshot_request::create(&body).map_err(Error::Invalid)?;
     let (snapshot, timing) = operations::create_snapshot(&core, &sandbox, asked).await?;
-    core.metrics.operation("snapshot", true, &timing);
     Ok(answers::timed(StatusCode::CREATED, answer(&snapshot), &timing))
 }
 
 /// The same, and the sandbox is deleted once the snapshot is durable. Clients of this dialect read `state` from the answer.
-pub(super) async fn pause(
+async fn pause(
     State(core): Shared,
     Tenant(tenant): Tenant,
     Path(id): Path<String>,
@@ -42,15 +105,12 @@ pub(super) async fn pause(
     let mut asked = snapshot_request::create(&body).map_err(Error::Invalid)?;
     asked.kill_sandbox_after = true;
     let (snapshot, timing) = operations::create_snapshot(&core, &sandbox, asked).await?;
-    let mut body = answer(&snapshot);
-    if let Some(fields) = body.as_object_mut() {
-        fields.insert("state".to_owned(), json!("paused"));
-    }
+    let body = PausedSnapshot { snapshot: answer(&snapshot), state: "paused" };
     Ok(answers::timed(StatusCode::CREATED, body, &timing))
 }
 
 /// 201 with the new sandbox, once it runs.
-pub(super) async fn restore(State(core): Shared, Tenant(tenant): Tenant, body: Body) -> Result<Response, Error> {
+async fn restore(State(core): Shared, Tenant(tenant): Tenant, body: Body) -> Result<Response, Error> {
     let body = json_body(&core, body).await?;
     let asked = snapshot_request::restore(&body).map_err(Error::Invalid)?;
     let (record, timing) = operations::restore_snapshot(&core, &tenant, asked).await?;
@@ -58,44 +118,33 @@ pub(super) async fn restore(State(core): Shared, Tenant(tenant): Tenant, body: B
 }
 
 /// 204.
-pub(super) async fn delete(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    Path(id): Path<String>,
-) -> Result<Response, Error> {
+async fn delete(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
     operations::delete_snapshot(&core, &tenant, &id).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// 200 with one page of the tenant's snapshots.
-pub(super) async fn list(
-    State(core): Shared,
-    Tenant(tenant): Tenant,
-    RawQuery(query): RawQuery,
-) -> Result<Response, Error> {
+async fn list(State(core): Shared, Tenant(tenant): Tenant, RawQuery(query): RawQuery) -> Result<Response, Error> {
     let list = snapshot_request::list(&pairs(query.as_deref().unwrap_or_default())).map_err(Error::Invalid)?;
     let (items, total) = page(snapshots::list(&core, &tenant).await?, &list);
-    Ok(Json(json!({ "items": items.iter().map(answer).collect::<Vec<_>>(), "total_items": total })).into_response())
+    Ok(Json(SnapshotList { items: items.iter().map(answer).collect(), total_items: total }).into_response())
 }
 
-fn answer(snapshot: &Snapshot) -> Value {
+fn answer(snapshot: &Snapshot) -> wire::Snapshot {
     let spec = &snapshot.spec;
     let disk = spec.disk_mib.max(1);
-    let mut out = json!({
-        "id": snapshot.id,
-        "name": snapshot.name,
-        "template_id": spec.template_id,
-        "vcpu": spec.vcpu,
-        "memory": spec.memory_mib,
-        "memory_mib": spec.memory_mib,
-        "disk": disk,
-        "disk_mib": disk,
-        "created_at": rfc3339(snapshot.created_at),
-    });
-    if let (Some(policy), Some(fields)) = (&spec.network_policy, out.as_object_mut()) {
-        fields.insert("network_policy".to_owned(), json!(policy));
+    wire::Snapshot {
+        id: snapshot.id.clone(),
+        name: snapshot.name.clone(),
+        template_id: spec.template_id.clone(),
+        vcpu: spec.vcpu,
+        memory: spec.memory_mib,
+        memory_mib: spec.memory_mib,
+        disk,
+        disk_mib: disk,
+        network_policy: spec.network_policy.clone(),
+        created_at: rfc3339(snapshot.created_at),
     }
-    out
 }
 
 fn page(mut snapshots: Vec<Snapshot>, list: &List) -> (Vec<Snapshot>, usize) {

@@ -3,26 +3,26 @@
 use super::answers::with_timing;
 use super::files::with_query;
 use super::guest::WITHIN;
-use super::{Shared, Tenant, json_body};
+use super::table::Route;
+use super::{Path, Shared, Tenant, json_body};
 use crate::error::Error;
 use crate::guest_requests::terminals as requests;
+use crate::openapi::{Operation, Tag};
 use crate::sources::rfc3339;
-use crate::supervisor::Core;
 use crate::supervisor::operations::{Guest, reach};
+use crate::wire::terminals::{self as wire, CreateTerminal, ResizeTerminal, TerminalList};
 use axum::Json;
 use axum::body::Body;
+use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{MethodRouter, get, post};
 use futures::{SinkExt as _, StreamExt as _};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use serde_json::{Value, json};
+use serde_json::json;
 use stasis_agent::protocol::terminals::{ATTACH, Resize, Terminal, TerminalId, Terminals};
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
@@ -38,27 +38,68 @@ const STALL: Duration = Duration::from_mins(1);
 const MESSAGE: usize = 1 << 20;
 const READ_SIZE: usize = 32 << 10;
 
-pub(super) fn routes() -> impl Iterator<Item = (String, MethodRouter<Arc<Core>>)> {
-    let routes = [
-        ("", get(list).merge(post(create))),
-        ("/{session}", get(one).delete(delete)),
-        ("/{session}/resize", post(resize)),
-        ("/{session}/connect", get(connect)),
-    ];
-    routes.into_iter().map(|(path, handler)| (format!("/v1/sandbox/{{id}}/pty{path}"), handler))
+pub(super) fn routes() -> Vec<Route> {
+    let at = |rest: &str| format!("/v1/sandbox/{{id}}/pty{rest}");
+    let op = |id: &str, summary| Operation::new(id, Tag::Pty, summary);
+    vec![
+        Route::get(
+            at(""),
+            list,
+            op("listPtySessions", "List terminals").answers::<TerminalList>(200, "All of them.").asks_guest(),
+        ),
+        Route::post(
+            at(""),
+            create,
+            op("createPtySession", "Make a terminal")
+                .body::<CreateTerminal>()
+                .answers::<wire::Terminal>(201, "It is there.")
+                .asks_guest(),
+        ),
+        Route::get(
+            at("/{session}"),
+            one,
+            op("getPtySession", "Show a terminal").answers::<wire::Terminal>(200, "As it is now.").asks_guest(),
+        ),
+        Route::delete(
+            at("/{session}"),
+            delete,
+            op("deletePtySession", "Delete a terminal").done(204, "Its shell is killed.").asks_guest(),
+        ),
+        Route::post(
+            at("/{session}/resize"),
+            resize,
+            op("resizePtySession", "Give a terminal another size")
+                .body::<ResizeTerminal>()
+                .answers::<wire::Terminal>(200, "It has that size.")
+                .asks_guest(),
+        ),
+        Route::get(
+            at("/{session}/connect"),
+            connect,
+            op("connectPtySession", "Connect to a terminal")
+                .says(
+                    "A WebSocket: what is sent is typed, what comes is shown, first the last 256 KiB. Close code 1000: its shell has ended; \
+                     1012: the sandbox does not run any more.",
+                )
+                .done(101, "Connected.")
+                .fails(426, "The request does not ask for a WebSocket.")
+                .asks_guest(),
+        ),
+    ]
 }
 
-fn session(terminal: &Terminal) -> Value {
-    json!({
-        "id": terminal.id,
-        "cwd": terminal.cwd,
-        "envs": terminal.envs,
-        "cols": terminal.cols,
-        "rows": terminal.rows,
-        "created_at": rfc3339(terminal.created_at_ms),
-        "active": terminal.active,
-        "lazy_start": terminal.lazy_start,
-    })
+fn session(terminal: Terminal) -> wire::Terminal {
+    wire::Terminal {
+        id: terminal.id,
+        cwd: terminal.cwd,
+        envs: terminal.envs,
+        cols: terminal.cols,
+        rows: terminal.rows,
+        created_at: rfc3339(terminal.created_at_ms),
+        active: terminal.active,
+        lazy_start: terminal.lazy_start,
+        exit_code: terminal.exit_code,
+    }
 }
 
 async fn list(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String>) -> Result<Response, Error> {
@@ -67,8 +108,8 @@ async fn list(State(core): Shared, Tenant(tenant): Tenant, Path(id): Path<String
     let agent = guest.agent();
     let all: Terminals =
         guest.call("guest", "list terminals", agent.ask("/v1/terminals/list", &json!({}), WITHIN)).await?;
-    let items: Vec<Value> = all.items.iter().map(session).collect();
-    Ok(with_timing(Json(json!({ "items": items })).into_response(), &guest.timing))
+    let items = all.items.into_iter().map(session).collect();
+    Ok(with_timing(Json(TerminalList { items }).into_response(), &guest.timing))
 }
 
 async fn create(
@@ -84,7 +125,7 @@ async fn create(
     let agent = guest.agent();
     let made: Terminal =
         guest.call("guest", "make a terminal", agent.ask("/v1/terminals/create", &request, WITHIN)).await?;
-    Ok(with_timing((StatusCode::CREATED, Json(session(&made))).into_response(), &guest.timing))
+    Ok(with_timing((StatusCode::CREATED, Json(session(made))).into_response(), &guest.timing))
 }
 
 async fn one(
@@ -98,7 +139,7 @@ async fn one(
     let request = TerminalId { id: terminal };
     let found: Terminal =
         guest.call("guest", "find a terminal", agent.ask("/v1/terminals/get", &request, WITHIN)).await?;
-    Ok(with_timing(Json(session(&found)).into_response(), &guest.timing))
+    Ok(with_timing(Json(session(found)).into_response(), &guest.timing))
 }
 
 async fn delete(
@@ -127,7 +168,7 @@ async fn resize(
     let request = Resize { id: terminal, cols, rows };
     let resized: Terminal =
         guest.call("guest", "resize a terminal", agent.ask("/v1/terminals/resize", &request, WITHIN)).await?;
-    Ok(with_timing(Json(session(&resized)).into_response(), &guest.timing))
+    Ok(with_timing(Json(session(resized)).into_response(), &guest.timing))
 }
 
 /// The guest is asked first: 404 comes as an answer, and after a 101 there is a terminal.

@@ -16,7 +16,7 @@ use stasis_snapshot::commit::{Attempt, Current, Head, HeadState};
 use stasis_snapshot::manifest::Versioned;
 
 /// What became of one head.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
 pub struct Found {
     /// Whose.
     pub tenant: String,

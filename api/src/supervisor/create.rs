@@ -63,20 +63,21 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
     run(core, tenant, spec, Beginning::Template(template), begun).await
 }
 
-/// Makes a sandbox of `tenant` that goes on where `manifest` stood and waits until it runs.
-pub(super) async fn from_manifest(
+/// Makes a sandbox of `tenant` that goes on where the named `snapshot` stood, which is `manifest`, and waits until it runs.
+pub(super) async fn from_snapshot(
     core: &Arc<Core>,
     tenant: &str,
     spec: Spec,
-    manifest: ManifestRef,
+    (snapshot, manifest): (String, ManifestRef),
 ) -> Result<(Record, Timing), Error> {
-    run(core, tenant, spec, Beginning::Manifest(manifest), Instant::now()).await
+    run(core, tenant, spec, Beginning::Snapshot(snapshot, manifest), Instant::now()).await
 }
 
 /// What a sandbox begins as.
 enum Beginning {
     Template(Template),
-    Manifest(ManifestRef),
+    /// Its id, and what it is.
+    Snapshot(String, ManifestRef),
 }
 
 async fn run(
@@ -90,7 +91,7 @@ async fn run(
     detached(async move {
         let purpose = match from {
             Beginning::Template(_) => Purpose::Create,
-            Beginning::Manifest(_) => Purpose::Restore,
+            Beginning::Snapshot(..) => Purpose::Restore,
         };
         let record = Record::new(SandboxId::new(&core.sources), tenant.clone(), spec);
         let sandbox = core.admitted(&tenant, purpose, || core.registry.add(record))?;
@@ -118,7 +119,7 @@ async fn run(
                 Err(error)
             }
         };
-        core.metrics.operation("create", outcome.is_ok(), &timing);
+        core.account(&sandbox, "create", begun, outcome.as_ref().err(), &timing);
         let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
         core.journal.end(operation, &note, core.sources.now_ms())?;
         drop(guard);
@@ -137,7 +138,7 @@ async fn make(
     // A snapshot's manifest is named from the first head on, so that the collector keeps what the guest still needs of it.
     let manifest = match from {
         Beginning::Template(_) => None,
-        Beginning::Manifest(manifest) => Some(manifest.clone()),
+        Beginning::Snapshot(_, manifest) => Some(manifest.clone()),
     };
     let change = Change { state: HeadState::Live, manifest, record: Core::head_record(sandbox, State::Running)? };
     let attempt = Attempt::first(sandbox.id.as_str(), &core.owner, change, core.commit_id())
@@ -147,13 +148,16 @@ async fn make(
     // The first failure drops the other: the caller ends the VM, and a head that may still land gets a tombstone.
     let (claimed, started) = tokio::try_join!(
         async {
+            if let Beginning::Snapshot(snapshot, manifest) = from {
+                core.hold_fork(&sandbox.tenant, snapshot, manifest).await?;
+            }
             core.commit(sandbox, &attempt, "claim the id").await?;
             Ok::<_, Error>(begun.elapsed())
         },
         async {
             match from {
                 Beginning::Template(template) => start(core, sandbox, template).await,
-                Beginning::Manifest(manifest) => clone(core, sandbox, manifest, Held::default()).await,
+                Beginning::Snapshot(_, manifest) => clone(core, sandbox, manifest, Held::default()).await,
             }
         }
     )?;

@@ -81,17 +81,18 @@ pub async fn undelete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<Record
     let (core, tenant) = (core.clone(), tenant.to_owned());
     detached(async move {
         let _one_at_a_time = core.adoption.lock().await;
-        if let Some(known) = core.registry.get(&id) {
-            if known.tenant != tenant {
-                return Err(Error::NotFound(id.to_string()));
-            }
-            if known.state() != State::Deleted {
-                return Err(Error::State { id, state: known.state(), verb: "undelete" });
-            }
+        let known = core.registry.get(&id);
+        let is_anothers = known.as_ref().is_some_and(|known| known.tenant != tenant);
+        if let Some(known) = known.filter(|known| !is_anothers && known.state() != State::Deleted) {
+            return Err(Error::State { id, state: known.state(), verb: "undelete" });
         }
         let register = core.store.head_of(&place(&tenant, &id)?);
         let gone = || Error::NotFound(id.to_string());
         let current = register.read().await.doing("read the head")?.ok_or_else(gone)?;
+        // Only now: an answer without a look into the bucket would tell that the id is somebody's.
+        if is_anothers {
+            return Err(gone());
+        }
         let now = match (current.head.state, &current.head.manifest) {
             (HeadState::Deleted, None) => return Err(gone()),
             (HeadState::Deleted, Some(_)) => {

@@ -73,7 +73,7 @@ impl Core {
         }
         let overlay = self.store.token();
         out.files.push((overlay, self.overlay()?));
-        let mut base = None;
+        let (mut base, mut base_index) = (None, None);
         if let Some(rootfs) = rootfs {
             let token = self.store.token();
             let file = File::open(rootfs).map_err(|source| Error::Local {
@@ -82,11 +82,19 @@ impl Core {
             })?;
             out.files.push((token, file));
             base = Some(token);
+            if let Some(index) =
+                spec.rootfs_digest.as_deref().and_then(|digest| self.block_indexes.open(rootfs, digest))
+            {
+                let token = self.store.token();
+                out.files.push((token, index));
+                base_index = Some(token);
+            }
         }
         let base_digest = spec.rootfs_digest.clone().filter(|_| base.is_some());
         out.disks.push(DiskConfig {
             base,
             base_digest,
+            base_index,
             overlay: Some(overlay),
             size_mib: spec.disk_mib,
             read_only: false,

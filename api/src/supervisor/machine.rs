@@ -24,6 +24,8 @@ use std::time::Duration;
 
 /// Context id of every guest: the vsock device is ours alone, so ids need not differ.
 const GUEST_CID: u32 = 3;
+/// Bytes of a console's last line that an error repeats.
+const LAST_WORDS: usize = 200;
 /// Bytes of JSON around a command's output.
 const ANSWER_SLACK: usize = 64 << 10;
 
@@ -280,7 +282,11 @@ impl Core {
                 return Ok(());
             }
             tokio::select! {
-                () = vm.wait_ended() => return Err(Error::VmmEnded { id: sandbox.id.clone(), reason: vm.exit_reason() }),
+                () = vm.wait_ended() => {
+                    let said = last_words(&console).map(|line| format!("; its console ends with {line:?}"));
+                    let reason = vm.exit_reason() + said.as_deref().unwrap_or_default();
+                    return Err(Error::VmmEnded { id: sandbox.id.clone(), reason });
+                }
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(100)),
             }
         }
@@ -373,6 +379,13 @@ pub(super) fn vmm_error<'a>(
             Error::Vmm { id: sandbox.id.clone(), action, store, source }
         }
     }
+}
+
+/// The last line of a console that says something.
+fn last_words(console: &Path) -> Option<String> {
+    let text = std::fs::read(console).ok()?;
+    let line = text.split(|b| *b == b'\n').map(<[u8]>::trim_ascii).rfind(|line| !line.is_empty())?;
+    Some(String::from_utf8_lossy(&line[..line.len().min(LAST_WORDS)]).into_owned())
 }
 
 /// Whether the file holds `text`; a file that is not there yet does not.

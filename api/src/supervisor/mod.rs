@@ -4,12 +4,14 @@
 //! | --- | --- |
 //! | `create`, `pause`, `resume`, `stop`, `start`, `delete`, `execute` | one operation each |
 //! | `admission` | who may have a VM |
+//! | `account` | what an operation cost |
 //! | `guest` | requests that need the guest; `git` is one kind of them |
 //! | `capture` | from a VM to packs and a stored manifest |
 //! | `settle` | the end of a pause or a stop: the head, and what may be done with the guest |
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
 //! | `snapshots` | named snapshots |
+//! | `fork` | keeps a snapshot from the collector while a sandbox is made from it |
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
@@ -19,6 +21,7 @@
 //! | `identity` | this supervisor's name in heads |
 //! | `timers` | the ends of lives |
 //! | `ahead` | rounds of capture ahead of a pause |
+//! | `collect` | the collector, by the clock |
 //! | `pressure` | gives kept memory back when the host runs short of it |
 //!
 //! Who runs what: an operation runs in a task of its own, under the sandbox's operation lock; requests only wait for it. One task watches
@@ -27,15 +30,18 @@
 //! Order of effects: the journal first, then the effect. A commit of the head is journaled as an attempt before it is first sent, so that a
 //! killed supervisor can settle it.
 
+mod account;
 mod admission;
 mod ahead;
 mod capture;
 pub mod catalogue;
+mod collect;
 mod create;
 mod delete;
 mod draft;
 mod execute;
 mod files;
+mod fork;
 mod git;
 pub mod golden;
 mod guest;
@@ -55,6 +61,7 @@ mod timers;
 
 use self::golden::Goldens;
 use self::snapshots::Reservations;
+use crate::block_indexes::BlockIndexes;
 use crate::config::{Config, StoreConfig};
 use crate::error::Error;
 use crate::fair_share::FairShare;
@@ -94,6 +101,8 @@ const PAUSES: usize = 4;
 const RUN: &str = "run";
 /// Where packs are kept, in the data directory.
 const PACKS: &str = "packs";
+/// Where indexes of root file systems are kept, in the data directory.
+const BLOCKS: &str = "blocks";
 /// Name of the journal in the data directory.
 pub const JOURNAL: &str = "journal.db";
 
@@ -124,6 +133,8 @@ pub struct Core {
     pub shares: Arc<FairShare>,
     /// Packs on the local disk; `None` when none are kept.
     pub pack_cache: Option<CacheDir>,
+    /// What is known of the blocks of root file systems.
+    pub block_indexes: BlockIndexes,
     /// Booted templates.
     pub goldens: Goldens,
     /// Counters.
@@ -132,6 +143,8 @@ pub struct Core {
     pub snapshot_names: Reservations,
     /// Requests a minute.
     pub rates: Rates,
+    /// Cancelled when the supervisor ends: answers without an end of their own end then.
+    pub ending: CancellationToken,
     vmm_program: PathBuf,
     /// Held from counting sandboxes to adding one, so that two requests cannot both take the last place.
     admission: Mutex<()>,
@@ -200,11 +213,13 @@ impl Supervisor {
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
         let pool =
             VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
+        let stop = CancellationToken::new();
         let core = Arc::new(Core {
             kept: KeptMemory::new(config.warm.keep_memory_bytes(memory_pressure::host_bytes())),
             pool,
             shares: FairShare::new(config.limits.host_connections, config.limits.connections),
             pack_cache: open_pack_cache(&config),
+            block_indexes: BlockIndexes::new(config.data_dir.join(BLOCKS)),
             goldens: Goldens::default(),
             metrics,
             snapshot_names: Reservations::default(),
@@ -217,19 +232,20 @@ impl Supervisor {
             registry,
             owner,
             kvm,
+            ending: stop.clone(),
             vmm_program,
             admission: Mutex::new(()),
             adoption: tokio::sync::Mutex::default(),
         });
         let front = Front::new(core.clone(), tls)?;
         restart::run(&core).await?;
-        let stop = CancellationToken::new();
         let (pooled, pool_stop) = (core.clone(), stop.clone());
         let pool = tokio::spawn(async move { pooled.pool.run(pool_stop).await });
         let background = vec![
             tokio::spawn(timers::run(core.clone(), stop.clone())),
             tokio::spawn(pressure::run(core.clone(), stop.clone())),
             tokio::spawn(ahead::run(core.clone(), stop.clone())),
+            tokio::spawn(collect::run(core.clone(), stop.clone())),
         ];
         let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");

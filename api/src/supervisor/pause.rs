@@ -26,6 +26,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
+use tracing::Instrument as _;
 
 /// Pauses a running sandbox and waits until that is durable, or known to have failed, or unknown.
 pub async fn pause(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Answer {
@@ -42,7 +43,7 @@ pub(super) async fn pause_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard
     let (tell, told) = oneshot::channel();
     let (core, sandbox) = (core.clone(), sandbox.clone());
     detached(async move {
-        tokio::spawn(run(core, sandbox, guard, tell));
+        tokio::spawn(run(core, sandbox, guard, tell).in_current_span());
         told.await.unwrap_or(Err(Error::Bug("a pause did not end")))
     })
     .await
@@ -54,7 +55,7 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
         Err(error) => return answer(tell, Err(error)),
     };
     let (operation, vm) = begun;
-    let mut timing = Timing::default();
+    let (mut timing, since) = (Timing::default(), Instant::now());
     let ready = prepare(&core, &sandbox, &vm, operation, &mut timing).await;
     let result = match ready {
         Ok(mut ready) => finish(&core, &sandbox, &mut ready, &[operation], Some(tell), &mut timing, &guard).await,
@@ -65,7 +66,11 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
         }
     };
     sandbox.set_phase(None);
-    core.metrics.operation("pause", matches!(result, Some((_, Ok(_)))), &timing);
+    match &result {
+        Some((_, outcome)) => core.account(&sandbox, "pause", since, outcome.as_ref().err(), &timing),
+        // Its client was told that the outcome is unknown.
+        None => core.metrics.operation("pause", false, &timing),
+    }
     let note = match &result {
         Some((_, Err(error))) => error.chain(),
         Some((_, Ok(_))) => "ok".to_owned(),

@@ -64,7 +64,7 @@ async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -
         core.journal.end(operation, &error.chain(), core.sources.now_ms())?;
         return Err(error);
     }
-    let mut timing = Timing::default();
+    let (mut timing, since) = (Timing::default(), Instant::now());
     let outcome = match restore(core, sandbox, operation, &mut timing).await {
         Ok(()) => {
             let head = sandbox.head();
@@ -88,7 +88,7 @@ async fn wake(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -
         }
     };
     sandbox.set_phase(None);
-    core.metrics.operation("resume", outcome.is_ok(), &timing);
+    core.account(sandbox, "resume", since, outcome.as_ref().err(), &timing);
     let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
     core.journal.end(operation, &note, core.sources.now_ms())?;
     let outcome = match outcome {

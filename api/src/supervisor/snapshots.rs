@@ -117,8 +117,9 @@ pub async fn create(
         let operation = core.journal.begin(&sandbox.id, OperationKind::Snapshot, core.sources.now_ms())?;
         let outcome = match core.registry.begin(&sandbox, Event::Snapshot, "snapshot") {
             Ok(_) => {
-                let mut timing = Timing::default();
+                let (mut timing, since) = (Timing::default(), Instant::now());
                 let made = take(&core, &sandbox, &id, &name, &mut timing).await;
+                core.account(&sandbox, "snapshot", since, made.as_ref().err(), &timing);
                 after(&core, &sandbox, made.as_ref().err(), &guard).await?;
                 made.map(|snapshot| (snapshot, timing))
             }
@@ -378,11 +379,11 @@ pub async fn restore(
         auto_pause: asked.auto_pause,
         network_policy: asked.network_policy.or(snapshot.spec.network_policy),
         env_vars: snapshot.spec.env_vars.into_iter().chain(asked.env_vars).collect(),
-        snapshot: Some(snapshot.id),
+        snapshot: Some(snapshot.id.clone()),
         created_at: core.sources.now_ms(),
         ..snapshot.spec
     };
-    super::create::from_manifest(core, tenant, spec, snapshot.manifest).await
+    super::create::from_snapshot(core, tenant, spec, (snapshot.id, snapshot.manifest)).await
 }
 
 #[cfg(test)]

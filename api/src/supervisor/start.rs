@@ -56,7 +56,7 @@ pub async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(Record, 
 
 async fn run(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) -> Result<(Record, Timing), Error> {
     let operation = core.journal.begin(&sandbox.id, OperationKind::Start, core.sources.now_ms())?;
-    let mut timing = Timing::default();
+    let (mut timing, since) = (Timing::default(), Instant::now());
     let begin = || core.registry.begin(sandbox, Event::Start, "start");
     let outcome = match core.admitted(&sandbox.tenant, Purpose::Start, begin) {
         Ok(_) => boot(core, sandbox, operation, &mut timing).await,
@@ -87,6 +87,7 @@ async fn run(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard: OperationGuard) ->
         }
     };
     sandbox.set_phase(None);
+    core.account(sandbox, "start", since, outcome.as_ref().err(), &timing);
     let note = outcome.as_ref().err().map_or_else(|| "ok".to_owned(), Error::chain);
     core.journal.end(operation, &note, core.sources.now_ms())?;
     drop(guard);

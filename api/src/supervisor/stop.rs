@@ -23,6 +23,7 @@ use stasis_vmm::control::types::CaptureMode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
+use tracing::Instrument as _;
 
 /// How long a guest may take to write its disks out.
 const SYNC: Duration = Duration::from_mins(1);
@@ -39,7 +40,7 @@ pub async fn stop(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Answer {
     let (tell, told) = oneshot::channel();
     let (core, sandbox) = (core.clone(), sandbox.clone());
     detached(async move {
-        tokio::spawn(run(core, sandbox, guard, tell));
+        tokio::spawn(run(core, sandbox, guard, tell).in_current_span());
         told.await.unwrap_or(Err(Error::Bug("a stop did not end")))
     })
     .await
@@ -50,7 +51,7 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
         Ok(begun) => begun,
         Err(error) => return answer(tell, Err(error)),
     };
-    let mut timing = Timing::default();
+    let (mut timing, since) = (Timing::default(), Instant::now());
     let result = match prepare(&core, &sandbox, &vm, operation, &mut timing).await {
         Ok(mut ready) => finish(&core, &sandbox, &mut ready, &[operation], Some(tell), &mut timing, &guard).await,
         Err(error) => {
@@ -60,6 +61,9 @@ async fn run(core: Arc<Core>, sandbox: Arc<Sandbox>, guard: OperationGuard, tell
         }
     };
     sandbox.set_phase(None);
+    if let Some((_, outcome)) = &result {
+        core.account(&sandbox, "stop", since, outcome.as_ref().err(), &timing);
+    }
     let note = match &result {
         Some((_, Err(error))) => error.chain(),
         Some((_, Ok(_))) => "ok".to_owned(),

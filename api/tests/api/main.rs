@@ -4,4 +4,5 @@
 mod embedded_s3;
 mod recovery;
 mod routes;
+mod sessions;
 mod support;

@@ -1,11 +1,11 @@
 //! A supervisor over a directory store, whose VMM program is a script that fails: everything that needs no guest can be asked.
 
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::{HeaderMap, Request, Response};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
+use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Tls, Warm};
 use stasis_api::error::Error;
 use stasis_api::record::Spec;
 use stasis_api::sources::Sources;
@@ -54,6 +54,7 @@ impl Place {
             deadlines: Deadlines { commit_ms: 1000, settle_ms: 2000, store_ms: 2000, ..Deadlines::default() },
             // The VMM here is a script that fails.
             warm: Warm { vmm_pool: 0, ..Warm::default() },
+            gc: Gc::default(),
             run_ahead: RunAhead::default(),
             invoke: Invoke::default(),
             tls: Tls::default(),
@@ -73,6 +74,7 @@ pub(crate) struct Served {
 /// An answer, read whole.
 pub(crate) struct Answer {
     pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
     pub(crate) body: Value,
 }
 
@@ -87,8 +89,9 @@ impl Served {
         let response: Response<Body> = app.oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes: Bytes = body.collect().await.unwrap().to_bytes();
-        let body = if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap() };
-        Answer { status: parts.status.as_u16(), body }
+        let is_json = parts.headers.get("content-type").is_some_and(|kind| kind == "application/json");
+        let body = if is_json { serde_json::from_slice(&bytes).unwrap() } else { Value::Null };
+        Answer { status: parts.status.as_u16(), headers: parts.headers, body }
     }
 
     pub(crate) async fn call(&self, method: &str, path: &str, body: &str) -> Answer {

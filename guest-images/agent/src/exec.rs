@@ -28,7 +28,8 @@ const ENVIRONMENT: [(&str, &str); 2] =
 const USER: &str = "root";
 /// Where they start, and what relative paths are relative to.
 pub(crate) const DIRECTORY: &str = "/root";
-const SHELL: &str = "/bin/sh";
+/// What command lines are for.
+pub(crate) const SHELL: &str = "/bin/sh";
 
 /// Bytes kept of one stream at most, whatever the request asks for: the guest may have little memory.
 const OUTPUT_LIMIT: usize = 64 << 20;
@@ -213,7 +214,8 @@ async fn follow(
     }
 }
 
-fn exit_code(status: WaitStatus) -> i32 {
+/// As a shell tells it: 128 and the signal for what was killed.
+pub(crate) fn exit_code(status: WaitStatus) -> i32 {
     status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1)
 }
 

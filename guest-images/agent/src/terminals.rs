@@ -86,6 +86,7 @@ struct Inner {
     running: Option<Running>,
     /// It was started once.
     started: bool,
+    exit_code: Option<i32>,
     kept: VecDeque<u8>,
     readers: Vec<mpsc::Sender<Vec<u8>>>,
 }
@@ -135,6 +136,7 @@ impl Registry {
                 cwd: request.cwd.clone().unwrap_or_else(|| exec::DIRECTORY.to_owned()),
                 running: None,
                 started: false,
+                exit_code: None,
                 kept: VecDeque::new(),
                 readers: Vec::new(),
             }),
@@ -229,14 +231,20 @@ impl Shell {
             created_at_ms: self.created_at_ms,
             active: inner.running.is_some(),
             lazy_start: self.request.lazy_start,
+            exit_code: inner.exit_code,
         }
     }
 
     fn command(&self) -> Result<std::process::Command, TerminalError> {
-        let user = exec::user(None)?;
+        let user = exec::user(self.request.user.as_deref())?;
         let mut env: BTreeMap<String, String> = [("TERM".to_owned(), "xterm-256color".to_owned())].into();
         env.extend(self.request.environment.clone());
         env.extend(self.request.envs.clone());
+        if let Some(line) = &self.request.command {
+            let mut command = exec::command(exec::SHELL, self.request.cwd.as_deref(), &user, &env)?;
+            command.arg("-c").arg(line);
+            return Ok(command);
+        }
         let shell = std::iter::once(user.shell.as_str())
             .chain(SHELLS)
             .find(|shell| rustix::fs::access(*shell, rustix::fs::Access::EXEC_OK).is_ok())
@@ -278,18 +286,17 @@ impl Shell {
 
     /// Passes on what the shell writes until it has ended.
     async fn follow(self: Arc<Self>, mut process: Process, terminal: Arc<AsyncFd<OwnedFd>>) {
-        loop {
+        let status = loop {
             tokio::select! {
                 biased;
                 read = read(&terminal) => {
                     let Ok(chunk) = read else {
                         // The last process that had the terminal is gone.
-                        let _ = (&mut process.exited).await;
-                        break;
+                        break (&mut process.exited).await.ok();
                     };
                     self.pass_on(chunk).await;
                 }
-                _ = &mut process.exited => {
+                status = &mut process.exited => {
                     if let Some(running) = &mut lock(&self.inner).running {
                         running.pid = None;
                     }
@@ -299,13 +306,14 @@ impl Shell {
                         }
                     };
                     let _ = timeout(LAST_WORDS, last_words).await;
-                    break;
+                    break status.ok();
                 }
             }
-        }
+        };
         {
             let mut inner = lock(&self.inner);
             inner.running = None;
+            inner.exit_code = status.map(exec::exit_code);
             inner.readers.clear();
         }
         self.ended.send_replace(true);

@@ -35,7 +35,7 @@ mod rates;
 mod scan;
 mod sizing;
 
-pub use block_index::BlockIndex;
+pub use block_index::{BlockIndex, BlockIndexBuilder};
 pub use digests::PageDigests;
 pub use sizing::packs_needed;
 

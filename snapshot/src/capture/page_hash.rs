@@ -37,6 +37,13 @@ impl PageHasher {
         Ok(Self::with_key(&key))
     }
 
+    /// With a key that everybody can know: against nobody who chooses his pages.
+    pub(super) fn public(name: &str) -> Self {
+        let mut key = vec![0; KEY_BYTES];
+        blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut key);
+        Self::with_key(&key)
+    }
+
     fn with_key(key: &[u8]) -> Self {
         let mut words = key.as_chunks::<16>().0.iter().map(|word| u128::from_le_bytes(*word));
         let factor = words.next().unwrap_or_default();

@@ -226,8 +226,9 @@ impl Pass<'_> {
         }
         // In order, manifests first: all of one kind before the next.
         for batch in sweep.delete.chunk_by(|a, b| is_manifest(a) == is_manifest(b)) {
-            stream::iter(batch)
-                .map(|object| self.store.delete(&object.key))
+            // Made before the stream: a closure over borrowed items would keep this future from being sent to another thread.
+            let deletions: Vec<_> = batch.iter().map(|object| self.store.delete(&object.key)).collect();
+            stream::iter(deletions)
                 .buffer_unordered(self.options.connections.max(1))
                 .try_collect::<()>()
                 .await
@@ -254,7 +255,8 @@ impl Pass<'_> {
             .filter(|object| Place::of(&object.key).is_some_and(|place| place.part == Part::Head))
             .map(|object| object.key.clone())
             .collect();
-        let mut heads = stream::iter(&keys).map(|key| self.read_head(key)).buffered(self.options.connections.max(1));
+        let mut heads =
+            stream::iter(keys).map(async |key| self.read_head(&key).await).buffered(self.options.connections.max(1));
         while let Some(head) = heads.try_next().await? {
             seen.heads.extend(head);
         }

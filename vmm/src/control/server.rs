@@ -25,6 +25,7 @@ use stasis_snapshot::granted::{GrantedPacks, Patience};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::pager::PackCache;
+use stasis_snapshot::store::{ErrorKind, StoreError};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -39,7 +40,7 @@ use crate::machine::kept::Kept;
 use crate::machine::reboot::{Stored, reboot};
 use crate::machine::restore::{self, RestoreFailed};
 use crate::machine::staging::Staging;
-use crate::machine::{self, Bare, BootFiles, Disk, Host, Machine, MachineError};
+use crate::machine::{self, Bare, BaseGiven, BootFiles, Disk, Host, Machine, MachineError};
 use crate::vcpu::Ended;
 
 /// Longest request body: a capture with a grant for each pack of the largest machine.
@@ -68,12 +69,20 @@ pub enum Refusal {
         /// The request.
         what: &'static str,
     },
-    /// The capture was cancelled or ran out of time; the machine is paused.
-    #[error("the capture was {0}")]
-    Cancelled(&'static str),
+    /// The capture was cancelled; the machine is paused.
+    #[error("the capture was cancelled")]
+    Cancelled,
+    /// The capture's deadline passed; the machine is paused.
+    #[error("the capture was too slow: its deadline passed")]
+    TooSlow,
     /// It was tried and failed.
-    #[error("{0}")]
-    Failed(String),
+    #[error("{message}")]
+    Failed {
+        /// The error and its causes.
+        message: String,
+        /// What the store said, if it is among the causes.
+        store: Option<ErrorKind>,
+    },
 }
 
 impl Refusal {
@@ -81,8 +90,9 @@ impl Refusal {
         match self {
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::WrongState { .. } | Self::Cancelled(_) => StatusCode::CONFLICT,
-            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::WrongState { .. } | Self::Cancelled => StatusCode::CONFLICT,
+            Self::TooSlow => StatusCode::GATEWAY_TIMEOUT,
+            Self::Failed { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -91,9 +101,14 @@ impl Refusal {
             Self::BadRequest(_) => "bad_request",
             Self::NotFound(_) => "not_found",
             Self::WrongState { .. } => "wrong_state",
-            Self::Cancelled(_) => "cancelled",
-            Self::Failed(_) => "failed",
+            Self::Cancelled => "cancelled",
+            Self::TooSlow => "too_slow",
+            Self::Failed { .. } => "failed",
         }
+    }
+
+    fn store(&self) -> Option<ErrorKind> {
+        if let Self::Failed { store, .. } = self { *store } else { None }
     }
 }
 
@@ -112,8 +127,16 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn failed(error: impl std::error::Error) -> Refusal {
-    Refusal::Failed(chain(&error))
+fn failed(error: impl std::error::Error + 'static) -> Refusal {
+    Refusal::Failed { message: chain(&error), store: store_error(&error).map(|error| error.kind) }
+}
+
+/// The store error among an error and its causes.
+fn store_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a StoreError> {
+    std::iter::successors(Some(error), |error| error.source()).find_map(|error| {
+        // A cause that several waited for is shared.
+        error.downcast_ref::<StoreError>().or_else(|| error.downcast_ref::<Arc<StoreError>>().map(AsRef::as_ref))
+    })
 }
 
 /// What the server is started with.
@@ -213,7 +236,8 @@ async fn answer(server: Arc<Server>, last: Arc<AtomicBool>, request: Request<Inc
         Ok(answer) => answer,
         Err(refusal) => {
             tracing::info!(what, %refusal, "refused");
-            let body = ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string(), store: None };
+            let body =
+                ErrorBody { code: refusal.code().to_owned(), message: refusal.to_string(), store: refusal.store() };
             Response::builder().status(refusal.status()).body(Full::from(serde_json::to_vec(&body).unwrap_or_default()))
         }
     }
@@ -351,7 +375,8 @@ impl Server {
                     let digest = digest
                         .parse::<Digest>()
                         .map_err(|e| Refusal::BadRequest(format!("base_digest: {}", chain(&e))))?;
-                    Some((self.take("disk base", token)?, digest))
+                    let index = config.base_index.map(|token| self.take("index of a disk base", token)).transpose()?;
+                    Some(BaseGiven { file: self.take("disk base", token)?, digest, index })
                 }
                 (None, None) => None,
                 _ => return Err(Refusal::BadRequest("base and base_digest belong together".to_owned())),
@@ -632,8 +657,8 @@ impl Server {
         let state_us = prepared.content.micros();
         let draft = tokio::task::block_in_place(|| machine.finish_capture(prepared.content, outcome)).map_err(|e| {
             match (late, cancel.is_cancelled()) {
-                (true, _) => Refusal::Cancelled("too slow: its deadline passed"),
-                (false, true) => Refusal::Cancelled("cancelled"),
+                (true, _) => Refusal::TooSlow,
+                (false, true) => Refusal::Cancelled,
                 (false, false) => failed(e),
             }
         })?;
@@ -660,7 +685,8 @@ impl Server {
         self.only_in(VmState::Running, slot.as_deref(), "console input").await?;
         let taken = slot.as_deref().map_or(0, |machine| machine.console_input(input));
         if taken < input.len() {
-            return Err(Refusal::Failed(format!("the serial port took {taken} of {} bytes", input.len())));
+            let message = format!("the serial port took {taken} of {} bytes", input.len());
+            return Err(Refusal::Failed { message, store: None });
         }
         Ok(())
     }

@@ -50,6 +50,9 @@ pub struct DiskConfig {
     pub base: Option<FdToken>,
     /// Digest that names the base in snapshots (the template's), lower-case hex of 32 bytes. Required with `base`.
     pub base_digest: Option<String>,
+    /// An index of the base's blocks by content (`stasis_snapshot::capture::BlockIndex`, encoded): memory that equals a block is then not sent.
+    #[serde(default)]
+    pub base_index: Option<FdToken>,
     /// An empty, unlinked, sparse file that takes the writes. Required unless `read_only`.
     pub overlay: Option<FdToken>,
     /// Size that the guest sees, MiB; at least the base's size.

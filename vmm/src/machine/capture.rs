@@ -36,6 +36,8 @@ use crate::vm_state;
 
 /// Pages of the boot pack at most (16 MiB).
 const BOOT_PAGES: u64 = stasis_snapshot::pack::MAX_BOOT_PACK / stasis_snapshot::page::PAGE_SIZE as u64;
+/// With fewer pages to look at, memory is not compared with the blocks of the template (1 MiB).
+const INDEX_PAGES: u64 = 256;
 
 /// What a machine's pages are compared with.
 pub(crate) struct Parent {
@@ -246,12 +248,20 @@ impl Machine {
             pages
         };
         let (look_at, boot_pages) = self.first_touched_first(with(self.dirty.pages(), MEMORY));
+        // For a few pages the index is not worth its reading.
+        let worth = look_at.iter().map(|run| run.end - run.start).sum::<u64>() >= INDEX_PAGES;
+        let template = self.devices.disks.first().and_then(|disk| disk.base.clone()).map(|base| BaseInput {
+            blocks: base.blocks(),
+            index: worth.then(|| base.index()).flatten(),
+            reader: Arc::new(base),
+            same_offset: false,
+        });
         let mut images = vec![ImageInput {
             kind: ImageKind::Memory,
             parent: self.base.maps[0].clone(),
             look_at,
             reader: memory,
-            base: None,
+            base: template,
             digests: Some(self.base.digests[0].clone()),
             rewrite: runs(MEMORY),
         }];
@@ -359,10 +369,13 @@ impl Machine {
 
     fn draft(&self, state: Vec<StateBlob>, boot: Boot) -> Result<Manifest, spec::SpecError> {
         let mut maps = self.base.maps.iter().cloned();
+        let base_of = |disk: &Disk| disk.base.as_ref().map(|base| Base { digest: base.digest, blocks: base.blocks() });
+        // Memory holds blocks of the first disk's template: its page cache.
+        let base = self.devices.disks.first().and_then(base_of);
         let mut images: Vec<Image> =
-            maps.by_ref().take(1).map(|map| Image { kind: ImageKind::Memory, map, base: None }).collect();
+            maps.by_ref().take(1).map(|map| Image { kind: ImageKind::Memory, map, base }).collect();
         for ((n, disk), map) in self.devices.disks.iter().enumerate().zip(maps) {
-            let base = disk.base.as_ref().map(|base| Base { digest: base.digest, blocks: base.blocks() });
+            let base = base_of(disk);
             images.push(Image { kind: ImageKind::Disk(n as u32), map, base });
         }
         let host_kernel = rustix::system::uname().release().to_string_lossy().into_owned();

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use stasis_devices::overlay::{Overlay, OverlayError};
-use stasis_snapshot::capture::PageReader;
+use stasis_snapshot::capture::{BlockIndex, PageReader};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::page::PAGE_SIZE;
 
@@ -23,11 +23,22 @@ pub enum DiskError {
     Overlay(#[from] OverlayError),
 }
 
+/// A base as it was handed over.
+pub struct BaseGiven {
+    /// The blocks.
+    pub file: File,
+    /// Names it in snapshots.
+    pub digest: Digest,
+    /// Its encoded [`BlockIndex`].
+    pub index: Option<File>,
+}
+
 /// The read-only base of a disk: a template's root file system.
 #[derive(Clone)]
 pub(crate) struct BaseFile {
     file: Arc<File>,
     bytes: u64,
+    index: Option<Arc<File>>,
     /// Names it in snapshots.
     pub(crate) digest: Digest,
 }
@@ -36,6 +47,23 @@ impl BaseFile {
     /// Its length in 4 KiB blocks, the last one padded with zeros.
     pub(crate) fn blocks(&self) -> u64 {
         self.bytes.div_ceil(PAGE_SIZE as u64)
+    }
+
+    /// Its blocks by content, where an index was given. Read anew each time: it is large, and wanted only while a capture runs.
+    pub(crate) fn index(&self) -> Option<Arc<BlockIndex>> {
+        let file = self.index.as_ref()?;
+        let read = || {
+            let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?];
+            file.read_exact_at(&mut bytes, 0)?;
+            BlockIndex::decode(&bytes, self.digest).ok_or_else(|| std::io::Error::other("it is no index of this base"))
+        };
+        match read() {
+            Ok(index) => Some(Arc::new(index)),
+            Err(error) => {
+                tracing::warn!(%error, "memory is not compared with the blocks of the template");
+                None
+            }
+        }
     }
 }
 
@@ -58,10 +86,10 @@ pub struct Disk {
 
 impl Disk {
     /// A disk of `size` bytes over `base`; `overlay` takes the writes, and without one the disk is read-only.
-    pub fn new(base: Option<(File, Digest)>, overlay: Option<File>, size: u64) -> Result<Self, DiskError> {
-        let opened = |(file, digest): (File, Digest)| {
+    pub fn new(base: Option<BaseGiven>, overlay: Option<File>, size: u64) -> Result<Self, DiskError> {
+        let opened = |BaseGiven { file, digest, index }: BaseGiven| {
             let bytes = file.metadata()?.len();
-            Ok((file.try_clone()?, BaseFile { file: Arc::new(file), bytes, digest }))
+            Ok((file.try_clone()?, BaseFile { file: Arc::new(file), bytes, index: index.map(Arc::new), digest }))
         };
         let (file, base) = base.map(opened).transpose().map_err(DiskError::Base)?.unzip();
         let overlay = match (file, overlay) {

@@ -46,7 +46,7 @@ pub(crate) use bare::Bare;
 use bare::BareMachine;
 pub use devices::DeviceError;
 use devices::DeviceSet;
-pub use disk::{Disk, DiskError};
+pub use disk::{BaseGiven, Disk, DiskError};
 use spec::MachineSpec;
 pub use spec::SpecError;
 

@@ -252,12 +252,20 @@ pub(super) fn check_images(manifest: &Manifest, spec: &MachineSpec, disks: &[Dis
             return Err(RestoreFailed::Images(format!("disk {n} was given with another size")));
         }
         let (wanted, given) = (image.base.map(|b| b.digest), disk.base.as_ref().map(|b| b.digest));
-        if wanted != given {
-            let name = |d: Option<Digest>| d.map_or_else(|| "none".to_owned(), |d| d.to_string());
-            return Err(RestoreFailed::Base { disk: n, wanted: name(wanted), given: name(given) });
-        }
+        same_base(n, wanted, given)?;
     }
-    Ok(())
+    // Of memory only where it refers to blocks of a template, which are the first disk's.
+    let wanted = manifest.images.first().and_then(|image| image.base).map(|base| base.digest);
+    let given = disks.first().and_then(|disk| disk.base.as_ref()).map(|base| base.digest);
+    same_base(0, wanted, if wanted.is_some() { given } else { None })
+}
+
+fn same_base(disk: usize, wanted: Option<Digest>, given: Option<Digest>) -> Result<(), RestoreFailed> {
+    let name = |d: Option<Digest>| d.map_or_else(|| "none".to_owned(), |d| d.to_string());
+    if wanted == given {
+        return Ok(());
+    }
+    Err(RestoreFailed::Base { disk, wanted: name(wanted), given: name(given) })
 }
 
 /// Makes every page of `map` that is zero hide what the base has there.

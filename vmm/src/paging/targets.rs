@@ -9,7 +9,10 @@ use stasis_snapshot::pager::PageTarget;
 use crate::machine::disk::{BaseFile, Disk};
 use crate::memory::GuestRam;
 
-/// Hands base blocks to `write`, one at a time.
+/// Blocks that are copied at once.
+const COPY: u64 = 64;
+
+/// Hands base blocks to `write`, a run of them at a time.
 fn copy_base(
     base: Option<&BaseFile>,
     first_page: u64,
@@ -18,10 +21,14 @@ fn copy_base(
     write: impl Fn(u64, &[u8]) -> std::io::Result<()>,
 ) -> std::io::Result<()> {
     let base = base.ok_or_else(|| std::io::Error::other("pages refer to a base that is not there"))?;
-    let mut block = [0; PAGE_SIZE];
-    for i in 0..pages {
-        base.read(first_block + i, &mut block)?;
-        write(first_page + i, &block)?;
+    let mut buffer = vec![0; COPY.min(pages) as usize * PAGE_SIZE];
+    let mut done = 0;
+    while done < pages {
+        let blocks = COPY.min(pages - done);
+        let bytes = &mut buffer[..blocks as usize * PAGE_SIZE];
+        base.read(first_block + done, bytes)?;
+        write(first_page + done, bytes)?;
+        done += blocks;
     }
     Ok(())
 }

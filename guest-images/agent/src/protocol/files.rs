@@ -46,6 +46,7 @@ pub struct Ls {
 
 /// One file, directory or other entry; a symbolic link is itself, not what it points to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct FileInfo {
     /// Last part of the path.
     pub name: String,
@@ -72,10 +73,11 @@ pub struct FileInfo {
 
 /// Entries, sorted by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Listing {
     /// The entries.
     pub items: Vec<FileInfo>,
-    /// See the module.
+    /// A limit (entries, bytes or time) ended the search before it was through.
     #[serde(default, skip_serializing_if = "is_false")]
     pub truncated: bool,
 }
@@ -170,10 +172,11 @@ pub struct Glob {
 
 /// Paths of files, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Paths {
     /// The paths.
     pub items: Vec<String>,
-    /// See the module.
+    /// A limit (entries, bytes or time) ended the search before it was through.
     #[serde(default, skip_serializing_if = "is_false")]
     pub truncated: bool,
 }
@@ -195,6 +198,7 @@ pub struct Grep {
 
 /// A line that contains the text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Match {
     /// The file.
     pub path: String,
@@ -206,10 +210,11 @@ pub struct Match {
 
 /// Lines, in order of path and number.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Matches {
     /// The lines.
     pub items: Vec<Match>,
-    /// See the module.
+    /// A limit (entries, bytes or time) ended the search before it was through.
     #[serde(default, skip_serializing_if = "is_false")]
     pub truncated: bool,
 }
@@ -235,6 +240,7 @@ pub struct EditFile {
 
 /// What an edit did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Edited {
     /// Unified diff from before to after.
     pub diff: String,
@@ -256,6 +262,7 @@ pub struct EditFiles {
 
 /// How it went with one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EditResult {
     /// The file as the request named it.
     pub file: String,
@@ -268,6 +275,7 @@ pub struct EditResult {
 
 /// One result for each file, in the order of the request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EditResults {
     /// The results.
     pub items: Vec<EditResult>,
@@ -290,6 +298,7 @@ pub struct Transfer {
 
 /// Whether a path leads to something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Exists {
     /// It does; a symbolic link counts wherever it points to.
     pub exists: bool,
@@ -310,6 +319,7 @@ pub struct Tree {
 
 /// What a tree is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum EntryKind {
     /// Everything but a directory.
@@ -320,6 +330,7 @@ pub enum EntryKind {
 
 /// A node of a tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TreeEntry {
     /// Its name.
     pub name: String,
@@ -333,10 +344,11 @@ pub struct TreeEntry {
 
 /// What is in the root of a tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TreeItems {
     /// The entries.
     pub items: Vec<TreeEntry>,
-    /// See the module.
+    /// A limit (entries, bytes or time) ended the search before it was through.
     #[serde(default, skip_serializing_if = "is_false")]
     pub truncated: bool,
 }

@@ -24,6 +24,12 @@ pub struct Create {
     /// Its id; a random one when absent.
     #[serde(default)]
     pub id: Option<String>,
+    /// What runs on it, for `/bin/sh -c`; the user's shell when absent.
+    #[serde(default)]
+    pub command: Option<String>,
+    /// Whose shell or command it is, by name or number; root when absent.
+    #[serde(default)]
+    pub user: Option<String>,
     /// Where the shell starts; the user's own directory when absent.
     #[serde(default)]
     pub cwd: Option<String>,
@@ -79,6 +85,9 @@ pub struct Terminal {
     pub active: bool,
     /// [`Create::lazy_start`].
     pub lazy_start: bool,
+    /// Exit status of its shell or command, once that has ended.
+    #[serde(default)]
+    pub exit_code: Option<i32>,
 }
 
 /// All terminals, oldest first.

@@ -13,6 +13,8 @@ fn request(id: &str) -> Create {
     let envs = [("SHOWN".to_owned(), "yes".to_owned())].into();
     Create {
         id: Some(id.to_owned()),
+        command: None,
+        user: None,
         cwd: Some("/".to_owned()),
         envs,
         environment,
@@ -138,4 +140,17 @@ async fn ids_are_unique_and_terminals_bounded() {
     assert!(matches!(registry.get("a"), Err(TerminalError::NotFound(_))));
     let ids: std::collections::BTreeSet<_> = registry.list().items.into_iter().map(|t| t.id).collect();
     assert_eq!(ids.len(), TERMINALS);
+}
+
+#[tokio::test]
+async fn a_command_in_place_of_the_shell_leaves_its_exit_status() {
+    let registry = registry();
+    let run = |id: &str, line: &str| registry.create(Create { command: Some(line.to_owned()), ..request(id) }).unwrap();
+    for (id, line, code) in [("a", "test -t 0 && exit 7", 7), ("b", "kill -TERM $$", 143), ("c", "true", 0)] {
+        assert_eq!(run(id, line).exit_code, None);
+        ended(&registry, id).await;
+        assert_eq!(registry.get(id).unwrap().exit_code, Some(code), "{line}");
+    }
+    let nobody = Create { user: Some("no-such-user".to_owned()), ..request("d") };
+    assert!(matches!(registry.create(nobody), Err(TerminalError::Exec(ExecError::User { .. }))));
 }
