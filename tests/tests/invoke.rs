@@ -295,10 +295,11 @@ async fn refusals() -> Outcome {
     }
     assert!(stream.chunk().await.is_err(), "a stream that was cut off does not end as if it were whole");
     // The guest dies under a request.
-    // Counted before it is sent, which another thread does.
-    let before = place.guest.connections();
+    // Not only its connection: a request that was not sent yet is held, and finds no sandbox.
+    let hung = || place.app.counted().get("never").copied().unwrap_or_default();
+    let before = hung();
     let hanging = tokio::spawn(place.ask(&client, Method::GET, "/never").send());
-    until("the request in the app", || Ok((place.guest.connections() > before).then_some(()))).await?;
+    until("the request in the app", || Ok((hung() > before).then_some(()))).await?;
     place.service.call("DELETE", &format!("/v1/sandbox/{id}"), None).await?.expect(204)?;
     assert!([502, 504].contains(&hanging.await??.status().as_u16()));
     message(place.ask(&client, Method::GET, "/headers").send().await?, 404).await?;
