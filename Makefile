@@ -10,7 +10,7 @@ STEP = tests/step
 all: build images
 
 setup:
-	$(STEP) setup guest-images/linux/need gcc=gcc curl=curl python3=python3
+	$(STEP) setup guest-images/linux/need gcc=gcc curl=curl python3=python3 debugfs=e2fsprogs
 
 build: setup
 	$(STEP) build cargo build --workspace --all-targets

@@ -159,6 +159,19 @@ pub fn small_images(dir: &Path) -> Result<PathBuf, Error> {
     Ok(dir.join("images"))
 }
 
+/// Writes a template that images can be made on: what has an agent and a disk, by its description. No guest of it would ever be ready.
+pub fn boots_images(images: &Path) -> Result<&'static str, Error> {
+    const NAME: &str = "test/boots-images";
+    let template = images.join("templates/boots-images");
+    std::fs::create_dir_all(&template)?;
+    File::create(template.join("rootfs.ext4"))?.set_len(1 << 20)?;
+    let json = json!({
+        "name": NAME, "kernel": pulse(), "rootfs": "rootfs.ext4", "disk_mib": 64, "cmdline": "fill=1 hot=1", "ready": "agent",
+    });
+    std::fs::write(template.join("template.json"), json.to_string())?;
+    Ok(NAME)
+}
+
 impl Service {
     /// Starts everything and waits until the API answers.
     pub async fn start(options: Options) -> Result<Self, Error> {

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stasis_tests::service::{Options, Service};
+use stasis_api::dev::layout::{Entry, Layout, Packing, archive};
+use stasis_tests::host;
+use stasis_tests::service::{Options, Service, boots_images, small_images};
 use stasis_tests::suite::{Outcome, Suite};
 use stasis_tests::vmm::{Error, no_pulse};
 
@@ -33,11 +35,15 @@ fn main() {
 struct Scene {
     service: Service,
     http: reqwest::Client,
+    /// Templates and the image, as long as the service reads them.
+    #[expect(dead_code, reason = "it is removed when it is dropped")]
+    images: tempfile::TempDir,
     stranger: String,
     running: String,
     paused: String,
     snapshot: Value,
     url: Value,
+    template: String,
 }
 
 /// What can be seen of an answer.
@@ -50,8 +56,20 @@ struct Seen {
 
 impl Scene {
     async fn set() -> Result<Self, Error> {
-        let mut options = Options::default();
-        options.environment.push(("STASIS_LIMITS_REQUESTS_PER_MINUTE".to_owned(), "0".to_owned()));
+        let images = host::scratch()?;
+        let mut options = Options { images: Some(small_images(images.path())?), ..Options::default() };
+        let boot = boots_images(&images.path().join("images"))?;
+        let layer = archive(&[Entry::file("etc/motd", "theirs")]);
+        Layout::new(&json!({}), &[(Packing::Plain, layer)])?.write(&images.path().join("image"), "v1")?;
+        let local_dir = images.path().display().to_string();
+        let ours = [
+            ("STASIS_LIMITS_REQUESTS_PER_MINUTE", "0"),
+            ("STASIS_TEMPLATES_LOCAL_DIR", local_dir.as_str()),
+            ("STASIS_TEMPLATES_BOOT", boot),
+            ("STASIS_TEMPLATES_DISK_MIB", "64"),
+            ("STASIS_TEMPLATES_IMAGE_MIB", "16"),
+        ];
+        options.environment.extend(ours.map(|(name, value)| (name.to_owned(), value.to_owned())));
         let service = Service::start(options).await?;
         let stranger = service.other_key()?;
         let (running, paused) = (service.create_pulse().await?, service.create_pulse().await?);
@@ -61,8 +79,10 @@ impl Scene {
         service.pause(&paused).await?.expect(201)?;
         let body = Some(json!({"port": 8000}));
         let url = service.call("POST", &format!("/v1/sandbox/{paused}/presigned-url"), body).await?.expect(201)?.json;
+        let body = Some(json!({"name": "their-image", "uri": "oci:image:v1"}));
+        let template = service.call("POST", "/v1/template", body).await?.expect(201)?.text("id");
         let http = reqwest::Client::builder().timeout(Duration::from_mins(2)).build()?;
-        Ok(Self { service, http, stranger, running, paused, snapshot, url })
+        Ok(Self { service, http, images, stranger, running, paused, snapshot, url, template })
     }
 
     /// A request of the stranger's, its answer, and how long it took.
@@ -107,7 +127,9 @@ impl Scene {
             all.push(json!([seen["sandbox"]["state"], seen["transitions"], seen["head"]["etag"], seen["vmm"]]));
         }
         let urls = self.service.call("GET", "/v1/snapshots", None).await?.expect(200)?.json["total_items"].clone();
-        Ok(json!([all, urls]))
+        let template = format!("/v1/template/{}", self.template);
+        let template = self.service.call("GET", &template, None).await?.expect(200)?.json;
+        Ok(json!([all, urls, template]))
     }
 }
 
@@ -131,6 +153,7 @@ fn operations(scene: &Scene) -> Result<Vec<(String, String, String, String)>, Er
                     "id" => scene.running.clone(),
                     "snapshot" => text(&scene.snapshot["id"]),
                     "url" => text(&scene.url["id"]),
+                    "template" => scene.template.clone(),
                     "session" => "terminal".to_owned(),
                     other => return Err(format!("{id}: this test knows nothing to put in for {other:?}").into()),
                 };
@@ -195,6 +218,12 @@ async fn invisible() -> Outcome {
         );
     }
     // By name, too.
+    let body = |name: &str| Some(json!({"template_name": name}).to_string());
+    let theirs = scene.service.call_as(&scene.stranger, "POST", "/v1/sandbox", body("their-image")).await?;
+    let nobodys = scene.service.call_as(&scene.stranger, "POST", "/v1/sandbox", body("nobodys-own")).await?;
+    assert!(theirs.status >= 400, "a stranger used the template");
+    assert_eq!(theirs.status, nobodys.status);
+    assert_eq!(theirs.text("message").replace("their-image", "nobodys-own"), nobodys.text("message"));
     for path in ["/v1/snapshot/restore", "/v1/snapshot/resume"] {
         let body = |name: &str| Some(json!({"snapshot_name": name}).to_string());
         let theirs = scene.service.call_as(&scene.stranger, "POST", path, body("theirs")).await?.expect(404)?;
@@ -225,13 +254,16 @@ async fn invisible() -> Outcome {
 
 async fn lists() -> Outcome {
     let scene = Scene::set().await?;
-    let theirs = [&scene.running, &scene.paused, scene.snapshot["id"].as_str().ok_or("no id")?].map(str::to_owned);
+    let snapshot = scene.snapshot["id"].as_str().ok_or("no id")?;
+    let theirs = [&scene.running, &scene.paused, snapshot, &scene.template].map(str::to_owned);
     let url = scene.url["id"].as_str().ok_or("no id")?;
     for (method, path) in [
         ("get", "/v1/sandboxes?page-size=100"),
         ("get", "/v1/sandboxes?state=paused"),
         ("get", "/v1/snapshots"),
         ("get", "/v1/snapshots?query=theirs"),
+        ("get", "/v1/template"),
+        ("get", "/v1/templates"),
         ("post", "/v1/recover"),
         ("get", "/v1/host/metrics"),
         ("get", "/metrics"),

@@ -11,7 +11,7 @@ use flate2::bufread::MultiGzDecoder;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read};
-use tar::{Archive, EntryType, Header, PaxExtensions};
+use tar::{Archive, EntryType, Header};
 
 /// Octets of an extended header at most.
 const MAX_HEADER: u64 = 1 << 20;
@@ -239,11 +239,25 @@ fn until_nul(bytes: &[u8]) -> Vec<u8> {
     bytes.iter().copied().take_while(|byte| *byte != 0).collect()
 }
 
+/// The first record of an extended header, `LENGTH KEY=VALUE\n`, and what is behind it. Its end is where its length says: the value of a
+/// file capability has any octets, line ends among them, which is why the tar crate's reader of lines does not do.
+fn pax_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
+    let length: usize = std::str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
+    let (record, rest) = bytes.split_at_checked(length)?;
+    let record = record.get(space + 1..)?.strip_suffix(b"\n")?;
+    let equals = record.iter().position(|byte| *byte == b'=')?;
+    Some((&record[..equals], &record[equals + 1..], rest))
+}
+
 impl Extended {
-    fn read(&mut self, bytes: &[u8]) -> Result<(), Fault> {
-        for extension in PaxExtensions::new(bytes) {
-            let extension = extension?;
-            let (key, value) = (extension.key_bytes(), extension.value_bytes().to_vec());
+    fn read(&mut self, mut bytes: &[u8]) -> Result<(), Fault> {
+        while !bytes.is_empty() {
+            let Some((key, value, rest)) = pax_record(bytes) else {
+                return Err(Fault { entry: None, what: "an extended header is no list of records".to_owned() });
+            };
+            bytes = rest;
+            let value = value.to_vec();
             match key {
                 b"path" => self.path = Some(value),
                 b"linkpath" => self.target = Some(value),

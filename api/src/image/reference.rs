@@ -124,7 +124,7 @@ mod tests {
             "oci:/a/../b",
             "oci:/a:",
             "docker-daemon://x",
-            "UPPER/x",
+            "x/UPPER",
             "a b",
             "file:///etc/passwd",
         ] {

@@ -19,11 +19,12 @@ Parts of the contract that this server leaves out are answered 501: `x-left-out`
 Apps in sandboxes are reached by host name, not by paths of this document: `https://<id>-<port>.<domain>/`.";
 
 /// Parameters in paths, by their names: what they are, and how they look.
-const IN_PATHS: [(&str, &str, &str); 4] = [
+const IN_PATHS: [(&str, &str, &str); 5] = [
     ("id", "A sandbox.", "^sbx-[a-z0-9]*[a-z][a-z0-9]*$"),
     ("snapshot", "A snapshot, by its id.", "^[^/]+$"),
     ("url", "A presigned URL, by its id.", "^[^/]+$"),
     ("session", "A terminal.", "^[^/]+$"),
+    ("template", "A template, by its id.", "^[^/]+$"),
 ];
 
 /// The document. `operations` are paths with `{…}` where parameters are, methods in lower case, and what they do; `left_out` are those parts of

@@ -88,6 +88,8 @@ async fn rename(
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Response, Error> {
+    // Before the body is looked at: what is not there is 404, whatever it was to be renamed to.
+    operations::get_template(&core, &tenant, &id).await?;
     let body = json_body(&core, body).await?;
     let name = template_request::rename(&body).map_err(Error::Invalid)?;
     operations::rename_template(&core, &tenant, &id, name).await?;

@@ -109,17 +109,26 @@ pub struct UploadTemplate {
 
 /// What a registry is told. Which fields are required follows from the type.
 #[derive(JsonSchema)]
-#[expect(missing_docs, reason = "the names are the contract's and say it")]
 pub struct RegistryCredentials {
+    /// How the registry knows its clients.
     pub r#type: RegistryKind,
+    /// For `basic`: who.
     pub username: Option<String>,
+    /// For `basic`: a password or a token.
     pub password: Option<String>,
+    /// For `aws`: the id of a key.
     pub aws_access_key_id: Option<String>,
+    /// For `aws`: the key's secret.
     pub aws_secret_access_key: Option<String>,
+    /// For `aws`: where the registry is.
     pub aws_region: Option<String>,
+    /// For `gcp`: a service account's key file, as text.
     pub gcp_service_account_json: Option<String>,
+    /// For `azure`: the id of a service principal.
     pub azure_client_id: Option<String>,
+    /// For `azure`: the principal's secret.
     pub azure_client_secret: Option<String>,
+    /// For `azure`: the directory that the principal is in.
     pub azure_tenant_id: Option<String>,
 }
 
