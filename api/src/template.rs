@@ -256,39 +256,39 @@ impl Templates {
 
     /// Names of the operator's templates whose description can be read.
     pub fn names(&self) -> Result<Vec<String>, TemplateError> {
-        let mut names: Vec<_> = self.scan_dir(&self.dir)?.into_iter().map(|one| one.file.name).collect();
+        let mut names: Vec<_> = scan_dir(&self.dir)?.into_iter().map(|one| one.file.name).collect();
         names.sort();
         Ok(names)
     }
 
     fn scan(&self) -> Result<Vec<Described>, TemplateError> {
-        let mut found = self.scan_dir(&self.dir)?;
+        let mut found = scan_dir(&self.dir)?;
         let Some(uploads) = &self.uploads else { return Ok(found) };
         for tenant in uploads::tenants(uploads).map_err(describe(uploads))? {
-            found.extend(self.scan_dir(&tenant)?.into_iter().filter(|one| {
+            found.extend(scan_dir(&tenant)?.into_iter().filter(|one| {
                 one.file.upload.is_some() && one.path.parent().is_some_and(|dir| !uploads::is_withdrawn(dir))
             }));
         }
         Ok(found)
     }
+}
 
-    fn scan_dir(&self, dir: &Path) -> Result<Vec<Described>, TemplateError> {
-        let entries = match fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(describe(dir)(e)),
-        };
-        let mut found = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(describe(dir))?.path().join("template.json");
-            match read(&path) {
-                Err(TemplateError::Description { source, .. })
-                    if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
-                other => found.push(Described { file: other?, path }),
-            }
+fn scan_dir(dir: &Path) -> Result<Vec<Described>, TemplateError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(describe(dir)(e)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(describe(dir))?.path().join("template.json");
+        match read(&path) {
+            Err(TemplateError::Description { source, .. })
+                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            other => found.push(Described { file: other?, path }),
         }
-        Ok(found)
     }
+    Ok(found)
 }
 
 fn describe(path: &Path) -> impl Fn(io::Error) -> TemplateError {

@@ -109,11 +109,6 @@ impl Client {
         Failure::new(ExitStatus::of(status, &code), message)
     }
 
-    /// What a stream that broke means.
-    pub(super) fn broken(&self, error: &reqwest::Error) -> Failure {
-        Failure::new(ExitStatus::Unavailable, format!("the connection broke: {}", crate::error::chain(error)))
-    }
-
     fn unreachable(&self, error: &reqwest::Error) -> Failure {
         let chain = crate::error::chain(error);
         Failure::new(
@@ -121,4 +116,9 @@ impl Client {
             format!("cannot reach the supervisor at {}: {chain}; is it running? (stasis dev)", self.profile.url),
         )
     }
+}
+
+/// What a stream that broke means.
+pub(super) fn broken(error: &reqwest::Error) -> Failure {
+    Failure::new(ExitStatus::Unavailable, format!("the connection broke: {}", crate::error::chain(error)))
 }

@@ -1,7 +1,7 @@
 //! `stasis cp`: files into a sandbox and out of it. A file is streamed as it is. A directory travels as a tar archive, which the guest's
 //! own `tar` packs or unpacks beside a temporary file in its /tmp.
 
-use super::client::Client;
+use super::client::{Client, broken};
 use super::commands::{path, quote};
 use super::output::{self, Output};
 use super::{ExitStatus, Failure};
@@ -56,7 +56,7 @@ pub(super) async fn run(client: &Client, copy: &Copy, output: Output) -> Result<
         (Place::Here(from), Place::Sandbox { id, path }) => Remote { client, id }.take_in(&from, &path).await?,
         (Place::Sandbox { id, path }, Place::Standard) => {
             let mut answer = Remote { client, id }.read(&path).await?;
-            while let Some(bytes) = answer.chunk().await.map_err(|e| client.broken(&e))? {
+            while let Some(bytes) = answer.chunk().await.map_err(|e| broken(&e))? {
                 output::raw(&bytes, false);
             }
             return Ok(ExitStatus::Ok);
@@ -189,7 +189,7 @@ impl Remote<'_> {
 
     async fn save(&self, mut answer: Response, to: &Path) -> Result<(), Failure> {
         let mut file = tokio::fs::File::create(to).await.map_err(here("write", to))?;
-        while let Some(bytes) = answer.chunk().await.map_err(|e| self.client.broken(&e))? {
+        while let Some(bytes) = answer.chunk().await.map_err(|e| broken(&e))? {
             file.write_all(&bytes).await.map_err(here("write", to))?;
         }
         file.flush().await.map_err(here("write", to))
@@ -216,7 +216,7 @@ impl Remote<'_> {
         });
         let mut into = tokio::fs::File::from(theirs);
         let mut received = Ok(());
-        while let Some(bytes) = answer.chunk().await.map_err(|e| self.client.broken(&e)).transpose() {
+        while let Some(bytes) = answer.chunk().await.map_err(|e| broken(&e)).transpose() {
             let Ok(bytes) = bytes else {
                 received = bytes.map(drop);
                 break;

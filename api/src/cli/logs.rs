@@ -29,7 +29,7 @@ pub(super) async fn run(client: &Client, logs: &Logs) -> Result<ExitStatus, Fail
         };
         match chunk {
             Some(Ok(bytes)) => output::raw(&bytes, false),
-            Some(Err(error)) => return Err(client.broken(&error)),
+            Some(Err(error)) => return Err(super::client::broken(&error)),
             None => return Ok(ExitStatus::Ok),
         }
     }

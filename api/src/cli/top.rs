@@ -76,8 +76,9 @@ fn cost(item: &Value, operation: &str) -> String {
         return "failed".to_owned();
     }
     let moved = last["bytes"].as_array().into_iter().flatten();
-    let moved: String = moved.map(|b| format!(", {}", bytes(b["bytes"].as_u64().unwrap_or(0)))).collect();
-    format!("{:.0} ms{moved}", last["ms"].as_f64().unwrap_or(0.0))
+    let moved = moved.map(|b| bytes(b["bytes"].as_u64().unwrap_or(0)));
+    let took = format!("{:.0} ms", last["ms"].as_f64().unwrap_or(0.0));
+    std::iter::once(took).chain(moved).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

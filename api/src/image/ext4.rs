@@ -13,6 +13,7 @@ use super::{Contents, ImageError, local};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read as _, Write};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -178,7 +179,6 @@ impl<'a> Script<'a> {
                         Some(content) => self.contents.path(*content),
                         None => self.values.join(EMPTY),
                     };
-                    use std::os::unix::ffi::OsStrExt as _;
                     self.line(&[b"write", content.as_os_str().as_bytes(), name])?;
                 }
                 Kind::Symlink(target) => self.line(&[b"symlink", &here, target])?,
@@ -212,7 +212,6 @@ impl<'a> Script<'a> {
         }
         set(b"mtime", format!("@{}", node.meta.mtime))?;
         for (name, value) in &node.meta.xattrs {
-            use std::os::unix::ffi::OsStrExt as _;
             let file = self.values.join(self.attributes.to_string());
             self.attributes += 1;
             fs::write(&file, value)?;

@@ -149,7 +149,7 @@ fn read<R: Read>(mut state: Reading<'_>, archive: &mut Archive<R>, entries: &mut
                 let name = said.path.clone().unwrap_or_else(|| header.path_bytes().into_owned());
                 next_content += 1;
                 state
-                    .take(&header, said, &name, &mut entry, next_content)
+                    .take(&header, &said, &name, &mut entry, next_content)
                     .map_err(|refusal| Fault::of_entry(&name, refusal))?;
                 let freed = state.tree.take_freed();
                 state.contents.forget(freed);
@@ -163,7 +163,7 @@ impl Reading<'_> {
     fn take(
         &mut self,
         header: &Header,
-        said: Extended,
+        said: &Extended,
         name: &[u8],
         body: &mut impl Read,
         content: u64,

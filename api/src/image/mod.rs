@@ -215,7 +215,7 @@ pub async fn build(
     let contents = Contents { dir: work.join("content") };
     let tree = {
         let (contents, progress, limits) = (contents.clone(), progress.clone(), limits.clone());
-        blocking(move || merge(image, &contents, &limits, &progress)).await?
+        blocking(move || merge(&image, &contents, &limits, &progress)).await?
     };
     progress.begin("file system", 0);
     ext4::write(tree, &contents, limits.disk_mib, work, out).await?;
@@ -223,7 +223,7 @@ pub async fn build(
 }
 
 /// The layers of an image, one onto the other, and what a guest needs beside them.
-fn merge(image: Image, contents: &Contents, limits: &Limits, progress: &Progress) -> Result<Tree, ImageError> {
+fn merge(image: &Image, contents: &Contents, limits: &Limits, progress: &Progress) -> Result<Tree, ImageError> {
     fs::create_dir_all(&contents.dir).map_err(local(format!("make {}", contents.dir.display())))?;
     let mut tree = Tree::new(limits.image_entries);
     let mut budget = layer::Budget { bytes: limits.image_mib << 20, entries: limits.image_entries };

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 const CONNECT: Duration = Duration::from_secs(20);
 /// A registry from which nothing comes for so long is given up.
-const STALL: Duration = Duration::from_secs(60);
+const STALL: Duration = Duration::from_mins(1);
 /// Times that a layer is asked for.
 const TRIES: u32 = 3;
 

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
 struct Bench {
@@ -311,7 +312,7 @@ fn bombs_go_off_in_bounds() {
     bench.limits.image_entries = 10;
     let many: Vec<_> = (0..11).map(|n| Entry::file(format!("{n}"), "")).collect();
     assert!(bench.merge(&[many[..10].to_vec()]).is_ok());
-    assert!(bench.merge(&[many.clone()]).unwrap_err().contains("image_entries"));
+    assert!(bench.merge(std::slice::from_ref(&many)).unwrap_err().contains("image_entries"));
     assert!(bench.merge(&[many[..6].to_vec(), many[6..].to_vec()]).unwrap_err().contains("layer 2 of 2"));
     // An extended header that would have to be held.
     bench.limits = Bench::new().limits;
@@ -435,7 +436,6 @@ async fn the_file_system_holds_what_the_layers_say() {
     for entry in fs::read_dir(dump.join("odd")).unwrap().map(Result::unwrap).filter(|e| e.path().is_file()) {
         found.insert(entry.file_name(), fs::read(entry.path()).unwrap());
     }
-    use std::os::unix::ffi::OsStrExt as _;
     let latin = found.remove(std::ffi::OsStr::from_bytes(b"\xff\xfe")).unwrap();
     assert_eq!((latin.as_slice(), found.len()), (b"latin".as_slice(), 9));
     found.iter().for_each(|(name, content)| assert_eq!(name.as_bytes(), content));

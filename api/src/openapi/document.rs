@@ -93,7 +93,7 @@ pub(crate) fn document<'a>(
 fn describe(operation: &Operation, path: &str, schemas: &mut Schemas) -> Value {
     let mut parameters: Vec<Value> = placeholders(path).map(in_path).collect();
     if let Some(query) = operation.query {
-        parameters.extend(in_query(&schemas.of_query(query)));
+        parameters.extend(in_query(&of_query(query)));
     }
     let answers: Map<String, Value> =
         operation.answers.iter().map(|(status, answer)| (status.to_string(), answer_of(answer, schemas))).collect();
@@ -167,6 +167,15 @@ fn in_query(object: &Value) -> Vec<Value> {
     properties.map(parameter).collect()
 }
 
+/// The fields of a query: it is text, so nothing in it is null.
+fn of_query(schema: SchemaOf) -> Value {
+    let mut alone = SchemaSettings::draft2020_12().for_deserialize();
+    alone.inline_subschemas = true;
+    let mut schema = schema(&mut alone.into_generator());
+    RecursiveTransform(absent_is_not_null).transform(&mut schema);
+    schema.to_value()
+}
+
 /// Schemas of requests, where what may be absent may be null, and of answers, where it is never null.
 struct Schemas {
     requests: SchemaGenerator,
@@ -191,15 +200,6 @@ impl Schemas {
 
     fn of_answer(&mut self, schema: SchemaOf) -> Value {
         schema(&mut self.answers).to_value()
-    }
-
-    /// The fields of a query: it is text, so nothing in it is null.
-    fn of_query(&self, schema: SchemaOf) -> Value {
-        let mut alone = SchemaSettings::draft2020_12().for_deserialize();
-        alone.inline_subschemas = true;
-        let mut schema = schema(&mut alone.into_generator());
-        RecursiveTransform(absent_is_not_null).transform(&mut schema);
-        schema.to_value()
     }
 
     /// A request of this schema cannot be empty.

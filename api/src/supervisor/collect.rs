@@ -27,7 +27,7 @@ pub(super) async fn run(core: Arc<Core>, stop: CancellationToken) {
         match outcome {
             Ok(report) => tell(&core, &report),
             Err(error) => {
-                tracing::warn!(error = chain(&error), "a pass of the collector ended early; the next one goes on")
+                tracing::warn!(error = chain(&error), "a pass of the collector ended early; the next one goes on");
             }
         }
     }

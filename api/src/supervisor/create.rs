@@ -60,7 +60,7 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         snapshot: None,
         created_at: core.sources.now_ms(),
     };
-    run(core, tenant, spec, Beginning::Template(template), begun).await
+    run(core, tenant, spec, Beginning::Template(Box::new(template)), begun).await
 }
 
 /// Makes a sandbox of `tenant` that goes on where the named `snapshot` stood, which is `manifest`, and waits until it runs.
@@ -75,7 +75,7 @@ pub(super) async fn from_snapshot(
 
 /// What a sandbox begins as.
 enum Beginning {
-    Template(Template),
+    Template(Box<Template>),
     /// Its id, and what it is.
     Snapshot(String, ManifestRef),
 }

@@ -127,7 +127,7 @@ pub async fn upload(core: &Arc<Core>, tenant: &str, asked: Upload) -> Result<Tem
         let outcome = build(&core, &job, &asked).await;
         match &outcome {
             Ok(template) => {
-                tracing::info!(id = job.id, name = job.name, digest = template.digest, "a template was made")
+                tracing::info!(id = job.id, name = job.name, digest = template.digest, "a template was made");
             }
             Err(error) => {
                 let reason = error.chain();
@@ -185,13 +185,13 @@ async fn build(core: &Arc<Core>, job: &Arc<Job>, asked: &Upload) -> Result<Templ
         let (core, job) = (core.clone(), job.clone());
         blocking(move || publish(&core, &job, &scratch, &boot, built)).await
     };
-    match tokio::time::timeout(Duration::from_millis(ms), made).await {
-        Ok(outcome) => outcome,
-        Err(_) => {
-            job.progress.stop();
-            Err(ImageError::Deadline { what: format!("the build of template {:?}", job.name), ms: ms.into() }.into())
-        }
-    }
+    let Ok(outcome) = tokio::time::timeout(Duration::from_millis(ms), made).await else {
+        job.progress.stop();
+        return Err(
+            ImageError::Deadline { what: format!("the build of template {:?}", job.name), ms: ms.into() }.into()
+        );
+    };
+    outcome
 }
 
 /// The template whose kernel boots the image, and a place to work.

@@ -158,6 +158,7 @@ pub struct EgressPolicy {
 
 /// Header changes for one domain.
 #[derive(JsonSchema)]
+#[expect(clippy::zero_sized_map_values, reason = "only its schema is used")]
 pub struct HeaderChanges {
     /// The domain.
     pub domain: HostPattern,

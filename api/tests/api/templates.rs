@@ -256,6 +256,14 @@ struct Registry {
 /// `stranger:hush`
 const BASIC: &str = "Basic c3RyYW5nZXI6aHVzaA==";
 
+/// What the registry gives for a password.
+fn token(headers: &HeaderMap) -> Response {
+    if headers.get(header::AUTHORIZATION).is_some_and(|value| value == BASIC) {
+        return json!({"token": "opened", "expires_in": 300}).to_string().into_response();
+    }
+    StatusCode::UNAUTHORIZED.into_response()
+}
+
 impl Registry {
     async fn start(guard: Guard, layout: Layout, spoil: Option<String>) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -263,7 +271,7 @@ impl Registry {
         let registry = Self { guard, addr, layout: Arc::new(layout), spoil, seen: Arc::default() };
         let app = Router::new()
             .route("/v2/", get(|State(this): State<Registry>, headers: HeaderMap| async move { this.answer(&headers, "", "") }))
-            .route("/token", get(|State(this): State<Registry>, headers: HeaderMap| async move { this.token(&headers) }))
+            .route("/token", get(|headers: HeaderMap| async move { token(&headers) }))
             .route(
                 "/v2/team/app/{kind}/{name}",
                 get(|State(this): State<Registry>, At((kind, name)): At<(String, String)>, headers: HeaderMap| async move {
@@ -273,13 +281,6 @@ impl Registry {
             .with_state(registry.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         registry
-    }
-
-    fn token(&self, headers: &HeaderMap) -> Response {
-        if headers.get(header::AUTHORIZATION).is_some_and(|value| value == BASIC) {
-            return json!({"token": "opened", "expires_in": 300}).to_string().into_response();
-        }
-        StatusCode::UNAUTHORIZED.into_response()
     }
 
     fn answer(&self, headers: &HeaderMap, kind: &str, name: &str) -> Response {

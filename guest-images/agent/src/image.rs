@@ -149,7 +149,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap();
+        tokio::time::timeout(Duration::from_mins(1), wait).await.unwrap();
         assert_eq!(fs::read_to_string(log).unwrap(), format!("hello sandbox {workdir}\n"));
     }
 

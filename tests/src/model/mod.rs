@@ -33,8 +33,7 @@ pub fn expected(state: State, committed: Option<State>, ask: Ask) -> Expected {
         (State::Running, Ask::Stop) => says(200, State::Stopped),
         (State::Running, Ask::Snapshot) => says(201, State::Running),
         (State::Running | State::Paused, Ask::Invoke) => Expected { status: None, state: State::Running },
-        (State::Paused, Ask::Resume) => says(200, State::Running),
-        (State::Stopped, Ask::Start) => says(200, State::Running),
+        (State::Paused, Ask::Resume) | (State::Stopped, Ask::Start) => says(200, State::Running),
         (State::Running | State::Paused | State::Stopped, Ask::Delete) => says(204, State::Deleted),
         (State::Deleted, Ask::Delete | Ask::Invoke) => says(404, State::Deleted),
         (State::Deleted, Ask::Undelete) => match committed {
