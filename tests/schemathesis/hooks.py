@@ -13,7 +13,7 @@ import urllib.request
 import schemathesis
 from schemathesis.core.parameters import ParameterLocation
 
-URL, KEY, TEMPLATE = (os.environ[name] for name in ("STASIS_URL", "STASIS_KEY", "STASIS_TEMPLATE"))
+URL, KEY, TEMPLATE, IMAGE = (os.environ[name] for name in ("STASIS_URL", "STASIS_KEY", "STASIS_TEMPLATE", "STASIS_IMAGE"))
 # Of the requests that name a sandbox, so many name one that is there.
 THERE = 0.7
 # So many sandboxes are there at least.
@@ -49,6 +49,20 @@ def snapshot():
     return chance.choice(there) if there else None
 
 
+def template():
+    """The id of a template of ours that is there."""
+    there = [item["id"] for item in call("GET", "/v1/templates?page-size=100")["items"] if not item["is_system"]]
+    return chance.choice(there) if there else None
+
+
+# What each kind of credentials cannot be without.
+CREDENTIALS = {
+    "basic": ("username", "password"),
+    "gcp": ("gcp_service_account_json",),
+    "azure": ("azure_tenant_id", "azure_client_id", "azure_client_secret"),
+}
+
+
 def is_wrong(case, where):
     return case.meta is not None and case.meta.is_negative_at(where)
 
@@ -68,10 +82,18 @@ def before_call(context, case, kwargs):
             named["id"] = sandbox() or named["id"]
         if "snapshot" in named:
             named["snapshot"] = (snapshot() or {"id": named["snapshot"]})["id"]
+        if "template" in named:
+            named["template"] = template() or named["template"]
     if isinstance(case.body, dict) and not is_wrong(case, ParameterLocation.BODY):
         if case.operation.path == "/v1/sandbox":
             case.body["template_name"] = TEMPLATE
             one_spelling(case.body, "disk", "disk_mib", "memory_mib", "timeout_min")
+        if case.operation.path == "/v1/template":
+            case.body["uri"] = IMAGE
+            if isinstance(given := case.body.get("credentials"), dict):
+                # `aws` is described and refused.
+                kind = given["type"] if given["type"] in CREDENTIALS else "basic"
+                case.body["credentials"] = {"type": kind} | dict.fromkeys(CREDENTIALS[kind], "word")
         if case.operation.path in ("/v1/snapshot/restore", "/v1/snapshot/resume"):
             case.body["snapshot_name"] = (snapshot() or {"name": case.body["snapshot_name"]})["name"]
             one_spelling(case.body, "timeout_min")

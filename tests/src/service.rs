@@ -454,9 +454,10 @@ impl Service {
         Ok(Journal::open(&self.dir.path().join("d").join(JOURNAL))?)
     }
 
-    /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them.
+    /// Process ids of VMMs that hold a sandbox of this service. Idle ones of the pool are not among them, nor are killed ones that the kernel
+    /// still takes apart.
     pub fn vmm_pids(&self) -> Vec<u32> {
-        vmms(&self.dir.path().join("d/run"), |name| !name.starts_with("pool-"))
+        vmms(&self.dir.path().join("d/run"), |name| !name.starts_with("pool-") && !name.starts_with("ended-"))
     }
 
     /// Process ids of this service's VMMs that were started ahead and are used by nobody.

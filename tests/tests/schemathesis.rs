@@ -4,8 +4,9 @@
 use std::path::PathBuf;
 
 use serde_json::json;
+use stasis_api::dev::layout::{Entry, Layout, Packing, archive};
 use stasis_tests::host;
-use stasis_tests::service::{Options, Service};
+use stasis_tests::service::{Options, Service, boots_images};
 use stasis_tests::suite::{Outcome, Suite};
 use stasis_tests::vmm::{no_pulse, pulse};
 
@@ -33,15 +34,26 @@ async fn conforms() -> Outcome {
         "cmdline": "fill=1 hot=1 mix=real count=1", "ready": {"serial": "R\n"},
     });
     std::fs::write(template.join("template.json"), description.to_string())?;
+    let layer = archive(&[Entry::file("etc/motd", "hello")]);
+    Layout::new(&json!({}), &[(Packing::Plain, layer)])?.write(&images.path().join("image"), "v1")?;
+    let local_dir = images.path().display().to_string();
+    let boot = boots_images(images.path())?;
     let mut options = Options { images: Some(images.path().to_owned()), ..Options::default() };
-    // Few guests at once, so that most creates are refused at once; as many requests as it likes.
-    let limits = [("STASIS_LIMITS_SANDBOXES", "4"), ("STASIS_LIMITS_REQUESTS_PER_MINUTE", "0")];
-    options.environment.extend(limits.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    let ours = [
+        // Few guests at once, so that most creates are refused at once; as many requests as it likes.
+        ("STASIS_LIMITS_SANDBOXES", "4"),
+        ("STASIS_LIMITS_REQUESTS_PER_MINUTE", "0"),
+        ("STASIS_TEMPLATES_LOCAL_DIR", local_dir.as_str()),
+        ("STASIS_TEMPLATES_BOOT", boot),
+        ("STASIS_TEMPLATES_DISK_MIB", "64"),
+        ("STASIS_TEMPLATES_IMAGE_MIB", "16"),
+    ];
+    options.environment.extend(ours.map(|(name, value)| (name.to_owned(), value.to_owned())));
     let service = Service::start(options).await?;
 
     let run = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("schemathesis/run");
     let mut command = std::process::Command::new(run);
-    command.args([&service.url, &service.key, TEMPLATE]);
+    command.args([&service.url, &service.key, TEMPLATE, "oci:image:v1"]);
     command.env("STASIS_SCHEMATHESIS_DIR", service.dir.path());
     // A longer run: `STASIS_SCHEMATHESIS="--max-examples 200 --seed 7"`.
     command.args(std::env::var("STASIS_SCHEMATHESIS").unwrap_or_default().split_whitespace());

@@ -8,9 +8,9 @@ pub mod terminals;
 use crate::validate::{FieldError, FieldErrors, boolean, integer};
 use serde_json::{Map, Value};
 
-/// Octets of a path at most: Linux knows no longer ones.
+/// Characters of a path at most: Linux knows no longer ones; what is longer in octets, the guest refuses.
 pub(crate) const GUEST_PATH: usize = 4095;
-/// Octets of a name (a branch, a remote, a person) at most.
+/// Characters of a name (a branch, a remote, a person) at most.
 pub(crate) const NAME: usize = 1024;
 
 /// Reads the fields of a request; what is wrong with them is collected.
@@ -29,11 +29,13 @@ impl<'a> Fields<'a> {
         self.errors.or(value)
     }
 
-    /// A text that may be absent or null, of at most `limit` octets.
+    /// A text that may be absent or null, of at most `limit` characters.
     fn optional(&mut self, name: &str, limit: usize) -> Option<String> {
         let wrong = match self.body.get(name) {
             None | Some(Value::Null) => return None,
-            Some(Value::String(text)) if text.len() > limit => format!("must not be longer than {limit} bytes"),
+            Some(Value::String(text)) if text.chars().count() > limit => {
+                format!("must not be longer than {limit} characters")
+            }
             Some(Value::String(text)) if text.contains('\0') => "must not contain a NUL".to_owned(),
             Some(Value::String(text)) => return Some(text.clone()),
             Some(_) => "must be a string".to_owned(),
@@ -98,12 +100,13 @@ impl<'a> Fields<'a> {
         let mut texts = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
             match item.as_str() {
-                Some(text) if !text.is_empty() && text.len() <= limit && !text.contains('\0') => {
+                Some(text) if !text.is_empty() && text.chars().count() <= limit && !text.contains('\0') => {
                     texts.push(text.to_owned());
                 }
-                _ => self
-                    .errors
-                    .add(&format!("{name}[{index}]"), format!("must be a string of 1 to {limit} bytes without a NUL")),
+                _ => self.errors.add(
+                    &format!("{name}[{index}]"),
+                    format!("must be a string of 1 to {limit} characters without a NUL"),
+                ),
             }
         }
         texts
