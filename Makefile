@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all bench browser clients deb demo fuzz-api test test-native test-linux lint images build setup clean
+.PHONY: all bench browser clients deb demo fuzz-api install test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -19,6 +19,13 @@ build: setup
 images: build
 	$(STEP) images guest-images/linux/build
 	target/$(PROFILE)/stasis templates --images-dir target/images
+
+# Programs and images for this machine, below PREFIX: README's first steps.
+PREFIX := /usr/local
+install: setup
+	$(STEP) build-install cargo build --release --workspace --bins
+	$(STEP) images guest-images/linux/build
+	packaging/install target/release target/images $(PREFIX)
 
 # The main job, to be watched: create, count, write, pause, look into the bucket, resume, the count goes on.
 demo: build images

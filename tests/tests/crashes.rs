@@ -512,7 +512,10 @@ async fn one_crash(
         bench.service.try_start_supervisor().await?;
         // What it does in the background may be what kills it.
         tokio::select! {
-            settled = bench.settle(&subject) => settled.or_else(|e| if bench.service.supervisor_is_dead() { Ok(()) } else { Err(e) })?,
+            settled = bench.settle(&subject) => if let Err(error) = settled {
+                // Its connections break before it is dead for everybody to see.
+                tokio::time::timeout(PATIENCE, bench.death()).await.map_err(|_| error)?;
+            },
             () = bench.death() => {}
         }
         bench.arm(None)?;

@@ -131,7 +131,7 @@ pub(super) struct Dev {
     /// Where everything is kept [default: $XDG_DATA_HOME/stasis or ~/.local/share/stasis].
     #[arg(long, env = "STASIS_DATA_DIR")]
     pub(super) data_dir: Option<PathBuf>,
-    /// Directory with templates/ [default: target/images of a build tree, else /usr/share/stasis/images].
+    /// Directory with templates/ [default: target/images of a build tree, else share/stasis/images of the prefix].
     #[arg(long, env = "STASIS_IMAGES_DIR")]
     pub(super) images_dir: Option<PathBuf>,
     /// Address of the API; port 0 takes a free one.
@@ -153,7 +153,7 @@ pub(super) struct Dev {
 
 #[derive(Debug, ClapArgs)]
 pub(super) struct Templates {
-    /// Directory with templates/ [default: target/images of a build tree, else /usr/share/stasis/images].
+    /// Directory with templates/ [default: target/images of a build tree, else share/stasis/images of the prefix].
     #[arg(long, env = "STASIS_IMAGES_DIR")]
     pub(super) images_dir: Option<PathBuf>,
 }

@@ -202,8 +202,10 @@ Ctrl-C stops the servers; running sandboxes go on and are adopted by the next `s
     Ok(ExitStatus::Ok)
 }
 
-/// `target/images` of the build tree that this program lies in, else the installed place.
+/// `target/images` of the build tree that this program lies in, else the installed place: below the prefix that it is installed in.
 pub(super) fn images_dir() -> PathBuf {
-    let of_tree = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.parent()?.join("images")));
-    of_tree.filter(|dir| dir.join("templates").is_dir()).unwrap_or_else(|| PathBuf::from("/usr/share/stasis/images"))
+    let own = std::env::current_exe().ok();
+    let near = own.as_deref().and_then(|own| own.parent()?.parent());
+    let mut places = near.into_iter().flat_map(|dir| [dir.join("images"), dir.join("share/stasis/images")]);
+    places.find(|dir| dir.join("templates").is_dir()).unwrap_or_else(|| PathBuf::from("/usr/share/stasis/images"))
 }
