@@ -243,7 +243,8 @@ impl OnTerminal {
                 return Ok(());
             }
             let left = PATIENCE.saturating_sub(begun.elapsed());
-            match self.seen.recv_timeout(left) {
+            // The supervisor's store is served by this runtime: it must not stand still meanwhile.
+            match tokio::task::block_in_place(|| self.seen.recv_timeout(left)) {
                 Ok(bytes) => self.text.push_str(&String::from_utf8_lossy(&bytes)),
                 Err(_) => return Err(format!("{text:?} is not shown, but {:?}", self.text).into()),
             }
