@@ -70,11 +70,13 @@ impl Count {
     pub fn contradiction(&self, moves: &[(Event, State)], timed: bool) -> Option<String> {
         let made = |event| moves.iter().filter(|(made, _)| *made == event).count();
         let asked = |ask| self.asked[place(ask)];
+        // A request to the app that waits is not lost when a pause comes before its connection: it wakes the sandbox once more.
+        let put_to_sleep_again = if asked(Ask::Invoke) > 0 { made(Event::Committed) } else { 0 };
         // Each begins only when it was asked for.
         for (event, limit) in [
             (Event::Pause, if timed { usize::MAX } else { asked(Ask::Pause) }),
             (Event::Snapshot, asked(Ask::Snapshot)),
-            (Event::Resume, asked(Ask::Resume) + asked(Ask::Invoke)),
+            (Event::Resume, asked(Ask::Resume) + asked(Ask::Invoke) + put_to_sleep_again),
             (Event::Stop, asked(Ask::Stop)),
             (Event::Start, asked(Ask::Start)),
         ] {
@@ -156,6 +158,21 @@ mod tests {
         assert!(count.contradiction(&paused, false).is_none());
         count.succeeded(Ask::Pause);
         assert!(count.contradiction(&paused, false).is_some());
+        let wakes = [
+            (Event::Resume, State::Unpausing),
+            (Event::Ready, State::Running),
+            (Event::Pause, State::Snapshotting),
+            (Event::Committed, State::Paused),
+            (Event::Resume, State::Unpausing),
+        ];
+        let mut count = Count::default();
+        count.asked(Ask::Pause);
+        count.asked(Ask::Resume);
+        assert!(count.contradiction(&wakes, false).is_some(), "a second wake, and no request for it");
+        let mut count = Count::default();
+        count.asked(Ask::Pause);
+        count.asked(Ask::Invoke);
+        assert!(count.contradiction(&wakes, false).is_none(), "a pause came before its connection");
         let deleted = [(Event::Delete, State::Deleting), (Event::Gone, State::Deleted)];
         assert!(Count::default().contradiction(&deleted, false).is_some());
         assert!(Count::default().contradiction(&deleted, true).is_none());
