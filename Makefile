@@ -18,6 +18,7 @@ build: setup
 # The digests are noted beside the images: over the rig's 9p a file's holes cannot be skipped.
 images: build
 	$(STEP) images guest-images/linux/build
+	$(STEP) hostile guest-images/hostile/build
 	target/$(PROFILE)/stasis templates --images-dir target/images
 
 # Programs and images for this machine, below PREFIX: README's first steps.

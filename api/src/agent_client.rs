@@ -11,6 +11,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stasis_agent::protocol::git::GitRequest;
+use stasis_agent::protocol::trust::{TrustReply, TrustRequest};
 use stasis_agent::protocol::{
     AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, WakeReply, WakeRequest,
 };
@@ -78,6 +79,11 @@ impl Agent {
     /// `POST /v1/image`.
     pub async fn image(&self, request: &ImageRequest, within: Duration) -> Result<ImageReply, AgentFailure> {
         self.call(Method::POST, "/v1/image", Some(request), within).await
+    }
+
+    /// `POST /v1/trust`.
+    pub async fn trust(&self, request: &TrustRequest, within: Duration) -> Result<TrustReply, AgentFailure> {
+        self.call(Method::POST, "/v1/trust", Some(request), within).await
     }
 
     async fn call<T: DeserializeOwned>(

@@ -16,14 +16,22 @@
 
 mod gc;
 mod invoke;
+mod isolation;
+mod network;
 mod run_ahead;
+mod seal;
+mod telemetry;
 mod templates;
 mod tls;
 mod warm;
 
 pub use gc::Gc;
 pub use invoke::{Invoke, Scheme};
+pub use isolation::{Isolation, IsolationConfig};
+pub use network::{Enabled, Network};
 pub use run_ahead::RunAhead;
+pub use seal::Seal;
+pub use telemetry::Telemetry;
 pub use templates::Templates;
 pub use tls::Tls;
 pub use warm::Warm;
@@ -76,6 +84,18 @@ pub struct Config {
     /// Templates from container images.
     #[serde(default)]
     pub templates: Templates,
+    /// Keys that snapshots are sealed with.
+    #[serde(default)]
+    pub seal: Seal,
+    /// Networks of sandboxes.
+    #[serde(default)]
+    pub network: Network,
+    /// Walls around VMMs.
+    #[serde(default)]
+    pub isolation: IsolationConfig,
+    /// Traces for a collector.
+    #[serde(default)]
+    pub telemetry: Telemetry,
 }
 
 /// The object store.
@@ -342,15 +362,31 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_TLS_CERT", "tls.cert"),
     ("STASIS_TLS_KEY", "tls.key"),
     ("STASIS_TLS_PLAIN", "tls.plain"),
+    ("STASIS_TELEMETRY_OTLP_ENDPOINT", "telemetry.otlp_endpoint"),
     ("STASIS_TEMPLATES_LOCAL_DIR", "templates.local_dir"),
+    ("STASIS_TEMPLATES_REGISTRIES", "templates.registries"),
+    ("STASIS_TEMPLATES_PLAIN_HTTP", "templates.plain_http"),
     ("STASIS_TEMPLATES_BOOT", "templates.boot"),
+    ("STASIS_TEMPLATES_ECR_ENDPOINT", "templates.ecr_endpoint"),
     ("STASIS_TEMPLATES_DISK_MIB", "templates.disk_mib"),
     ("STASIS_TEMPLATES_IMAGE_MIB", "templates.image_mib"),
     ("STASIS_TEMPLATES_IMAGE_ENTRIES", "templates.image_entries"),
     ("STASIS_TEMPLATES_PER_TENANT", "templates.per_tenant"),
+    ("STASIS_TEMPLATES_PER_HOST", "templates.per_host"),
     ("STASIS_TEMPLATES_BUILDS", "templates.builds"),
     ("STASIS_TEMPLATES_BUILD_MS", "templates.build_ms"),
     ("STASIS_DEADLINES_PAUSE_RETRY_MS", "deadlines.pause_retry_ms"),
+    ("STASIS_SEAL_KEY_FILE", "seal.key_file"),
+    ("STASIS_SEAL_OLD_KEY_FILES", "seal.old_key_files"),
+    ("STASIS_SEAL_ENCRYPT", "seal.encrypt"),
+    ("STASIS_SEAL_ACCEPT_UNSEALED", "seal.accept_unsealed"),
+    ("STASIS_NETWORK", "network.enabled"),
+    ("STASIS_NETWORK_READY", "network.ready"),
+    ("STASIS_NETWORK_CONNECTIONS", "network.connections"),
+    ("STASIS_NETWORK_NEW_PER_SECOND", "network.new_per_second"),
+    ("STASIS_NETWORK_BURST", "network.burst"),
+    ("STASIS_ISOLATION", "isolation.mode"),
+    ("STASIS_WARDEN", "isolation.warden"),
 ];
 
 /// The settings that environment variables make.
@@ -433,16 +469,31 @@ impl Config {
         self.invoke.check()?;
         self.tls.check()?;
         self.templates.check()?;
+        self.seal.check()?;
+        self.network.check()?;
+        self.telemetry.check()?;
         self.gc.check()?;
         self.run_ahead.check()
     }
 }
 
 /// Fields that are true or false.
-const SWITCHES: [&str; 6] =
-    ["store.path_style", "warm.golden", "warm.huge_pages", "run_ahead.enabled", "invoke.trust_forwarded", "tls.plain"];
+const SWITCHES: [&str; 8] = [
+    "store.path_style",
+    "warm.golden",
+    "warm.huge_pages",
+    "run_ahead.enabled",
+    "invoke.trust_forwarded",
+    "tls.plain",
+    "seal.encrypt",
+    "seal.accept_unsealed",
+];
+/// Fields that are lists; in a variable, words between commas.
+const LISTS: [&str; 2] = ["templates.registries", "templates.plain_http"];
+/// Fields that are lists of paths; in a variable, with a colon between two.
+const PATHS: [&str; 1] = ["seal.old_key_files"];
 /// What the other fields that are no text begin with.
-const NUMBERS: [&str; 12] = [
+const NUMBERS: [&str; 17] = [
     "gc.",
     "limits.",
     "deadlines.",
@@ -453,8 +504,13 @@ const NUMBERS: [&str; 12] = [
     "templates.image_mib",
     "templates.image_entries",
     "templates.per_tenant",
+    "templates.per_host",
     "templates.builds",
     "templates.build_ms",
+    "network.ready",
+    "network.connections",
+    "network.new_per_second",
+    "network.burst",
 ];
 
 fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError> {
@@ -473,8 +529,14 @@ fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError
     };
     let value = if SWITCHES.contains(&setting.field) {
         toml::Value::Boolean(switch(&setting.text).ok_or_else(|| wrong("true or false"))?)
+    } else if LISTS.contains(&setting.field) {
+        let words = setting.text.split(',').map(str::trim).filter(|word| !word.is_empty());
+        toml::Value::Array(words.map(toml::Value::from).collect())
     } else if NUMBERS.iter().any(|part| setting.field.starts_with(part)) {
         toml::Value::Integer(setting.text.parse().map_err(|_| wrong("a whole number"))?)
+    } else if PATHS.contains(&setting.field) {
+        let parts = setting.text.split(':').filter(|part| !part.is_empty());
+        toml::Value::Array(parts.map(|part| toml::Value::String(part.to_owned())).collect())
     } else {
         toml::Value::String(setting.text.clone())
     };
@@ -548,9 +610,21 @@ mod tests {
             (vec![("run_ahead.core_percent", "0")], "run_ahead.core_percent"),
             (vec![("templates.image_mib", "10240")], "templates.image_mib"),
             (vec![("templates.local_dir", "here")], "templates.local_dir"),
+            (vec![("seal.encrypt", "perhaps")], "seal.encrypt"),
+            (vec![("seal.old_key_files", "/a:/b")], "seal.key_file"),
+            (vec![("templates.per_host", "0")], "templates.per_host"),
+            (vec![("templates.ecr_endpoint", "api.ecr")], "templates.ecr_endpoint"),
+            (vec![("telemetry.otlp_endpoint", "collector:4318")], "telemetry.otlp_endpoint"),
+            (vec![("telemetry.otlp_endpoint", "http://a b")], "telemetry.otlp_endpoint"),
             (vec![("data_dir", long.as_str())], "data_dir"),
         ] {
             let error = load(DIRECTORY, &settings).unwrap_err();
+            assert!(error.contains(field), "{error}");
+        }
+        for (wrong, field) in
+            [("[limits]\nsandboxes = 'x'", "sandboxes"), ("[tls]\ncert = 1", "cert"), ("[warm]\ncold = 1", "cold")]
+        {
+            let error = load(&format!("{DIRECTORY}{wrong}"), &[]).unwrap_err();
             assert!(error.contains(field), "{error}");
         }
         assert!(load("", &[]).unwrap_err().contains("listen"));
@@ -572,5 +646,14 @@ mod tests {
     fn each_variable_sets_its_field() {
         let settings = from_environment(|name| (name == "STASIS_LISTEN").then(|| "1.2.3.4:5".to_owned()));
         assert_eq!((settings.len(), settings[0].field), (1, "listen"));
+        let listed = load(DIRECTORY, &[("templates.registries", "ghcr.io, *.example.com")]).unwrap();
+        assert_eq!(listed.templates.registries, ["ghcr.io", "*.example.com"]);
+        // What a value may be is the field's own affair: that there is such a field is what counts here.
+        for (name, field) in VARIABLES {
+            let text = if NUMBERS.iter().any(|part| field.starts_with(part)) { "1" } else { "on" };
+            let base = if field.starts_with("store.") { "" } else { DIRECTORY };
+            let error = load(base, &[(field, text)]).err().unwrap_or_default();
+            assert!(!error.contains("unknown field"), "{name}: {error}");
+        }
     }
 }

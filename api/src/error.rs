@@ -9,12 +9,14 @@ use crate::journal::JournalError;
 use crate::rate::TooMany;
 use crate::record::PortableError;
 use crate::states::State;
+use crate::telemetry::TelemetryError;
 use crate::template::TemplateError;
 use crate::validate::FieldError;
 use http::StatusCode;
 use stasis_snapshot::commit::HeadError;
 use stasis_snapshot::layout::BadName;
 use stasis_snapshot::manifest::ManifestError;
+use stasis_snapshot::seal::SealError;
 use stasis_snapshot::store::{ErrorKind, StoreError};
 use stasis_vmm::control::client::ClientError;
 use std::io;
@@ -105,11 +107,19 @@ pub enum Error {
     /// The tenant may use a template of that name already, or is making one.
     #[error("there is a template {0:?} already")]
     TemplateExists(String),
-    /// The tenant has as many templates as it may have.
-    #[error("there are {most} templates already, which is the limit: delete one first")]
+    /// There are as many templates as there may be, of the tenant or on this host.
+    #[error("there are {most} templates{} already, which is the limit: {}", match .scope {
+        Scope::Tenant => "",
+        Scope::Host => " on this host",
+    }, match .scope {
+        Scope::Tenant => "delete one first",
+        Scope::Host => "try again later",
+    })]
     TooManyTemplates {
-        /// How many it may have.
+        /// How many there may be.
         most: usize,
+        /// Whose limit.
+        scope: Scope,
     },
     /// A template that the tenant may not change, or not now.
     #[error("template {id}: cannot {verb} it: {why}")]
@@ -152,6 +162,27 @@ pub enum Error {
         /// What is wrong.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// An object's seal is not accepted.
+    #[error("{object} is not accepted; the sandbox stays as it is")]
+    Seal {
+        /// Its key.
+        object: String,
+        /// Why not.
+        #[source]
+        source: SealError,
+    },
+    /// The head in the store is older than one that this supervisor has seen.
+    #[error(
+        "the head of {id} in the store is of commit {found}, and commit {known} was seen here: an older head was put in its place; the sandbox stays as it is"
+    )]
+    RolledBack {
+        /// Which sandbox.
+        id: SandboxId,
+        /// Sequence number in the store.
+        found: u64,
+        /// The highest that was seen.
+        known: u64,
     },
     /// The outcome of a commit is not known yet.
     #[error(
@@ -228,6 +259,17 @@ pub enum Error {
         /// Why not.
         what: String,
     },
+    /// Something of a sandbox's network cannot be made or changed.
+    #[error("sandbox {id}: cannot {action}")]
+    Network {
+        /// Which.
+        id: SandboxId,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// An app in a sandbox did not answer.
     #[error(transparent)]
     Invoke(#[from] InvokeError),
@@ -245,6 +287,9 @@ pub enum Error {
     /// The request must become a WebSocket.
     #[error("this is a WebSocket: the request must ask for an upgrade to one ({0})")]
     NoWebSocket(String),
+    /// Nothing can be exported to the collector of traces.
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
     /// A file or a process of this host failed.
     #[error("cannot {action}")]
     Local {
@@ -308,7 +353,7 @@ impl Error {
             | Self::SnapshotExists(_)
             | Self::SnapshotInUse { .. }
             | Self::TemplateExists(_)
-            | Self::TooManyTemplates { .. }
+            | Self::TooManyTemplates { scope: Scope::Tenant, .. }
             | Self::TemplateFixed { .. }
             | Self::TemplateInUse { .. }
             | Self::NoAgent { .. } => StatusCode::CONFLICT,
@@ -322,10 +367,14 @@ impl Error {
                 | TemplateError::Journal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             },
             Self::Image(e) => image_status(e),
-            Self::Host(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Host(_) | Self::Network { .. } | Self::TooManyTemplates { scope: Scope::Host, .. } => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Store { source, .. } => store_status(source.kind),
             Self::Vmm { store: Some(kind), .. } => store_status(*kind),
-            Self::Damaged { .. } | Self::Agent { .. } => StatusCode::BAD_GATEWAY,
+            Self::Damaged { .. } | Self::Seal { .. } | Self::RolledBack { .. } | Self::Agent { .. } => {
+                StatusCode::BAD_GATEWAY
+            }
             Self::Unknown { .. }
             | Self::Deadline { .. }
             | Self::Vmm { source: ClientError::Deadline { .. } | ClientError::Refused { status: 504, .. }, .. } => {
@@ -335,6 +384,7 @@ impl Error {
             | Self::VmmEnded { .. }
             | Self::Draft { .. }
             | Self::Local { .. }
+            | Self::Telemetry(_)
             | Self::Journal(_)
             | Self::Head { .. }
             | Self::Portable { .. }
@@ -379,15 +429,19 @@ impl Error {
             Self::TemplateFixed { .. } => "fixed",
             Self::Image(_) => "image",
             Self::TooManyUrls { .. }
-            | Self::TooManyTemplates { .. }
+            | Self::TooManyTemplates { scope: Scope::Tenant, .. }
             | Self::Limit(NoPlace { scope: Scope::Tenant, .. }) => "limit",
-            Self::Limit(NoPlace { scope: Scope::Host, .. }) => "capacity",
+            Self::TooManyTemplates { scope: Scope::Host, .. } | Self::Limit(NoPlace { scope: Scope::Host, .. }) => {
+                "capacity"
+            }
             Self::Rate(_) => "rate",
             Self::NoAgent { .. } => "no-agent",
             Self::Template(_) => "template",
             Self::Host(_) => "host",
             Self::Store { .. } | Self::Vmm { store: Some(_), .. } => "store",
             Self::Damaged { .. } => "damaged",
+            Self::Seal { .. } => "seal",
+            Self::RolledBack { .. } => "rolled-back",
             Self::Unknown { .. } => OUTCOME_UNKNOWN,
             Self::Fenced { .. } => "fenced",
             Self::Vmm { store: None, .. } => "vmm",
@@ -395,10 +449,12 @@ impl Error {
             Self::Deadline { .. } => "deadline",
             Self::Draft { .. } => "draft",
             Self::Agent { .. } => "agent",
+            Self::Network { .. } => "network",
             Self::Guest { .. } => "guest",
             Self::LeftOut(_) => "left-out",
             Self::NoWebSocket(_) => "no-websocket",
             Self::Local { .. }
+            | Self::Telemetry(_)
             | Self::Journal(_)
             | Self::Head { .. }
             | Self::Portable { .. }
@@ -409,11 +465,12 @@ impl Error {
         }
     }
 
-    /// When a client that was refused for want of room may ask again, seconds.
+    /// When a client that was refused for want of room may ask again, seconds. Nobody knows when somebody deletes something.
     pub fn retry_after_s(&self) -> Option<u32> {
         match self {
             Self::Limit(refused) => Some(refused.retry_after_s),
             Self::Rate(refused) => Some(refused.retry_after_s),
+            Self::TooManyTemplates { .. } | Self::TooManyUrls { .. } => Some(RETRY_UNKNOWN_S),
             Self::Shared(error) => error.retry_after_s(),
             _ => None,
         }
@@ -455,6 +512,9 @@ fn store_status(kind: ErrorKind) -> StatusCode {
         | ErrorKind::Other => StatusCode::BAD_GATEWAY,
     }
 }
+
+/// When to ask again where nothing says when there will be room, seconds.
+const RETRY_UNKNOWN_S: u32 = 60;
 
 /// The [`Error::code`] of an operation whose outcome is not known.
 pub const OUTCOME_UNKNOWN: &str = "outcome-unknown";

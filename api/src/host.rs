@@ -77,17 +77,22 @@ fn has_virtualization(cpuinfo: &str) -> bool {
         .any(|line| line.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
+/// Where another of our programs is: beside our own.
+pub fn beside(name: &str) -> io::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let beside = own.with_file_name(name);
+    // A test's program lies one directory below the programs it tests.
+    let above = own.parent().and_then(Path::parent).map(|dir| dir.join(name));
+    Ok(if beside.exists() { beside } else { above.filter(|path| path.exists()).unwrap_or(beside) })
+}
+
 /// Where the VMM's program is: as configured, else beside our own.
 pub fn vmm_program(configured: Option<&Path>) -> Result<PathBuf, Error> {
-    let path = if let Some(path) = configured {
-        path.to_owned()
-    } else {
-        let own = std::env::current_exe()
-            .map_err(|source| Error::Local { action: "find our own program".to_owned(), source })?;
-        let beside = own.with_file_name("stasis-vmm");
-        // A test's program lies one directory below the programs it tests.
-        let above = own.parent().and_then(Path::parent).map(|dir| dir.join("stasis-vmm"));
-        if beside.exists() { beside } else { above.filter(|path| path.exists()).unwrap_or(beside) }
+    let path = match configured {
+        Some(path) => path.to_owned(),
+        None => {
+            beside("stasis-vmm").map_err(|source| Error::Local { action: "find our own program".to_owned(), source })?
+        }
     };
     match fs::metadata(&path) {
         Ok(found) if found.is_file() => Ok(path),

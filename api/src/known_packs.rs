@@ -6,6 +6,7 @@ use stasis_snapshot::grant::GrantedObject;
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::pack::PackEntry;
+use stasis_snapshot::seal::WrappedKey;
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
@@ -15,6 +16,7 @@ pub struct KnownPacks {
     /// Size and digest of each pack, by key.
     packs: HashMap<String, (u32, Digest)>,
     bases: Vec<Digest>,
+    data_keys: Vec<WrappedKey>,
     signed: OnceLock<SignedGrants>,
 }
 
@@ -28,11 +30,12 @@ pub struct SignedGrants {
 }
 
 impl KnownPacks {
-    /// Those that `manifest`, which was committed, names.
-    pub fn of(manifest: &Manifest) -> Self {
+    /// Those that `manifest`, which was committed, names, and the data keys that came with it.
+    pub fn of(manifest: &Manifest, data_keys: Vec<WrappedKey>) -> Self {
         Self {
             packs: manifest.packs.iter().map(|pack| (pack.key.clone(), (pack.size, pack.digest))).collect(),
             bases: manifest.images.iter().filter_map(|image| image.base).map(|base| base.digest).collect(),
+            data_keys,
             signed: OnceLock::new(),
         }
     }
@@ -42,9 +45,14 @@ impl KnownPacks {
         self.packs.contains_key(key)
     }
 
-    /// Whether the other one is of the same packs and disks.
+    /// Whether the other one is of the same packs, disks and keys.
     pub fn equals(&self, other: &Self) -> bool {
-        (&self.packs, &self.bases) == (&other.packs, &other.bases)
+        (&self.packs, &self.bases, &self.data_keys) == (&other.packs, &other.bases, &other.data_keys)
+    }
+
+    /// The keys of packs and states that are encrypted.
+    pub fn data_keys(&self) -> &[WrappedKey] {
+        &self.data_keys
     }
 
     /// Leave to read them, if it was signed since `since`.

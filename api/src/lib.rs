@@ -13,8 +13,10 @@
 //! | [`template`], [`block_indexes`], [`host`] | what sandboxes boot from, and its blocks by content; what this host can run |
 //! | [`image`] | container images: from a reference to a root file system |
 //! | [`template_request`] | requests about templates from JSON to checked values |
+//! | [`launcher`] | how VMMs are started, and behind which walls |
 //! | [`vmm_process`], [`vmm_pool`], [`agent_client`] | VMM processes; those started ahead; the agent in a guest |
 //! | [`vsock`] | the host end of a guest's vsock |
+//! | [`network_activity`], [`egress_process`] | what a sandbox reached and was refused; the process that decides by names |
 //! | [`kept_memory`], [`memory_pressure`] | memory kept from the last pause, and when it must go |
 //! | [`run_ahead`] | whether pages are sent ahead of a pause |
 //! | [`known_packs`] | packs that are in the store for certain |
@@ -27,7 +29,7 @@
 //! | [`invoke`] | requests to apps in sandboxes |
 //! | [`error`] | every failure, and the one conversion to HTTP |
 //! | [`fail_points`] | the steps at which tests kill it |
-//! | [`metrics`] | what is counted, for Prometheus |
+//! | [`metrics`], [`telemetry`] | what is counted, for Prometheus; traces for an OpenTelemetry collector |
 //! | [`timing`], [`costs`], [`sources`] | what an operation cost; the last ones of a sandbox; clock, entropy |
 //! | [`dev`] | the embedded S3 server, and a proxy that injects faults |
 //! | [`cli`] | the program `stasis` |
@@ -42,6 +44,7 @@ pub mod cli;
 pub mod config;
 pub mod costs;
 pub mod dev;
+pub mod egress_process;
 pub mod error;
 pub mod fail_points;
 pub mod fair_share;
@@ -54,8 +57,10 @@ pub mod invoke;
 pub mod journal;
 pub mod kept_memory;
 pub mod known_packs;
+pub mod launcher;
 pub mod memory_pressure;
 pub mod metrics;
+pub mod network_activity;
 pub mod network_policy;
 pub mod openapi;
 pub mod rate;
@@ -69,6 +74,7 @@ mod sparse_file;
 pub mod states;
 pub mod store;
 pub mod supervisor;
+pub mod telemetry;
 pub mod template;
 mod template_digest;
 pub mod template_request;

@@ -1,8 +1,13 @@
-//! The egress policy of a sandbox: its shape on the wire and its rules. It is stored and answered; enforcing it needs a network device.
+//! The egress policy of a sandbox: its shape and its rules. What enforces it: `supervisor::network`.
+//!
+//! Values of injected headers are secrets. A request gives them as text; before anything is recorded, the text goes to the journal's `secrets`
+//! ([`NetworkPolicy::keep`]), and its name stands in its place: records, heads and manifests hold names, answers and logs hold neither.
 
 use crate::validate::FieldErrors;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct as _;
+use serde::{Deserialize, Serialize, Serializer};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::Ipv4Addr;
 
 /// Domains in `allow_domains` at most.
@@ -49,13 +54,92 @@ pub struct Transform {
     pub domain: String,
     /// Headers to set.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub inject_headers: BTreeMap<String, String>,
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub inject_headers: BTreeMap<String, Injected>,
     /// Headers to remove.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub strip_headers: Vec<String>,
 }
 
+/// The value of an injected header.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Injected {
+    /// As a request gave it. It is written nowhere.
+    Given(String),
+    /// Its name in the journal of the host that the policy was given to.
+    Kept {
+        /// The name.
+        secret: String,
+    },
+}
+
+/// What stands for a value where values are not shown.
+const REDACTED: &str = "[redacted]";
+
+impl fmt::Debug for Injected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Given(_) => f.write_str(REDACTED),
+            Self::Kept { secret } => f.debug_tuple("Kept").field(secret).finish(),
+        }
+    }
+}
+
+impl Serialize for Injected {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Given(_) => serializer.serialize_str(REDACTED),
+            Self::Kept { secret } => {
+                let mut kept = serializer.serialize_struct("Kept", 1)?;
+                kept.serialize_field("secret", secret)?;
+                kept.end()
+            }
+        }
+    }
+}
+
 impl NetworkPolicy {
+    /// Allow-all: what holds when a request names none.
+    pub const OPEN: Self =
+        Self { mode: Mode::AllowAll, allow_domains: Vec::new(), allow_cidrs: Vec::new(), transforms: Vec::new() };
+
+    /// For answers: values are not shown.
+    #[must_use]
+    pub fn redacted(&self) -> Self {
+        let mut policy = self.clone();
+        policy.values().for_each(|value| *value = Injected::Given(String::new()));
+        policy
+    }
+
+    /// Puts a name in the place of each value that was given, which `keep` is told under that name; `name` makes names.
+    pub fn keep<E>(
+        &mut self,
+        mut name: impl FnMut() -> String,
+        mut keep: impl FnMut(&str, &str) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for value in self.values() {
+            if let Injected::Given(text) = value {
+                let secret = name();
+                keep(&secret, text)?;
+                *value = Injected::Kept { secret };
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of the values that are kept.
+    pub fn secrets(&self) -> impl Iterator<Item = &str> {
+        self.transforms.iter().flat_map(|transform| transform.inject_headers.values()).filter_map(|value| match value {
+            Injected::Kept { secret } => Some(secret.as_str()),
+            Injected::Given(_) => None,
+        })
+    }
+
+    fn values(&mut self) -> impl Iterator<Item = &mut Injected> {
+        self.transforms.iter_mut().flat_map(|transform| transform.inject_headers.values_mut())
+    }
+
     /// Reads and checks the request's JSON; what is wrong goes to `errors` under `network_policy.…`.
     pub fn from_json(value: &serde_json::Value, errors: &mut FieldErrors) -> Option<Self> {
         let policy: Self = match serde_json::from_value(value.clone()) {
@@ -88,6 +172,9 @@ impl NetworkPolicy {
                 }
             }
         }
+        if self.mode == Mode::DenyAll && !self.transforms.is_empty() {
+            errors.add("network_policy.transforms", "make no sense with mode \"deny-all\": nothing passes".to_owned());
+        }
         for (i, domain) in self.allow_domains.iter().enumerate() {
             if !is_domain_pattern(domain) {
                 errors.add(
@@ -113,8 +200,8 @@ impl NetworkPolicy {
                 );
             }
             for (name, value) in &transform.inject_headers {
-                if http::HeaderName::from_bytes(name.as_bytes()).is_err() || http::HeaderValue::from_str(value).is_err()
-                {
+                let fits = matches!(value, Injected::Given(text) if http::HeaderValue::from_str(text).is_ok());
+                if http::HeaderName::from_bytes(name.as_bytes()).is_err() || !fits {
                     errors.add(
                         &format!("{field}.inject_headers"),
                         format!("{name:?} is not a header name with a header value"),
@@ -168,7 +255,39 @@ mod tests {
         let full = json!({"mode": "custom", "allow_domains": ["*.example.com"], "allow_cidrs": ["10.0.0.0/8"],
             "transforms": [{"domain": "api.example.com", "inject_headers": {"authorization": "x"}, "strip_headers": ["cookie"]}]});
         let policy = NetworkPolicy::from_json(&full, &mut FieldErrors::default()).unwrap();
-        assert_eq!(serde_json::to_value(policy).unwrap(), full);
+        let mut shown = full;
+        shown["transforms"][0]["inject_headers"]["authorization"] = json!("[redacted]");
+        assert_eq!(serde_json::to_value(&policy).unwrap(), shown);
+        assert_eq!(serde_json::to_value(policy.redacted()).unwrap(), shown);
+    }
+
+    #[test]
+    fn values_are_kept_by_name_and_shown_nowhere() {
+        let asked = json!({"mode": "allow-all", "transforms": [
+            {"domain": "a.example.com", "inject_headers": {"authorization": "s3cret", "x-key": "t0ken"}}]});
+        let mut policy = NetworkPolicy::from_json(&asked, &mut FieldErrors::default()).unwrap();
+        assert!(!format!("{policy:?}").contains("s3cret"));
+        let (mut names, mut kept) = (["one", "two"].into_iter(), Vec::new());
+        let keep = |name: &str, text: &str| {
+            kept.push((name.to_owned(), text.to_owned()));
+            Ok::<_, ()>(())
+        };
+        policy.keep(|| names.next().unwrap().to_owned(), keep).unwrap();
+        assert_eq!(kept, [("one".to_owned(), "s3cret".to_owned()), ("two".to_owned(), "t0ken".to_owned())]);
+        assert_eq!(policy.secrets().collect::<Vec<_>>(), ["one", "two"]);
+        // As a record has it, and as it is read again.
+        let stored = serde_json::to_value(&policy).unwrap();
+        assert_eq!(
+            stored["transforms"][0]["inject_headers"],
+            json!({"authorization": {"secret": "one"}, "x-key": {"secret": "two"}})
+        );
+        assert_eq!(serde_json::from_value::<NetworkPolicy>(stored).unwrap(), policy);
+        let shown = serde_json::to_string(&policy.redacted()).unwrap();
+        assert!(!shown.contains("s3cret") && !shown.contains("one"), "{shown}");
+        // A request cannot name what is kept of somebody else.
+        let named = json!({"mode": "allow-all", "transforms": [
+            {"domain": "a.example.com", "inject_headers": {"authorization": {"secret": "one"}}}]});
+        assert_eq!(errors_of(&named), ["network_policy.transforms[0].inject_headers"]);
     }
 
     #[test]
@@ -185,6 +304,10 @@ mod tests {
             ["network_policy.transforms"]
         );
         assert_eq!(errors_of(&json!({"mode": "sometimes"})), ["network_policy"]);
+        assert_eq!(
+            errors_of(&json!({"mode": "deny-all", "transforms": [{"domain": "a.b"}]})),
+            ["network_policy.transforms"]
+        );
         assert_eq!(errors_of(&json!({"allow_cidrs": []})), ["network_policy"]);
         assert_eq!(errors_of(&json!({"mode": "deny-all", "allow_domains": ["a.b"]})), ["network_policy.allow_domains"]);
         assert_eq!(

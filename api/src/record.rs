@@ -7,6 +7,7 @@ use crate::sources::UnixMs;
 use crate::states::{Event, State};
 use serde::{Deserialize, Serialize};
 use stasis_snapshot::manifest::{ManifestRef, Versioned};
+use stasis_snapshot::seal::WrappedKey;
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 
@@ -42,11 +43,28 @@ pub struct Spec {
     /// Egress policy.
     #[serde(default)]
     pub network_policy: Option<NetworkPolicy>,
+    /// Its machine has a network device.
+    #[serde(default)]
+    pub network: bool,
+    /// What ends TLS for the domains of its policy's transforms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<Authority>,
     /// Id of the named snapshot that it was restored from.
     #[serde(default)]
     pub snapshot: Option<String>,
     /// When the sandbox was created.
     pub created_at: UnixMs,
+}
+
+/// A sandbox's certificate authority without its key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Authority {
+    /// What it is called.
+    pub name: String,
+    /// What the guest trusts.
+    pub certificate_pem: String,
+    /// Name of its key in the journal's secrets.
+    pub key: String,
 }
 
 /// What heads and manifests carry for the supervisor, as JSON under [`Portable::VERSION`].
@@ -126,6 +144,9 @@ pub struct Record {
     /// The booted template that it was started from.
     #[serde(default)]
     pub origin: Option<ManifestRef>,
+    /// What its captures are encrypted under, itself under the operator's key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_key: Option<WrappedKey>,
     /// The process that runs it.
     pub vmm: Option<VmmIdentity>,
     /// Why it was lost or deleted, or why its last operation failed.
@@ -149,6 +170,7 @@ impl Record {
             commit: None,
             disks_only: false,
             origin: None,
+            data_key: None,
             vmm: None,
             reason: None,
         }

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::ids::SandboxId;
 use crate::journal::{Journal, Move};
 use crate::known_packs::KnownPacks;
+use crate::network_activity::Activity;
 use crate::record::Record;
 use crate::run_ahead::Spent;
 use crate::sources::{Sources, UnixMs};
@@ -16,7 +17,7 @@ use crate::states::{self, Event, State};
 use crate::vmm_process::Vmm;
 use stasis_snapshot::commit::Current;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore, watch};
 
@@ -59,6 +60,8 @@ pub struct Sandbox {
     rounds: Arc<tokio::sync::Mutex<()>>,
     ahead: Mutex<Spent>,
     costs: Mutex<Costs>,
+    network_past: Mutex<Activity>,
+    egress_generation: AtomicU64,
     changes: Changes,
 }
 
@@ -95,6 +98,8 @@ impl Sandbox {
             rounds: Arc::default(),
             ahead: Mutex::default(),
             costs: Mutex::default(),
+            network_past: Mutex::default(),
+            egress_generation: AtomicU64::new(0),
             changes,
         }
     }
@@ -201,6 +206,21 @@ impl Sandbox {
     /// What rounds ahead of a pause have done, to be read or changed.
     pub fn ahead<T>(&self, with: impl FnOnce(&mut Spent) -> T) -> T {
         with(&mut locked(&self.ahead))
+    }
+
+    /// What the networks of its VMs that are gone did, to be read or changed.
+    pub fn network_past<T>(&self, with: impl FnOnce(&mut Activity) -> T) -> T {
+        with(&mut locked(&self.network_past))
+    }
+
+    /// The generation under which the egress process knows it.
+    pub fn egress_generation(&self) -> u64 {
+        self.egress_generation.load(Ordering::Relaxed)
+    }
+
+    /// Remembers it.
+    pub fn set_egress_generation(&self, generation: u64) {
+        self.egress_generation.store(generation, Ordering::Relaxed);
     }
 
     /// What its operation is doing, for people who watch.

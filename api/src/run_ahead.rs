@@ -103,7 +103,7 @@ impl Spent {
         self.filled_at = now;
     }
 
-    /// A round has looked at `pages`, stored `bytes` and took `took_ms`: the rest after it keeps the share of a core.
+    /// A round has looked at `pages`, stored `bytes` and took `took_ms` of a core: the rest after it keeps the share.
     pub fn round(&mut self, config: &RunAhead, now: UnixMs, pages: u64, bytes: u64, took_ms: u64) {
         self.rounds += 1;
         self.bytes += bytes;
@@ -111,8 +111,7 @@ impl Spent {
         self.last_pages = pages;
         // One that was only tried is tried again after one long rest, not after all the short ones.
         self.in_vain = if self.in_vain >= TRY_AFTER { TRY_AFTER - 1 } else { 0 };
-        let rest = took_ms * (100 - config.core_percent.min(100)) / config.core_percent.max(1);
-        self.rest_until = now + ms(rest.max(config.interval_ms));
+        self.rest_until = now + ms(share_rest(config, took_ms).max(config.interval_ms));
     }
 
     /// A look was not followed by a round.
@@ -121,10 +120,12 @@ impl Spent {
         self.rest(config, now);
     }
 
-    /// A round was cut off.
-    pub fn cut_off(&mut self, config: &RunAhead, now: UnixMs) {
+    /// A round over `pages` was cut off after `took_ms`. What it sent is not known, so all that it may have sent is counted against the budget.
+    pub fn cut_off(&mut self, config: &RunAhead, now: UnixMs, pages: u64, took_ms: u64) {
         self.cut_off += 1;
+        self.allowance = self.allowance.saturating_sub(pages.saturating_mul(PAGE));
         self.rest(config, now);
+        self.rest_until = self.rest_until.max(now + ms(share_rest(config, took_ms)));
     }
 
     fn rest(&mut self, config: &RunAhead, now: UnixMs) {
@@ -132,6 +133,11 @@ impl Spent {
         self.in_vain += 1;
         self.rest_until = now + ms(config.interval_ms.saturating_mul(intervals));
     }
+}
+
+/// How long to rest after `took_ms` of a core, so that both together keep the share.
+fn share_rest(config: &RunAhead, took_ms: u64) -> u64 {
+    took_ms.saturating_mul(100 - config.core_percent.min(100)) / config.core_percent.max(1)
 }
 
 #[cfg(test)]
@@ -198,5 +204,16 @@ mod tests {
         spent.round(&config, NOW, 20_000, 1 << 20, 10);
         spent.skip(&config, NOW);
         assert_eq!(spent.rest_until, NOW + 16_000, "what was tried in vain is not tried again soon");
+    }
+
+    #[test]
+    fn a_round_that_is_cut_off_costs_what_it_may_have_cost() {
+        let config = RunAhead { mib_per_minute: 60, core_percent: 25, interval_ms: 1000, ..RunAhead::default() };
+        let mut spent = fresh(&config);
+        spent.cut_off(&config, NOW, 10 << 8, 2000);
+        assert_eq!((spent.allowance, spent.rest_until, spent.cut_off), (50 << 20, NOW + 6000, 1));
+        spent.cut_off(&config, NOW, u64::MAX, 10);
+        assert_eq!((spent.allowance, spent.rest_until), (0, NOW + 2000));
+        assert_eq!(decide(&config, facts(60_000, None), &spent, 1024), Step::Skip);
     }
 }

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use stasis_snapshot::commit::{ObjectHead, Register};
 use stasis_snapshot::grant::{Access, GrantedObject};
 use stasis_snapshot::layout::Owner;
+use stasis_snapshot::seal::Seals;
 use stasis_snapshot::store::directory::DirectoryStore;
 use stasis_snapshot::store::probe::probe;
 use stasis_snapshot::store::s3::{S3Settings, S3Store};
@@ -32,6 +33,7 @@ pub struct Store {
     conditional: bool,
     caveats: Vec<String>,
     next_token: AtomicU64,
+    seals: Arc<Seals>,
 }
 
 /// Grants for a VMM, and the files that must be sent ahead of the request that carries them.
@@ -53,8 +55,10 @@ impl Store {
                 source,
             })?;
         }
+        let seals = config.seal.load().map_err(|error| Error::Host(error.to_string()))?;
         let counted = CountedStore::new(Self::unprobed(config)?, metrics.clone());
-        Self::over(Arc::new(counted), owner, sources).await
+        let store = Self::over(Arc::new(counted), owner, sources).await?;
+        Ok(Self { seals, ..store })
     }
 
     /// The configured objects as they are: nothing is sent, made or checked. For programs that look at a bucket beside a supervisor.
@@ -92,6 +96,7 @@ impl Store {
             conditional: found.conditional_writes,
             caveats: found.reasons,
             next_token: AtomicU64::new(first_token),
+            seals: Arc::new(Seals::none()),
         })
     }
 
@@ -103,6 +108,11 @@ impl Store {
     /// The same, to be kept.
     pub fn shared_objects(&self) -> Arc<dyn ObjectStore> {
         self.objects.clone()
+    }
+
+    /// The operator's keys.
+    pub fn seals(&self) -> &Arc<Seals> {
+        &self.seals
     }
 
     /// Conditional writes work, so that several supervisors may share the store.
@@ -118,11 +128,12 @@ impl Store {
     /// The head register of a sandbox.
     pub fn head_of(&self, owner: &Owner) -> Register<ObjectHead> {
         let key = owner.head();
-        Register::new(if self.conditional {
+        let head = if self.conditional {
             ObjectHead::new(self.objects.clone(), key)
         } else {
             ObjectHead::unconditional(self.objects.clone(), key)
-        })
+        };
+        Register::new(head.sealed(&self.seals))
     }
 
     /// A token that no request to any VMM has used.

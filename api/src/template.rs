@@ -220,6 +220,11 @@ impl Templates {
         Ok(known.filter_map(|one| usable(load(one, journal))).collect())
     }
 
+    /// How many templates of container images there are, of all tenants.
+    pub fn uploaded(&self) -> Result<usize, TemplateError> {
+        Ok(self.scan()?.iter().filter(|one| one.file.upload.is_some()).count())
+    }
+
     /// A root file system with that digest, templates called `preferred` first. `None` when no template here has it.
     pub fn rootfs_by_digest(
         &self,

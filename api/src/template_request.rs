@@ -1,6 +1,6 @@
 //! Requests about templates, from JSON and queries to checked values. Pure, as [`crate::validate`] is.
 
-use crate::image::{Credentials, Reference};
+use crate::image::{AmazonKey, Credentials, Password, Reference, is_region, region_of};
 use crate::validate::{FieldError, FieldErrors};
 use serde_json::{Map, Value};
 
@@ -75,7 +75,7 @@ pub fn upload(body: &Map<String, Value>) -> Result<Upload, Vec<FieldError>> {
     };
     let credentials = match body.get("credentials") {
         None | Some(Value::Null) => None,
-        Some(Value::Object(fields)) => credentials(fields, &mut errors),
+        Some(Value::Object(fields)) => credentials(fields, reference.as_ref(), &mut errors),
         Some(_) => {
             errors.add("credentials", "must be an object");
             None
@@ -88,27 +88,50 @@ pub fn upload(body: &Map<String, Value>) -> Result<Upload, Vec<FieldError>> {
 }
 
 /// What a registry is told, by the kind of the credentials. Google's and Azure's take a key as a password.
-fn credentials(fields: &Map<String, Value>, errors: &mut FieldErrors) -> Option<Credentials> {
+fn credentials(
+    fields: &Map<String, Value>,
+    reference: Option<&Reference>,
+    errors: &mut FieldErrors,
+) -> Option<Credentials> {
     let mut get = |field: &str| text(fields, &format!("credentials.{field}"), MAX_CREDENTIAL, errors).to_owned();
+    let password = |username: String, password: String| Some(Credentials::Password(Password { username, password }));
     match fields.get("type").and_then(Value::as_str) {
-        Some("basic") => Some(Credentials { username: get("username"), password: get("password") }),
-        Some("gcp") => {
-            Some(Credentials { username: "_json_key".to_owned(), password: get("gcp_service_account_json") })
-        }
+        Some("basic") => password(get("username"), get("password")),
+        Some("gcp") => password("_json_key".to_owned(), get("gcp_service_account_json")),
         Some("azure") => {
             // The registry knows its tenant; the contract wants it to be said.
             get("azure_tenant_id");
-            Some(Credentials { username: get("azure_client_id"), password: get("azure_client_secret") })
+            password(get("azure_client_id"), get("azure_client_secret"))
         }
         Some("aws") => {
-            errors.add(
-                "credentials.type",
-                "aws is not supported by this server: send the output of `aws ecr get-login-password` as basic, for the user AWS",
-            );
-            None
+            let (id, secret) = (get("aws_access_key_id"), get("aws_secret_access_key"));
+            let region = region(fields, reference, errors)?;
+            Some(Credentials::Amazon(AmazonKey { id, secret, region }))
         }
         _ => {
             errors.add("credentials.type", "must be basic, gcp, azure or aws");
+            None
+        }
+    }
+}
+
+/// Of Amazon's registry: what the client says, else what the registry's name says.
+fn region(fields: &Map<String, Value>, reference: Option<&Reference>, errors: &mut FieldErrors) -> Option<String> {
+    const FIELD: &str = "credentials.aws_region";
+    match fields.get("aws_region") {
+        None | Some(Value::Null) => {
+            let named = match reference {
+                Some(Reference::Registry(name)) => region_of(name.registry()),
+                Some(Reference::Local(_)) | None => None,
+            };
+            if named.is_none() {
+                errors.add(FIELD, "is required: the name of the registry does not say it");
+            }
+            named.map(str::to_owned)
+        }
+        Some(Value::String(region)) if is_region(region) => Some(region.clone()),
+        Some(_) => {
+            errors.add(FIELD, "must be a region, such as eu-central-1");
             None
         }
     }
@@ -172,7 +195,10 @@ mod tests {
     #[test]
     fn each_kind_of_credentials_has_its_fields() {
         let with = |credentials: Value| read(&json!({"name": "x", "uri": "x", "credentials": credentials}));
-        let of = |credentials: Value| with(credentials).unwrap().credentials.map(|c| (c.username, c.password)).unwrap();
+        let of = |credentials: Value| match with(credentials).unwrap().credentials {
+            Some(Credentials::Password(Password { username, password })) => (username, password),
+            other => panic!("{other:?}"),
+        };
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         assert_eq!(of(json!({"type": "basic", "username": "u", "password": "p"})), pair("u", "p"));
         assert_eq!(of(json!({"type": "gcp", "gcp_service_account_json": "{}"})), pair("_json_key", "{}"));
@@ -181,6 +207,28 @@ mod tests {
         assert_eq!(of(azure), pair("i", "s"));
         assert_eq!(with(json!({"type": "basic", "username": "u"})).unwrap_err(), ["credentials.password"]);
         assert_eq!(with(json!({"type": "ssh"})).unwrap_err(), ["credentials.type"]);
+        let aws = |uri: &str, more: Value| {
+            let mut credentials = json!({"type": "aws", "aws_access_key_id": "i", "aws_secret_access_key": "s"});
+            credentials.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            read(&json!({"name": "x", "uri": uri, "credentials": credentials})).map(|asked| asked.credentials)
+        };
+        let key = |region: &str| AmazonKey { id: "i".to_owned(), secret: "s".to_owned(), region: region.to_owned() };
+        let ecr = "1.dkr.ecr.eu-west-1.amazonaws.com/app";
+        for (uri, more, region) in [
+            (ecr, json!({}), "eu-west-1"),
+            (ecr, json!({"aws_region": "us-east-1"}), "us-east-1"),
+            ("registry.example/app", json!({"aws_region": "us-east-1"}), "us-east-1"),
+        ] {
+            assert_eq!(aws(uri, more).unwrap(), Some(Credentials::Amazon(key(region))), "{uri}");
+        }
+        for (uri, more) in [
+            ("registry.example/app", json!({})),
+            (ecr, json!({"aws_region": "evil.example/"})),
+            (ecr, json!({"aws_region": 1})),
+        ] {
+            assert_eq!(aws(uri, more).unwrap_err(), ["credentials.aws_region"]);
+        }
+        assert_eq!(aws(ecr, json!({"aws_secret_access_key": ""})).unwrap_err(), ["credentials.aws_secret_access_key"]);
         assert_eq!(with(json!("u:p")).unwrap_err(), ["credentials"]);
         let secret = with(json!({"type": "basic", "username": "u", "password": "hush"})).unwrap();
         assert!(!format!("{secret:?}").contains("hush"));

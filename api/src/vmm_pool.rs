@@ -1,14 +1,15 @@
 //! VMM processes started ahead, so that a wake does not wait for one to start. They hold no guest and belong to nobody until [`VmmPool::take`]
-//! gives one away: its run directory is renamed (a VMM works in it by relative names), and the request that makes the machine names the
+//! gives one away: its run directory is renamed (a VMM knows no names), and the request that makes the machine names the
 //! sandbox. Each has made ready a bare machine of the size that was asked for last: most hosts run many sandboxes of one size.
 //!
 //! One task fills the pool. What an earlier supervisor left is ended by `supervisor::restart`, which finds every VMM under the run root.
 
+use crate::launcher::Launcher;
 use crate::vmm_process::Vmm;
 use stasis_vmm::control::types::PrepareRequest;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -36,7 +37,7 @@ fn choose(idle: &[Option<PrepareRequest>], wanted: PrepareRequest) -> Option<usi
 /// The pool.
 #[derive(Debug)]
 pub struct VmmPool {
-    program: PathBuf,
+    launcher: Arc<Launcher>,
     root: PathBuf,
     size: usize,
     within: Duration,
@@ -48,10 +49,10 @@ pub struct VmmPool {
 }
 
 impl VmmPool {
-    /// One of `size` processes of `program` below `root`, each given `within` to open its control socket. Empty until [`VmmPool::run`].
-    pub fn new(program: &Path, root: &Path, size: u16, within: Duration) -> Self {
+    /// One of `size` processes that `launcher` starts below `root`, each given `within` to open its control socket. Empty until [`VmmPool::run`].
+    pub fn new(launcher: Arc<Launcher>, root: &Path, size: u16, within: Duration) -> Self {
         Self {
-            program: program.to_owned(),
+            launcher,
             root: root.to_owned(),
             size: usize::from(size),
             within,
@@ -99,7 +100,7 @@ impl VmmPool {
             let mut pause = Duration::MAX;
             while self.waiting() < self.size && !stop.is_cancelled() {
                 let name = format!("{NAME}{}", self.started.fetch_add(1, Ordering::Relaxed));
-                match Vmm::spawn(&self.program, &name, &self.root.join(&name), self.within).await {
+                match Vmm::spawn(&self.launcher, &name, &self.root.join(&name), self.within).await {
                     Ok(vmm) => {
                         let ready = self.make_ready(&vmm).await;
                         self.idle().push(Idle { vmm, ready });
@@ -183,7 +184,7 @@ mod tests {
         let program = dir.path().join("vmm");
         std::fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
-        let pool = VmmPool::new(&program, dir.path(), 2, Duration::from_secs(5));
+        let pool = VmmPool::new(Arc::new(Launcher::unjailed(&program)), dir.path(), 2, Duration::from_secs(5));
         let stop = CancellationToken::new();
         let stopping = async {
             tokio::time::sleep(Duration::from_millis(200)).await;

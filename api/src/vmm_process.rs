@@ -1,22 +1,23 @@
-//! VMM processes: the only place that starts or ends one.
+//! VMM processes, from their start by the [`Launcher`] to their end.
 //!
-//! A VMM outlives its supervisor: it has its own process group, no inherited descriptors, and an empty environment (so no credentials).
-//! It is watched through a pidfd, which works for our own child and for one that was adopted after a restart. One task watches each.
+//! A VMM outlives its supervisor: it has a session of its own, inherits what it needs by number, and has an empty environment (so no
+//! credentials). It is watched through a pidfd, which works for our own child, for another's, and for one that was adopted after a
+//! restart. One task watches each.
 
+use crate::launcher::{LOG, Launcher, PROCESS_NOTE, end_of, note_in};
 use crate::record::VmmIdentity;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+use stasis_vmm::control::EXIT_NOTE;
 use stasis_vmm::control::client::Client;
 use stasis_vmm::control::types::ExitNote;
-use stasis_vmm::control::{CONTROL_SOCKET, EXIT_NOTE};
+use stasis_warden::jail::start::{End, ProcessNote, find};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::DirBuilderExt as _;
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -28,8 +29,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const KILL: Duration = Duration::from_secs(20);
 /// What the names of run directories begin with whose VMMs were let go: no sandbox is called so.
 const ENDED: &str = "ended-";
-/// The VMM's own messages, in its run directory.
-const LOG: &str = "vmm.log";
+/// How long the note of an end, which another process writes, may come after the end.
+const NOTED: Duration = Duration::from_millis(100);
 
 /// One VMM process and its run directory.
 #[derive(Debug)]
@@ -40,36 +41,21 @@ pub struct Vmm {
     identity: VmmIdentity,
     pidfd: Arc<OwnedFd>,
     ended: watch::Receiver<bool>,
+    end: Arc<OnceLock<End>>,
+    launcher: Arc<Launcher>,
     dismissed: AtomicBool,
     /// Our descriptor of the guest's memory file. Not there for one that was adopted.
     memory: Mutex<Option<Arc<fs::File>>>,
 }
 
 impl Vmm {
-    /// Starts `program` under the name `id` with a fresh run directory, and waits until its control socket is there.
-    #[expect(clippy::disallowed_methods, reason = "this is the place that starts processes")]
-    pub async fn spawn(program: &Path, id: &str, run_dir: &Path, within: Duration) -> io::Result<Self> {
-        if run_dir.exists() {
-            fs::remove_dir_all(run_dir)?;
-        }
-        fs::DirBuilder::new().mode(0o700).recursive(true).create(run_dir)?;
-        let log = fs::File::create(run_dir.join(LOG))?;
-        let child = Command::new(program)
-            .arg("--id")
-            .arg(id)
-            .arg("--run-dir")
-            .arg(run_dir)
-            .current_dir(run_dir)
-            .env_clear()
-            .envs(std::env::var_os("STASIS_VMM_LOG").map(|level| ("RUST_LOG", level)))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0)
-            .spawn()
-            .map_err(|e| io::Error::new(e.kind(), format!("cannot start {}: {e}", program.display())))?;
-        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-        let vmm = Self::watch(pid, run_dir)?;
+    /// Starts one under the name `id` with a fresh run directory, and waits until it answers.
+    pub async fn spawn(launcher: &Arc<Launcher>, id: &str, run_dir: &Path, within: Duration) -> io::Result<Self> {
+        let (starting, name, dir) = (launcher.clone(), id.to_owned(), run_dir.to_owned());
+        let started =
+            tokio::task::spawn_blocking(move || starting.start_vmm(&name, &dir)).await.map_err(io::Error::other)?;
+        let process = started.map_err(|e| io::Error::new(e.kind(), format!("cannot start a VMM for {id}: {e}")))?;
+        let vmm = Self::watch(process.note, process.pidfd, run_dir, launcher)?;
         match tokio::time::timeout(within, vmm.reachable()).await {
             Ok(true) => Ok(vmm),
             outcome => {
@@ -78,37 +64,44 @@ impl Vmm {
                 let what = if outcome.is_ok() {
                     format!("it ended: {reason}")
                 } else {
-                    "it did not open its control socket in time".to_owned()
+                    "it did not answer in time".to_owned()
                 };
-                Err(io::Error::other(format!("{} for {id}: {what}", program.display())))
+                Err(io::Error::other(format!("the VMM for {id}: {what}")))
             }
         }
     }
 
     /// Takes over one that an earlier supervisor started. `None` when that process is gone.
-    pub fn adopt(identity: &VmmIdentity, run_dir: &Path) -> Option<Self> {
-        let vmm = Self::watch(identity.pid, run_dir).ok()?;
-        // Compared after the pidfd was opened: from here on the id cannot be given to another process.
-        (vmm.identity == *identity).then_some(vmm)
+    pub fn adopt(identity: &VmmIdentity, run_dir: &Path, launcher: &Arc<Launcher>) -> Option<Self> {
+        let note = ProcessNote { pid: identity.pid, started_ticks: identity.started_ticks, file: None, end: None };
+        Self::watch(note, find(&note)?, run_dir, launcher).ok()
     }
 
-    fn watch(pid: i32, run_dir: &Path) -> io::Result<Self> {
-        let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let pidfd = Arc::new(pidfd_open(raw, PidfdFlags::NONBLOCK)?);
-        let identity = VmmIdentity { pid, started_ticks: start_ticks(pid)? };
+    fn watch(note: ProcessNote, pidfd: OwnedFd, run_dir: &Path, launcher: &Arc<Launcher>) -> io::Result<Self> {
+        let pidfd = Arc::new(pidfd);
+        let identity = VmmIdentity { pid: note.pid, started_ticks: note.started_ticks };
+        let end = Arc::new(OnceLock::new());
         let (tell, ended) = watch::channel(false);
         // SAFETY: the descriptor is owned by the `Arc` inside the `AsyncFd`: it stays open, and the same, until the `AsyncFd` is dropped.
         let fd =
             unsafe { AsyncFd::register_with_interest(pidfd.clone(), Interest::READABLE) }.map_err(io::Error::other)?;
+        // Under whatever name its directory has by then.
+        let written = fs::File::open(run_dir.join(PROCESS_NOTE)).ok().filter(|_| launcher.has_warden());
+        let noted = end.clone();
         tokio::spawn(async move {
             if let Err(error) = fd.readable().await {
                 tracing::error!(%error, "cannot watch a VMM process");
             }
-            // Ours becomes a zombie until it is waited for; an adopted one is not ours to wait for.
-            if let Err(error) =
-                waitid(WaitId::PidFd(fd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)
+            // The warden waits for those that it has started, and writes down how they ended.
+            if let Some(written) = written
+                && let Ok(end) = tokio::time::timeout(NOTED, end_noted_in(&written)).await
             {
-                tracing::debug!(%error, pid, "a VMM that ended was not a child");
+                let _ = noted.set(end);
+            }
+            // Ours becomes a zombie until it is waited for; another's is not ours to wait for.
+            match waitid(WaitId::PidFd(fd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+                Ok(status) => drop(status.and_then(|status| end_of(&status)).map(|end| noted.set(end))),
+                Err(error) => tracing::debug!(%error, pid = note.pid, "a VMM that ended was not a child"),
             }
             tell.send_replace(true);
         });
@@ -118,6 +111,8 @@ impl Vmm {
             identity,
             pidfd,
             ended,
+            end,
+            launcher: launcher.clone(),
             dismissed: AtomicBool::new(false),
             memory: Mutex::default(),
         })
@@ -184,14 +179,26 @@ impl Vmm {
         self.dismissed.load(Ordering::Acquire)
     }
 
-    /// Why it ended, as far as it says.
+    /// Why it ended, as far as it says, or the kernel does.
     pub fn exit_reason(&self) -> String {
-        fs::read(self.run_dir.join(EXIT_NOTE))
-            .ok()
-            .and_then(|note| serde_json::from_slice::<ExitNote>(&note).ok())
-            .map(|note| note.reason)
-            .or_else(|| last_line(&self.run_dir.join(LOG)))
-            .unwrap_or_else(|| "it left no reason (killed?)".to_owned())
+        let note = fs::read(self.run_dir.join(EXIT_NOTE)).ok();
+        if let Some(note) = note.and_then(|note| serde_json::from_slice::<ExitNote>(&note).ok()) {
+            return note.reason;
+        }
+        match self.end.get() {
+            // SIGSYS.
+            Some(End::Signal(31)) => "ended by seccomp: a system call that it may not use".to_owned(),
+            Some(End::Signal(9)) => "it was killed, by somebody or for want of memory".to_owned(),
+            Some(End::Signal(signal)) => format!("it was ended by signal {signal}"),
+            Some(End::Code(_)) | None => {
+                last_line(&self.run_dir.join(LOG)).unwrap_or_else(|| "it left no reason (killed?)".to_owned())
+            }
+        }
+    }
+
+    /// Holds it to what a sandbox of this size may use. Blocking, for well under a millisecond.
+    pub fn resize(&self, size: stasis_warden::jail::limits::Size) {
+        self.launcher.resize(self.pidfd.as_fd(), size);
     }
 
     /// Ends the process, politely at first, waits until it is gone and removes its run directory. Nothing of it is left afterwards.
@@ -240,56 +247,44 @@ impl Vmm {
 
     /// SIGKILL, without waiting.
     pub fn kill(&self) {
-        if let Err(error) = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL) {
+        if let Err(error) = self.launcher.kill(self.pidfd.as_fd()) {
             tracing::debug!(%error, pid = self.identity.pid, "cannot kill a VMM; it is gone most likely");
         }
     }
 
-    /// True once the control socket accepts; false when the process ended first.
+    /// True once it answers; false when the process ended first. Its control socket is there before it is.
     async fn reachable(&self) -> bool {
-        let socket = self.run_dir.join(CONTROL_SOCKET);
-        let mut pause = Duration::from_millis(1);
-        loop {
-            if tokio::net::UnixStream::connect(&socket).await.is_ok() {
-                return true;
-            }
-            tokio::select! {
-                () = self.wait_ended() => return false,
-                () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(20)),
-            }
+        tokio::select! {
+            status = self.client.status() => status.is_ok(),
+            () = self.wait_ended() => false,
         }
     }
 }
 
-/// VMM processes of this host whose run directory lies under `root`, by looking at every process. For what a killed supervisor left behind.
-/// A VMM works in its run directory, which may have another name by now than the one on its command line.
+/// VMM processes that work for run directories under `root`, by their notes. For what a killed supervisor left behind.
 pub fn find_under(root: &Path) -> io::Result<Vec<(VmmIdentity, PathBuf)>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        // A process that ends while it is looked at is not there.
-        let Ok(dir) = fs::read_link(format!("/proc/{pid}/cwd")) else { continue };
-        let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        // Somebody's shell in a run directory is no VMM.
-        if dir.parent() == Some(root)
-            && command.split(|b| *b == 0).any(|arg| arg == b"--run-dir")
-            && let Ok(started_ticks) = start_ticks(pid)
+    for entry in fs::read_dir(root)? {
+        let dir = entry?.path();
+        if let Some(note) = note_in(&dir)
+            && find(&note).is_some()
         {
-            found.push((VmmIdentity { pid, started_ticks }, dir));
+            found.push((VmmIdentity { pid: note.pid, started_ticks: note.started_ticks }, dir));
         }
     }
     Ok(found)
 }
 
-fn start_ticks(pid: i32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may hold anything; field 3 follows the last parenthesis, the start time is field 22.
-    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    after_name
-        .split_ascii_whitespace()
-        .nth(19)
-        .and_then(|ticks| ticks.parse().ok())
-        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+/// Waits until a note says how its process ended.
+async fn end_noted_in(note: &fs::File) -> End {
+    loop {
+        let mut text = [0; 512];
+        let len = note.read_at(&mut text, 0).unwrap_or_default();
+        if let Some(end) = serde_json::from_slice::<ProcessNote>(&text[..len]).ok().and_then(|note| note.end) {
+            return end;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 fn last_line(path: &Path) -> Option<String> {
@@ -302,13 +297,6 @@ fn last_line(path: &Path) -> Option<String> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_start_time_tells_processes_apart() {
-        let me = i32::try_from(std::process::id()).unwrap();
-        assert!(start_ticks(me).unwrap() > start_ticks(1).unwrap());
-        assert!(start_ticks(0).is_err());
-    }
-
     #[tokio::test]
     async fn a_program_that_ends_at_once_is_reported_with_its_last_words() {
         let dir = tempfile::tempdir().unwrap();
@@ -316,48 +304,33 @@ mod tests {
         fs::write(&program, "#!/bin/sh\necho no such luck >&2\nexit 1\n").unwrap();
         fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let run = dir.path().join("run");
-        let error = Vmm::spawn(&program, "sbx-a", &run, GRACE).await.unwrap_err();
-        assert!(error.to_string().contains("no such luck"), "{error}");
-        assert!(!run.exists());
+        let launcher = Arc::new(Launcher::unjailed(&program));
+        let error = Vmm::spawn(&launcher, "sbx-a", &run, GRACE).await.unwrap_err();
+        assert!(error.to_string().contains("no such luck") || error.to_string().contains("/dev/kvm"), "{error}");
     }
 
     #[tokio::test]
-    #[expect(
-        clippy::disallowed_methods,
-        clippy::zombie_processes,
-        reason = "a stand-in for a VMM: the watch waits for it"
-    )]
     async fn a_vmm_is_found_under_the_name_that_its_run_directory_has_now() {
         let dir = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(dir.path()).unwrap();
         let (run, renamed) = (root.join("pool-0"), root.join("sbx-a"));
-        fs::create_dir(&run).unwrap();
-        let mut child = Command::new("/bin/sh")
-            .args(["-c", "read x", "--run-dir", "."])
-            .current_dir(&run)
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let vmm = Vmm::watch(i32::try_from(child.id()).unwrap(), &run).unwrap().renamed(&renamed).unwrap();
-        // The kernel lets us go on before it has set up the child's command line.
-        for _ in 0..200 {
-            if find_under(&root).unwrap().is_empty() {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        }
+        // A stand-in for a VMM, which ends when it is killed.
+        let program = root.join("vmm");
+        fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let launcher = Arc::new(Launcher::unjailed(&program));
+        let process = match launcher.start_vmm("sbx-a", &run) {
+            Ok(process) => process,
+            Err(error) => return eprintln!("left out: {error}"),
+        };
+        let vmm = Vmm::watch(process.note, process.pidfd, &run, &launcher).unwrap().renamed(&renamed).unwrap();
         assert_eq!(find_under(&root).unwrap(), [(vmm.identity().clone(), renamed.clone())]);
-        drop(child.stdin.take());
+        let past = VmmIdentity { started_ticks: vmm.identity().started_ticks - 1, ..vmm.identity().clone() };
+        assert!(Vmm::adopt(&past, &renamed, &launcher).is_none(), "another process with its id");
+        vmm.kill();
+        vmm.wait_ended().await;
+        assert!(vmm.exit_reason().contains("killed"), "{}", vmm.exit_reason());
         vmm.end().await;
         assert!(find_under(&root).unwrap().is_empty() && !renamed.exists());
-    }
-
-    #[tokio::test]
-    async fn an_identity_of_the_past_is_not_adopted() {
-        let me = i32::try_from(std::process::id()).unwrap();
-        let now = VmmIdentity { pid: me, started_ticks: start_ticks(me).unwrap() };
-        let past = VmmIdentity { started_ticks: now.started_ticks - 1, ..now.clone() };
-        let dir = tempfile::tempdir().unwrap();
-        assert!(Vmm::adopt(&now, dir.path()).is_some());
-        assert!(Vmm::adopt(&past, dir.path()).is_none());
     }
 }

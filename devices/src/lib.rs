@@ -31,6 +31,7 @@ pub mod exit_counter;
 pub mod i8042;
 pub mod overlay;
 pub mod serial;
+pub mod token_bucket;
 pub mod virtio;
 pub mod vmgenid;
 

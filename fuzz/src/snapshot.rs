@@ -8,6 +8,7 @@ use stasis_snapshot::layout::Place;
 use stasis_snapshot::manifest::{HEADER_LEN, Header, Manifest};
 use stasis_snapshot::pack::{self, Codec, FRAME_PAGES, FrameEntry};
 use stasis_snapshot::page::PAGE_SIZE;
+use stasis_snapshot::seal::{self, DataKey, DataKeyId, OperatorKey, SealedState, Seals, WrappedKey};
 
 use super::alloc::peak_of;
 
@@ -64,6 +65,35 @@ pub fn manifest(input: &[u8]) {
     }
 }
 
+/// What is sealed: no bytes open that were not sealed, and what was sealed opens to what it was, whatever it is.
+pub fn seal(input: &[u8]) {
+    let seals = Seals::new(OperatorKey::new(&[3; 32]), Vec::new(), false);
+    let place = "v1/t/sandbox/s/1-1-01010101010101010101010101010101/manifest";
+    assert!(seals.open_manifest(place, input).is_err());
+    assert!(seals.open_head(place, input).is_err());
+    assert!(seals.open_bytes("purpose", place, input).is_err());
+    let _ = seal::manifest_sealed_under(input);
+    let _ = seal::head_sealed_under(input);
+    let wrapped: Vec<WrappedKey> = serde_json::from_slice(input).ok().into_iter().collect();
+    assert!(wrapped.iter().all(|wrapped| seals.unwrap(wrapped).is_err()));
+    if let Ok(key) = serde_json::from_slice::<DataKey>(input) {
+        let again = serde_json::to_vec(&key).expect("a key can be written");
+        assert_eq!(serde_json::from_slice::<DataKey>(&again).ok(), Some(key));
+    }
+    let object = seals.seal_manifest(place, input.to_vec(), &wrapped).expect("a short text");
+    let opened = seals.open_manifest(place, &object).expect("what was sealed opens");
+    assert_eq!((opened.manifest, &opened.keys), (input, &wrapped));
+    let _ = Manifest::decode(&object);
+    let object = seals.seal_head(place, input);
+    assert_eq!(seals.open_head(place, &object), Ok(input));
+    let _ = Head::decode(&object);
+    let key = DataKey::new(DataKeyId([4; 16]), &[5; 32]);
+    let sealed = key.seal_state([6; 32], input.to_vec());
+    assert_eq!(key.open_state(&sealed).as_deref(), Ok(input));
+    let forged = SealedState { bytes: input.to_vec(), ..sealed };
+    assert!(key.open_state(&forged).is_err());
+}
+
 /// A frame decodes to its pages within its bound or is refused. Input: codec, pages (two bytes), stored bytes; and the same as a whole pack.
 pub fn frame(input: &[u8]) {
     let _ = pack::check_header(input);
@@ -75,7 +105,7 @@ pub fn frame(input: &[u8]) {
         codec: [Codec::Raw, Codec::Lz4, Codec::Zstd][usize::from(codec) % 3],
         digest: Digest::of(stored),
     };
-    let (decoded, peak) = peak_of(|| pack::decode_frame(&entry, stored));
+    let (decoded, peak) = peak_of(|| pack::decode_frame(&entry, 0, stored, None));
     let bound = FRAME_BOUND + stored.len();
     assert!(peak <= bound, "{peak} bytes, at most {bound}");
     if let Ok(pages) = decoded {

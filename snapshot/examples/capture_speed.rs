@@ -18,7 +18,7 @@ use bytes::Bytes;
 use stasis_snapshot::{
     capture::{CaptureRequest, Captured, CodecChoice, ImageInput, Options, PageDigests, PageReader, capture},
     grant::{Access, GrantedObject},
-    granted::{GrantedPacks, PackSink, Patience},
+    granted::{Direct, GrantedPacks, PackSink, Patience, StoreClient},
     image::ImageMap,
     manifest::ImageKind,
     pack::Codec,
@@ -115,11 +115,13 @@ impl Run<'_> {
         let request = CaptureRequest {
             images: vec![input],
             parent_packs: self.parent.map_or(Vec::new(), |parent| parent.packs.clone()),
+            threads: None,
             sink: self.sink,
             options: Options { codec: self.codec, ..Options::default() },
             cancel: CancellationToken::new(),
             progress: None,
             connections: None,
+            seal: None,
         };
         let (started, before) = (Instant::now(), cpu());
         let captured = capture(request).await?;
@@ -149,7 +151,7 @@ fn directory(path: &Path) -> Result<Arc<dyn PackSink>, Box<dyn Error>> {
         files.insert(token, File::create(path.join(&key))?);
         objects.push(GrantedObject { key, access: Access::Fd(token), cache: None });
     }
-    Ok(Arc::new(GrantedPacks::new(objects, &mut files, Patience::default())?))
+    Ok(Arc::new(GrantedPacks::new(StoreClient::new(Arc::new(Direct))?, objects, &mut files, Patience::default())?))
 }
 
 #[tokio::main]

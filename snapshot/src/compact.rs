@@ -168,7 +168,7 @@ mod tests {
             FrameEntry { offset, stored_len: pages * 4096, pages, codec: Codec::Raw, digest: Digest([0; 32]) }
         };
         let frames = (0..pages.div_ceil(FRAME)).map(frame).collect();
-        PackEntry { key, size: 16 + pages * 4096, digest: Digest([0; 32]), frames }
+        PackEntry { key, size: 16 + pages * 4096, digest: Digest([0; 32]), frames, sealed: None }
     }
 
     fn key(seq: u64, n: u32) -> String {

@@ -2,8 +2,8 @@
 //!
 //! Pack PUTs are idempotent (the name belongs to one commit, the body is fixed), so they are retried on time-outs, lost connections and
 //! 5xx; refusals (401, 403, 404, 507) are not. One that takes much longer than its siblings is sent a second time (`pace`): the first
-//! success counts, the other is cut off. All URLs share one client, so that connections are reused. Nothing here looks at a payload:
-//! the URLs are signed beforehand, for any body.
+//! success counts, the other is cut off. All URLs share one client, so that connections are reused; who opens those is the caller's to say
+//! ([`Dial`]). Nothing here looks at a payload: the URLs are signed beforehand, for any body.
 
 use std::{
     collections::HashMap,
@@ -11,37 +11,46 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     pin::pin,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use reqwest::{StatusCode, header::RANGE, redirect};
+use http::{Method, Request, Response, StatusCode, header::RANGE};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Incoming};
 
 use crate::{
     grant::{Access, GrantedObject},
     store::{
         ErrorKind, Operation, StoreError,
         directory::io_kind,
-        http::{refused, unanswered, wrong_length},
+        http::{Phase, refused, unanswered, wrong_length},
     },
 };
 
+mod connection;
 mod pace;
 
+pub use connection::{Dial, Direct, StoreClient};
 use pace::{Pace, jittered};
 
 /// Bytes of an error document that are read for its code.
 const ERROR_BODY: usize = 4096;
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// Where finished packs go.
 #[async_trait]
 pub trait PackSink: Send + Sync {
     /// Stores pack `n` of this capture, counted from 0, and returns its key once it is durable. Called once for each `n`, concurrently for several.
     async fn put(&self, n: u32, bytes: Bytes) -> Result<String, StoreError>;
+
+    /// The key that [`put`](Self::put) will answer for pack `n`, where it is known: what is encrypted is bound to it.
+    fn key(&self, n: u32) -> Option<String> {
+        let _ = n;
+        None
+    }
 
     /// Whether [`keep_copy`](Self::keep_copy) does anything.
     fn keeps_copies(&self) -> bool {
@@ -82,7 +91,7 @@ impl Default for Patience {
 /// A set of granted packs: a [`PackSink`] over writable grants (in the order given), a [`PackSource`] over readable ones.
 #[derive(Debug)]
 pub struct GrantedPacks {
-    client: reqwest::Client,
+    client: StoreClient,
     patience: Patience,
     /// In the order given.
     objects: Vec<(String, Way)>,
@@ -112,11 +121,11 @@ impl std::fmt::Debug for Way {
 impl GrantedPacks {
     /// `files` holds the descriptors that the grants name by token; each is taken. A grant without its descriptor is an error.
     pub fn new(
+        client: StoreClient,
         objects: Vec<GrantedObject>,
         files: &mut HashMap<u64, File>,
         patience: Patience,
     ) -> Result<Self, StoreError> {
-        let client = client()?;
         let mut ways = Vec::with_capacity(objects.len());
         let mut by_key = HashMap::with_capacity(objects.len());
         let mut caches = HashMap::new();
@@ -209,56 +218,78 @@ impl GrantedPacks {
     }
 
     async fn put_url(&self, key: &str, url: &str, bytes: Bytes) -> Result<(), StoreError> {
-        let lost = |error| unanswered(Operation::Put, key, error);
-        let request = self.client.put(url).timeout(self.patience.attempt);
-        let answer = request.body(bytes).send().await.map_err(lost)?;
-        if answer.status().is_success() { Ok(()) } else { Err(refusal(Operation::Put, key, answer).await) }
+        let request = Request::builder().method(Method::PUT).uri(url).body(Full::new(bytes));
+        let request = request.map_err(|error| unsendable(Operation::Put, key, &error))?;
+        self.in_time(Operation::Put, key, async {
+            let answer = self.send(Operation::Put, key, request).await?;
+            if answer.status().is_success() { Ok(()) } else { Err(refusal(Operation::Put, key, answer).await) }
+        })
+        .await
     }
 
     async fn get_url(&self, key: &str, url: &str, range: &Range<u64>) -> Result<Bytes, StoreError> {
-        let lost = |error| unanswered(Operation::Get, key, error);
-        let request = self.client.get(url).timeout(self.patience.attempt);
-        let mut answer =
-            request.header(RANGE, format!("bytes={}-{}", range.start, range.end - 1)).send().await.map_err(lost)?;
+        let wanted = format!("bytes={}-{}", range.start, range.end - 1);
+        let request = Request::builder().uri(url).header(RANGE, wanted).body(Full::default());
+        let request = request.map_err(|error| unsendable(Operation::Get, key, &error))?;
         let expected = range.end - range.start;
-        match answer.status() {
-            StatusCode::PARTIAL_CONTENT => {}
-            // The whole object, because the store ignores ranges.
-            StatusCode::OK => {
-                return Err(wrong_length(key, answer.content_length().unwrap_or(0), expected));
+        self.in_time(Operation::Get, key, async {
+            let mut answer = self.send(Operation::Get, key, request).await?;
+            match answer.status() {
+                StatusCode::PARTIAL_CONTENT => {}
+                // The whole object, because the store ignores ranges.
+                StatusCode::OK => {
+                    let whole = answer.body().size_hint().exact();
+                    return Err(wrong_length(key, whole.unwrap_or(0), expected));
+                }
+                _ => return Err(refusal(Operation::Get, key, answer).await),
             }
-            _ => return Err(refusal(Operation::Get, key, answer).await),
-        }
-        let mut bytes = Vec::with_capacity(expected as usize);
-        while let Some(chunk) = answer.chunk().await.map_err(lost)? {
-            if (bytes.len() + chunk.len()) as u64 > expected {
-                return Err(wrong_length(key, (bytes.len() + chunk.len()) as u64, expected));
+            let mut bytes = Vec::with_capacity(expected as usize);
+            while let Some(frame) = answer.frame().await {
+                let frame = frame.map_err(|error| unanswered(Operation::Get, key, Phase::Sent, error))?;
+                let Ok(chunk) = frame.into_data() else { continue };
+                if (bytes.len() + chunk.len()) as u64 > expected {
+                    return Err(wrong_length(key, (bytes.len() + chunk.len()) as u64, expected));
+                }
+                bytes.extend_from_slice(&chunk);
             }
-            bytes.extend_from_slice(&chunk);
-        }
-        if bytes.len() as u64 == expected {
-            Ok(bytes.into())
-        } else {
-            Err(wrong_length(key, bytes.len() as u64, expected))
+            if bytes.len() as u64 == expected {
+                Ok(bytes.into())
+            } else {
+                Err(wrong_length(key, bytes.len() as u64, expected))
+            }
+        })
+        .await
+    }
+
+    async fn send(
+        &self,
+        operation: Operation,
+        key: &str,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, StoreError> {
+        self.client.0.request(request).await.map_err(|error| {
+            let phase = if error.is_connect() { Phase::Connecting } else { Phase::Sent };
+            unanswered(operation, key, phase, error)
+        })
+    }
+
+    /// One attempt, from the connection to the last byte of the answer.
+    async fn in_time<T>(
+        &self,
+        operation: Operation,
+        key: &str,
+        attempt: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        match tokio::time::timeout(self.patience.attempt, attempt).await {
+            Ok(done) => done,
+            Err(late) => Err(unanswered(operation, key, Phase::Sent, late)),
         }
     }
 }
 
-/// The client of this process, made at its first use.
-fn client() -> Result<reqwest::Client, StoreError> {
-    static CLIENT: OnceLock<reqwest::Client> = OnceLock::new();
-    if let Some(client) = CLIENT.get() {
-        return Ok(client.clone());
-    }
-    let client = reqwest::Client::builder()
-        .redirect(redirect::Policy::none())
-        // A hedge needs a connection of its own, and bulk transfers gain nothing from sharing one.
-        .http1_only()
-        .tcp_nodelay(true)
-        .connect_timeout(CONNECT)
-        .build()
-        .map_err(|error| unanswered(Operation::Grant, "", error))?;
-    Ok(CLIENT.get_or_init(|| client).clone())
+/// The error for a URL that is none. It is not repeated: a presigned URL is a credential.
+fn unsendable(operation: Operation, key: &str, error: &http::Error) -> StoreError {
+    StoreError::new(ErrorKind::Other, operation, key).because(error.to_string())
 }
 
 fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
@@ -266,12 +297,12 @@ fn locked(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
 }
 
 /// The error for an answer that is no success; reads the start of its body.
-async fn refusal(operation: Operation, key: &str, mut answer: reqwest::Response) -> StoreError {
+async fn refusal(operation: Operation, key: &str, mut answer: Response<Incoming>) -> StoreError {
     let mut body = Vec::new();
     while body.len() < ERROR_BODY
-        && let Ok(Some(chunk)) = answer.chunk().await
+        && let Some(Ok(frame)) = answer.frame().await
     {
-        body.extend_from_slice(&chunk);
+        body.extend_from_slice(frame.data_ref().map_or(&[], Bytes::as_ref));
     }
     refused(operation, key, answer.status().as_u16(), &body)
 }
@@ -315,6 +346,10 @@ impl PackSink for GrantedPacks {
             }
         }
         Ok(key.clone())
+    }
+
+    fn key(&self, n: u32) -> Option<String> {
+        self.objects.get(n as usize).map(|(key, _)| key.clone())
     }
 
     fn keeps_copies(&self) -> bool {

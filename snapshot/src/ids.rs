@@ -35,7 +35,7 @@ fn write_hex(bytes: &[u8], f: &mut fmt::Formatter<'_>) -> fmt::Result {
     })
 }
 
-fn parse_hex<const N: usize>(text: &str) -> Result<[u8; N], BadHex> {
+pub(crate) fn parse_hex<const N: usize>(text: &str) -> Result<[u8; N], BadHex> {
     fn digit(c: u8) -> Option<u8> {
         match c {
             b'0'..=b'9' => Some(c - b'0'),

@@ -5,6 +5,7 @@
 //! | [`page`], [`image`] | 4 KiB pages; where the bytes of each page of a memory or disk image are |
 //! | [`pack`] | frames and packs: the objects that hold page bytes |
 //! | [`manifest`] | the object that describes one snapshot whole; the only type of this crate that is persisted beside the head |
+//! | [`seal`] | keys: MACs of manifests and heads, encryption of frames and states |
 //! | [`layout`] | the names of objects in a bucket |
 //! | [`store`] | object stores behind one trait: a directory, S3; the start-up probe |
 //! | [`grant`], [`granted`] | what a VMM may touch, and packs read and written over it |
@@ -29,5 +30,6 @@ pub mod page;
 pub mod pager;
 pub mod repair;
 pub mod restore;
+pub mod seal;
 pub mod store;
 pub mod verify;

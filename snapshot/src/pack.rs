@@ -3,16 +3,23 @@
 //! ```text
 //! pack   = header frame*
 //! header = "stasispk" version:u16 reserved:[u8; 6]      little endian
-//! frame  = the stored bytes of 1 to 64 pages, compressed together
+//! frame  = the stored bytes of 1 to 64 pages, compressed together; then encrypted, and a tag of 16 bytes, where the pack is sealed
 //! ```
 //!
-//! A pack does not describe its frames: the manifest does, and its digests are checked before anything is decoded.
+//! A pack does not describe its frames: the manifest does, and its digests are checked before anything is decoded. Digests are of what is
+//! stored, so that they can be checked without a key.
+
+use std::borrow::Cow;
 
 use bytes::Bytes;
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use serde::{Deserialize, Serialize};
 
-use crate::{ids::Digest, page::PAGE_SIZE};
+use crate::{
+    ids::Digest,
+    page::PAGE_SIZE,
+    seal::{DataKeyId, FrameInfo, PackCipher, TAG},
+};
 
 const MAGIC: &[u8; 8] = b"stasispk";
 const VERSION: u16 = 1;
@@ -70,6 +77,8 @@ pub struct PackEntry {
     pub digest: Digest,
     /// Its frames, in order and without gaps.
     pub frames: Vec<FrameEntry>,
+    /// The data key under which its frames are encrypted, where they are.
+    pub sealed: Option<DataKeyId>,
 }
 
 /// What is wrong with a pack or a frame.
@@ -86,6 +95,10 @@ pub enum PackError {
     Digest,
     #[error("{codec:?} data does not decode to {pages} pages")]
     Decode { codec: Codec, pages: u32 },
+    #[error("it does not open: it was tampered with, or belongs elsewhere")]
+    Sealed,
+    #[error("it is encrypted under data key {0}, which was not given")]
+    NoKey(DataKeyId),
 }
 
 /// Target size of a pack when `total` bytes go over `connections` connections.
@@ -108,7 +121,7 @@ pub struct EncodedFrame {
 
 /// Compresses whole pages into a frame; stores them raw where `codec` gains less than 12 %, or fails.
 pub fn encode_frame(codec: Codec, pages: &[u8]) -> EncodedFrame {
-    FrameEncoder::default().encode(codec, pages, Vec::new())
+    FrameEncoder::default().encode(codec, pages, Vec::new(), true)
 }
 
 /// What compressing takes, kept from frame to frame: allocating it for each would cost more than the compression.
@@ -119,8 +132,8 @@ pub(crate) struct FrameEncoder {
 }
 
 impl FrameEncoder {
-    /// As [`encode_frame`], into `buffer`, whose content is lost.
-    pub(crate) fn encode(&mut self, codec: Codec, pages: &[u8], mut buffer: Vec<u8>) -> EncodedFrame {
+    /// As [`encode_frame`], into `buffer`, whose content is lost. What will be encrypted needs no `digest` yet.
+    pub(crate) fn encode(&mut self, codec: Codec, pages: &[u8], mut buffer: Vec<u8>, digest: bool) -> EncodedFrame {
         let done = match codec {
             Codec::Raw => false,
             Codec::Lz4 => self.lz4(pages, &mut buffer),
@@ -133,7 +146,7 @@ impl FrameEncoder {
             buffer.extend_from_slice(pages);
             Codec::Raw
         };
-        let digest = Digest::of(&buffer);
+        let digest = if digest { Digest::of(&buffer) } else { Digest([0; 32]) };
         EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest, bytes: buffer }
     }
 
@@ -158,23 +171,39 @@ impl FrameEncoder {
     }
 }
 
-/// The pages of a frame from its stored bytes: length and digest are checked first, the decoded length after.
-pub fn decode_frame(entry: &FrameEntry, stored: &[u8]) -> Result<Vec<u8>, PackError> {
+/// Checks the length and the digest of a frame's stored bytes.
+pub fn check_frame(entry: &FrameEntry, stored: &[u8]) -> Result<(), PackError> {
     if stored.len() as u64 != u64::from(entry.stored_len) {
         return Err(PackError::Length { got: stored.len() as u64, expected: u64::from(entry.stored_len) });
     }
-    if Digest::of(stored) != entry.digest {
-        return Err(PackError::Digest);
-    }
+    if Digest::of(stored) == entry.digest { Ok(()) } else { Err(PackError::Digest) }
+}
+
+/// The pages of a frame from its stored bytes: length and digest are checked first, then it is decrypted by `cipher` where it is encrypted, the
+/// decoded length is checked after. `number` is its place in its pack.
+pub fn decode_frame(
+    entry: &FrameEntry,
+    number: u32,
+    stored: &[u8],
+    cipher: Option<&PackCipher>,
+) -> Result<Vec<u8>, PackError> {
+    check_frame(entry, stored)?;
+    let stored = match cipher {
+        None => Cow::Borrowed(stored),
+        Some(cipher) => {
+            let info = FrameInfo { number, pages: entry.pages, codec: entry.codec };
+            Cow::Owned(cipher.open(info, stored).ok_or(PackError::Sealed)?)
+        }
+    };
     let failed = PackError::Decode { codec: entry.codec, pages: entry.pages };
     if entry.pages == 0 || entry.pages > FRAME_PAGES {
         return Err(failed);
     }
     let len = entry.pages as usize * PAGE_SIZE;
     let decoded = match entry.codec {
-        Codec::Raw => Some(stored.to_vec()),
-        Codec::Lz4 => lz4_flex::block::decompress(stored, len).ok(),
-        Codec::Zstd => zstd::bulk::decompress(stored, len).ok(),
+        Codec::Raw => Some(stored.into_owned()),
+        Codec::Lz4 => lz4_flex::block::decompress(&stored, len).ok(),
+        Codec::Zstd => zstd::bulk::decompress(&stored, len).ok(),
     };
     decoded.filter(|pages| pages.len() == len).ok_or(failed)
 }
@@ -198,39 +227,52 @@ pub fn check_header(bytes: &[u8]) -> Result<(), PackError> {
 pub(crate) struct PackBuilder {
     bytes: Vec<u8>,
     frames: Vec<FrameEntry>,
+    /// Bytes of room after each frame.
+    tag: usize,
 }
 
 impl PackBuilder {
     /// With a buffer that grows.
     #[cfg(test)]
     pub(crate) fn new() -> Self {
-        Self::within(Vec::new())
+        Self::within(Vec::new(), false)
     }
 
-    /// In `bytes`, which is empty.
-    pub(crate) fn within(mut bytes: Vec<u8>) -> Self {
+    /// In `bytes`, which is empty. One that is to be `sealed` has room for the tags.
+    pub(crate) fn within(mut bytes: Vec<u8>, sealed: bool) -> Self {
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.resize(HEADER_LEN as usize, 0);
-        Self { bytes, frames: Vec::new() }
+        Self { bytes, frames: Vec::new(), tag: if sealed { TAG } else { 0 } }
     }
 
-    /// Stored bytes of frames so far.
+    /// Stored bytes of frames so far, without tags: so that sealed packs are as many as others.
     pub(crate) fn stored(&self) -> u64 {
-        self.bytes.len() as u64 - HEADER_LEN
+        (self.bytes.len() - self.frames.len() * self.tag) as u64 - HEADER_LEN
     }
 
     /// Adds a frame and returns its position.
     pub(crate) fn push(&mut self, frame: &EncodedFrame) -> u32 {
         self.frames.push(FrameEntry {
             offset: self.bytes.len() as u32,
-            stored_len: frame.bytes.len() as u32,
+            stored_len: (frame.bytes.len() + self.tag) as u32,
             pages: frame.pages,
             codec: frame.codec,
             digest: frame.digest,
         });
         self.bytes.extend_from_slice(&frame.bytes);
+        self.bytes.resize(self.bytes.len() + self.tag, 0);
         self.frames.len() as u32 - 1
+    }
+
+    /// Encrypts the frames of a pack that is to be sealed. Once, and nothing is pushed afterwards.
+    pub(crate) fn seal(&mut self, cipher: &PackCipher) {
+        for (number, frame) in (0..).zip(&mut self.frames) {
+            let range = frame.offset as usize..(frame.offset + frame.stored_len) as usize;
+            let bytes = &mut self.bytes[range];
+            cipher.seal(FrameInfo { number, pages: frame.pages, codec: frame.codec }, bytes);
+            frame.digest = Digest::of(bytes);
+        }
     }
 
     /// The object, and its entry without key and digest: both can wait until the object is on its way.
@@ -244,6 +286,7 @@ impl PackBuilder {
             size: self.bytes.len() as u32,
             digest: Digest([0; 32]),
             frames: self.frames,
+            sealed: None,
         };
         (self.bytes.into(), entry)
     }
@@ -294,7 +337,7 @@ mod tests {
             let frame = encode_frame(codec, &compressible);
             assert_eq!(frame.codec, codec);
             assert_eq!(frame.pages, 8);
-            assert_eq!(decode_frame(&entry(&frame), &frame.bytes), Ok(compressible.clone()));
+            assert_eq!(decode_frame(&entry(&frame), 0, &frame.bytes, None), Ok(compressible.clone()));
         }
     }
 
@@ -305,8 +348,8 @@ mod tests {
         let long: Vec<u8> = (0..64 * PAGE_SIZE).map(|i| (i / 64) as u8).collect();
         for codec in [Codec::Lz4, Codec::Zstd, Codec::Raw, Codec::Zstd, Codec::Lz4] {
             for pages in [&long[..], &noise(3 * PAGE_SIZE), &long[PAGE_SIZE..2 * PAGE_SIZE]] {
-                let frame = encoder.encode(codec, pages, buffer);
-                assert_eq!(decode_frame(&entry(&frame), &frame.bytes).as_deref(), Ok(pages));
+                let frame = encoder.encode(codec, pages, buffer, true);
+                assert_eq!(decode_frame(&entry(&frame), 0, &frame.bytes, None).as_deref(), Ok(pages));
                 assert_eq!(frame, encode_frame(codec, pages));
                 buffer = frame.bytes;
             }
@@ -333,11 +376,11 @@ mod tests {
         let good = entry(&frame);
         let mut damaged = frame.bytes.clone();
         damaged[3] ^= 1;
-        assert_eq!(decode_frame(&good, &damaged), Err(PackError::Digest));
-        assert!(matches!(decode_frame(&good, &frame.bytes[1..]), Err(PackError::Length { .. })));
+        assert_eq!(decode_frame(&good, 0, &damaged, None), Err(PackError::Digest));
+        assert!(matches!(decode_frame(&good, 0, &frame.bytes[1..], None), Err(PackError::Length { .. })));
         for pages in [0, 3, 5, FRAME_PAGES + 1, u32::MAX] {
             let lying = FrameEntry { pages, ..good.clone() };
-            assert!(matches!(decode_frame(&lying, &frame.bytes), Err(PackError::Decode { .. })));
+            assert!(matches!(decode_frame(&lying, 0, &frame.bytes, None), Err(PackError::Decode { .. })));
         }
     }
 

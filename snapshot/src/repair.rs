@@ -15,6 +15,7 @@ use crate::{
     ids::{CommitId, Digest},
     layout::{self, Part, Place},
     manifest::{Manifest, ManifestRef, Versioned},
+    seal::{self, Seals},
     store::{ErrorKind, Listed, ObjectStore, Operation, StoreError},
     verify::{Problem, verify_packs},
 };
@@ -55,6 +56,8 @@ pub struct Candidate {
     pub record: Versioned,
     /// It is of a stop: it holds disks alone.
     pub disks_only: bool,
+    /// It is sealed.
+    pub sealed: bool,
 }
 
 impl Candidate {
@@ -80,13 +83,21 @@ pub struct Finding {
     pub problems: Vec<Problem>,
     /// What its head could name instead.
     pub candidate: Option<Candidate>,
+    /// Its head, or what it could name, is sealed: without the key nothing can be written that would be accepted.
+    pub sealed: bool,
     /// The head, where it can be read.
     #[serde(skip)]
     pub head: Option<Current>,
 }
 
-/// Looks at everything below the tenant's (or everybody's) sandboxes and named snapshots. With `deep` every pack is read.
-pub async fn survey(store: &dyn ObjectStore, tenant: Option<&str>, deep: bool) -> Result<Vec<Finding>, StoreError> {
+/// Looks at everything below the tenant's (or everybody's) sandboxes and named snapshots. With `deep` every pack is read. With the operator's keys
+/// only what is authentic is whole; without any, seals are not looked at, and [`Finding::sealed`] says where there are some.
+pub async fn survey(
+    store: &dyn ObjectStore,
+    tenant: Option<&str>,
+    deep: bool,
+    seals: &Seals,
+) -> Result<Vec<Finding>, StoreError> {
     let prefix = layout::tenant(tenant)
         .map_err(|error| StoreError::new(ErrorKind::Other, Operation::List, "v1/").because(error))?;
     let mut sizes: HashMap<String, u64> = HashMap::new();
@@ -110,7 +121,7 @@ pub async fn survey(store: &dyn ObjectStore, tenant: Option<&str>, deep: bool) -
             None => break,
         }
     }
-    let survey = Survey { store, sizes, deep };
+    let survey = Survey { store, sizes, deep, seals };
     let mut findings = Vec::new();
     for objects in owners {
         if let Some(place) = objects.first().and_then(|first| Place::of(&first.key)) {
@@ -124,22 +135,26 @@ struct Survey<'a> {
     store: &'a dyn ObjectStore,
     sizes: HashMap<String, u64>,
     deep: bool,
+    seals: &'a Seals,
 }
 
 impl Survey<'_> {
     async fn owner(&self, place: &Place<'_>, objects: &[Listed]) -> Result<Finding, StoreError> {
         let key = format!("{}head", place.owner);
         let mut problems = Vec::new();
-        let mut unreadable = false;
+        let (mut unreadable, mut sealed) = (false, false);
         let head = match self.store.get(&key).await {
-            Ok(object) => match Head::decode(&object.bytes) {
-                Ok(head) => Some(Current { head, etag: object.etag }),
-                Err(error) => {
-                    problems.push(Problem { key, what: error.to_string() });
-                    unreadable = true;
-                    None
+            Ok(object) => {
+                sealed = seal::head_sealed_under(&object.bytes).is_some();
+                match self.head(&key, &object.bytes) {
+                    Ok(head) => Some(Current { head, etag: object.etag }),
+                    Err(what) => {
+                        problems.push(Problem { key, what });
+                        unreadable = true;
+                        None
+                    }
                 }
-            },
+            }
             Err(error) if error.kind == ErrorKind::NotFound => {
                 problems.push(Problem { key, what: "there is no head".to_owned() });
                 None
@@ -149,7 +164,7 @@ impl Survey<'_> {
         let state = head.as_ref().map(|current| current.head.state);
         let named = head.as_ref().and_then(|current| current.head.manifest.as_ref());
         if state == Some(HeadState::Deleted) {
-            return Ok(finding(place, Standing::Deleted, problems, None, head));
+            return Ok(finding(place, Standing::Deleted, problems, None, head, sealed));
         }
         if let Some(named) = named {
             problems.extend(self.whole(&named.key, Some(named.digest)).await?.err().unwrap_or_default());
@@ -157,9 +172,10 @@ impl Survey<'_> {
         let live = state == Some(HeadState::Live);
         if problems.is_empty() {
             let standing = if live { Standing::Live } else { Standing::Whole };
-            return Ok(finding(place, standing, problems, None, head));
+            return Ok(finding(place, standing, problems, None, head, sealed));
         }
         let candidate = self.newest_whole(place, objects).await?;
+        sealed |= candidate.as_ref().is_some_and(|candidate| candidate.sealed);
         let standing = match (&candidate, live, head.is_some()) {
             (_, true, _) => Standing::LiveDamaged,
             (None, false, _) => Standing::Lost,
@@ -167,7 +183,14 @@ impl Survey<'_> {
             (Some(_), false, false) if unreadable => Standing::HeadUnreadable,
             (Some(_), false, false) => Standing::HeadLost,
         };
-        Ok(finding(place, standing, problems, candidate, head))
+        Ok(finding(place, standing, problems, candidate, head, sealed))
+    }
+
+    fn head(&self, key: &str, bytes: &[u8]) -> Result<Head, String> {
+        if self.seals.is_on() {
+            self.seals.open_head(key, bytes).map_err(|error| error.to_string())?;
+        }
+        Head::decode(bytes).map_err(|error| error.to_string())
     }
 
     async fn newest_whole(&self, place: &Place<'_>, objects: &[Listed]) -> Result<Option<Candidate>, StoreError> {
@@ -180,7 +203,7 @@ impl Survey<'_> {
             .collect();
         manifests.sort_by_key(|&found| Reverse(found));
         for (epoch, seq, key) in manifests {
-            let Ok((manifest, digest)) = self.whole(key, None).await? else { continue };
+            let Ok(Found { manifest, digest, sealed }) = self.whole(key, None).await? else { continue };
             let own = manifest.lineage.as_ref().is_some_and(|lineage| {
                 let commit = lineage.commit.to_string();
                 (lineage.seq, lineage.epoch) == (seq, epoch)
@@ -189,19 +212,16 @@ impl Survey<'_> {
             });
             if own {
                 let manifest_ref = ManifestRef { key: key.to_owned(), digest };
-                let disks_only = manifest.state.is_empty();
-                return Ok(Some(Candidate { manifest: manifest_ref, seq, epoch, record: manifest.record, disks_only }));
+                let disks_only = manifest.is_disks_only();
+                let record = manifest.record;
+                return Ok(Some(Candidate { manifest: manifest_ref, seq, epoch, record, disks_only, sealed }));
             }
         }
         Ok(None)
     }
 
     /// The manifest, if it and its packs are all there; else what is wrong.
-    async fn whole(
-        &self,
-        key: &str,
-        expected: Option<Digest>,
-    ) -> Result<Result<(Manifest, Digest), Vec<Problem>>, StoreError> {
+    async fn whole(&self, key: &str, expected: Option<Digest>) -> Result<Result<Found, Vec<Problem>>, StoreError> {
         let wrong = |what: String| Ok(Err(vec![Problem { key: key.to_owned(), what }]));
         let object = match self.store.get(key).await {
             Ok(object) => object,
@@ -211,8 +231,14 @@ impl Survey<'_> {
             Err(error) => return Err(error),
         };
         let digest = Digest::of(&object.bytes);
-        let manifest = match Manifest::decode_checked(&object.bytes, expected.unwrap_or(digest)) {
-            Ok(manifest) => manifest,
+        let named = ManifestRef { key: key.to_owned(), digest: expected.unwrap_or(digest) };
+        let opened = if self.seals.is_on() {
+            Manifest::open(&named, &object.bytes, self.seals)
+        } else {
+            Manifest::decode_checked(&object.bytes, named.digest).map(|manifest| (manifest, Vec::new()))
+        };
+        let (manifest, keys) = match opened {
+            Ok(opened) => opened,
             Err(error) => return wrong(error.to_string()),
         };
         let mut problems: Vec<Problem> = Vec::new();
@@ -231,10 +257,22 @@ impl Survey<'_> {
             }
         }
         if self.deep && problems.is_empty() {
-            problems = verify_packs(self.store, &manifest).await?.problems;
+            let keys = match self.seals.unwrap_all(&keys) {
+                Ok(keys) => keys,
+                Err(error) => return wrong(error.to_string()),
+            };
+            problems = verify_packs(self.store, &manifest, &keys).await?.problems;
         }
-        Ok(if problems.is_empty() { Ok((manifest, digest)) } else { Err(problems) })
+        let sealed = seal::manifest_sealed_under(&object.bytes).is_some();
+        Ok(if problems.is_empty() { Ok(Found { manifest, digest, sealed }) } else { Err(problems) })
     }
+}
+
+/// A manifest that is whole.
+struct Found {
+    manifest: Manifest,
+    digest: Digest,
+    sealed: bool,
 }
 
 fn finding(
@@ -243,6 +281,7 @@ fn finding(
     problems: Vec<Problem>,
     candidate: Option<Candidate>,
     head: Option<Current>,
+    sealed: bool,
 ) -> Finding {
     Finding {
         tenant: place.tenant.to_owned(),
@@ -251,6 +290,7 @@ fn finding(
         standing,
         problems,
         candidate,
+        sealed,
         head,
     }
 }

@@ -12,6 +12,7 @@ use crate::{
     manifest::{ImageKind, Manifest, ManifestError},
     pack::PackError,
     pager::{self, PageTarget, Pager, PagerError, Sources},
+    seal::DataKeys,
     store::StoreError,
 };
 
@@ -99,12 +100,12 @@ impl PageTarget for Writer {
     }
 }
 
-/// Restores every image of the manifest; `writers` are in the order of its images. When it returns, whatever comes of it, no
+/// Restores every image of the manifest, with the data keys that it needs; `writers` are in the order of its images. When it returns, whatever comes of it, no
 /// writer is called any more.
 pub async fn restore(
     manifest: &Manifest,
     writers: &[Arc<dyn PageWriter>],
-    source: Arc<dyn PackSource>,
+    (source, keys): (Arc<dyn PackSource>, DataKeys),
     options: Options,
     cancel: &CancellationToken,
 ) -> Result<Stats, RestoreError> {
@@ -122,7 +123,8 @@ pub async fn restore(
         attempts: 1,
         ..pager::Options::default()
     };
-    let pager = Pager::new(manifest, targets, Sources { store: source, cache: None }, options, Handle::current())?;
+    let pager =
+        Pager::new(manifest, targets, Sources { store: source, cache: None, keys }, options, Handle::current())?;
     let filled = pager.fill(&[], true, cancel).await;
     let failed = pager.failure();
     pager.stop();

@@ -1,4 +1,5 @@
-//! Verify: every digest of a snapshot, or of a whole bucket, without restoring anything.
+//! Verify: every digest of a snapshot, or of a whole bucket, without restoring anything; with the operator's keys every seal as well. What cannot
+//! be checked for want of a key is counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,6 +13,7 @@ use crate::{
     layout::{self, Part, Place},
     manifest::{Manifest, ManifestRef},
     pack::{self, PackEntry, PackError},
+    seal::{self, DataKey, DataKeys, PackCipher, Seals},
     store::{ErrorKind, Listed, ObjectStore, Operation, StoreError},
 };
 
@@ -34,6 +36,10 @@ pub struct Report {
     pub packs: u32,
     /// Frames whose digest matched and that decoded.
     pub frames: u64,
+    /// Frames whose digest matched and that are encrypted under a key that was not there.
+    pub frames_not_opened: u64,
+    /// Heads and manifests whose seal could not be checked, there being no key.
+    pub seals_not_checked: u64,
     /// Bytes read.
     pub bytes: u64,
     /// Everything wrong; empty when the snapshot is sound.
@@ -57,7 +63,11 @@ pub struct BucketReport {
 }
 
 /// Checks every head of `tenant` (or of all), every manifest that one names, and every pack that one of these names, each once.
-pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Result<BucketReport, StoreError> {
+pub async fn verify_bucket(
+    store: &dyn ObjectStore,
+    tenant: Option<&str>,
+    seals: &Seals,
+) -> Result<BucketReport, StoreError> {
     let prefix = layout::tenant(tenant)
         .map_err(|error| StoreError::new(ErrorKind::Other, Operation::List, "v1/").because(error))?;
     let mut objects: Vec<Listed> = Vec::new();
@@ -74,7 +84,7 @@ pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Res
     let mut named: BTreeMap<String, Digest> = BTreeMap::new();
     for object in objects.iter().filter(|o| Place::of(&o.key).is_some_and(|place| place.part == Part::Head)) {
         report.heads += 1;
-        match store.get(&object.key).await.map(|found| Head::decode(&found.bytes)) {
+        match store.get(&object.key).await.map(|found| report.checked.head(&object.key, &found.bytes, seals)) {
             Ok(Ok(head)) => {
                 if let Some(manifest) = head.manifest {
                     named.insert(manifest.key, manifest.digest);
@@ -82,13 +92,14 @@ pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Res
                     report.checked.problem(&object.key, "it is stopped and names no manifest".to_owned());
                 }
             }
-            Ok(Err(error)) => report.checked.problem(&object.key, error.to_string()),
+            Ok(Err(what)) => report.checked.problem(&object.key, what),
             Err(error) => report.checked.missing_or(error)?,
         }
     }
     let mut reachable: BTreeSet<String> = named.keys().cloned().collect();
     // By key and digest: two manifests that disagree about a pack are both heard.
     let mut packs: BTreeMap<(String, Digest), PackEntry> = BTreeMap::new();
+    let mut keys = DataKeys::default();
     for (key, digest) in named {
         let object = match store.get(&key).await {
             Ok(object) => object,
@@ -99,15 +110,17 @@ pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Res
         };
         report.manifests += 1;
         report.checked.bytes += object.bytes.len() as u64;
-        match Manifest::decode_checked(&object.bytes, digest) {
-            Ok(manifest) => {
+        let named = ManifestRef { key, digest };
+        match report.checked.manifest(&named, &object.bytes, seals) {
+            Ok((manifest, found)) => {
+                found.iter().cloned().for_each(|key| keys.insert(key));
                 packs.extend(manifest.packs.into_iter().map(|pack| ((pack.key.clone(), pack.digest), pack)));
             }
-            Err(error) => report.checked.problem(&key, error.to_string()),
+            Err(what) => report.checked.problem(&named.key, what),
         }
     }
     reachable.extend(packs.keys().map(|(key, _)| key.clone()));
-    let mut checks = stream::iter(packs.values()).map(|entry| verify_pack(store, entry)).buffered(IN_FLIGHT);
+    let mut checks = stream::iter(packs.values()).map(|entry| verify_pack(store, entry, &keys)).buffered(IN_FLIGHT);
     while let Some(checked) = checks.next().await {
         report.checked.add(checked?);
     }
@@ -123,7 +136,7 @@ pub async fn verify_bucket(store: &dyn ObjectStore, tenant: Option<&str>) -> Res
 }
 
 /// Checks the manifest and all its packs. An error means the store could not be asked; damage and missing objects are in the report.
-pub async fn verify(store: &dyn ObjectStore, manifest: &ManifestRef) -> Result<Report, StoreError> {
+pub async fn verify(store: &dyn ObjectStore, manifest: &ManifestRef, seals: &Seals) -> Result<Report, StoreError> {
     let mut report = Report::default();
     let object = match store.get(&manifest.key).await {
         Ok(object) => object,
@@ -133,19 +146,19 @@ pub async fn verify(store: &dyn ObjectStore, manifest: &ManifestRef) -> Result<R
         }
     };
     report.bytes += object.bytes.len() as u64;
-    match Manifest::decode_checked(&object.bytes, manifest.digest) {
-        Ok(decoded) => {
-            let packs = verify_packs(store, &decoded).await?;
+    match report.manifest(manifest, &object.bytes, seals) {
+        Ok((decoded, keys)) => {
+            let packs = verify_packs(store, &decoded, &keys).await?;
             report.add(packs);
         }
-        Err(error) => report.problem(&manifest.key, error.to_string()),
+        Err(what) => report.problem(&manifest.key, what),
     }
     Ok(report)
 }
 
-/// Checks all packs of a manifest.
-pub async fn verify_packs(store: &dyn ObjectStore, manifest: &Manifest) -> Result<Report, StoreError> {
-    let mut checks = stream::iter(&manifest.packs).map(|entry| verify_pack(store, entry)).buffered(IN_FLIGHT);
+/// Checks all packs of a manifest; encrypted ones by their digests alone where their key is not among `keys`.
+pub async fn verify_packs(store: &dyn ObjectStore, manifest: &Manifest, keys: &DataKeys) -> Result<Report, StoreError> {
+    let mut checks = stream::iter(&manifest.packs).map(|entry| verify_pack(store, entry, keys)).buffered(IN_FLIGHT);
     let mut report = Report::default();
     while let Some(checked) = checks.next().await {
         report.add(checked?);
@@ -153,7 +166,7 @@ pub async fn verify_packs(store: &dyn ObjectStore, manifest: &Manifest) -> Resul
     Ok(report)
 }
 
-async fn verify_pack(store: &dyn ObjectStore, entry: &PackEntry) -> Result<Report, StoreError> {
+async fn verify_pack(store: &dyn ObjectStore, entry: &PackEntry, keys: &DataKeys) -> Result<Report, StoreError> {
     let mut report = Report { packs: 1, ..Report::default() };
     let object = match store.get(&entry.key).await {
         Ok(object) => object,
@@ -164,14 +177,16 @@ async fn verify_pack(store: &dyn ObjectStore, entry: &PackEntry) -> Result<Repor
     };
     report.bytes += object.bytes.len() as u64;
     let expected = entry.clone();
+    let key = entry.sealed.and_then(|id| keys.get(id)).cloned();
     let checked = spawn_blocking(move || {
-        check_pack(&expected, &object.bytes, &mut report);
+        check_pack(&expected, &object.bytes, key.as_ref(), &mut report);
         report
     });
     checked.await.map_err(|error| StoreError::new(ErrorKind::Other, Operation::Get, &entry.key).because(error))
 }
 
-fn check_pack(entry: &PackEntry, bytes: &[u8], report: &mut Report) {
+fn check_pack(entry: &PackEntry, bytes: &[u8], key: Option<&DataKey>, report: &mut Report) {
+    let cipher = key.map(|key| PackCipher::new(key, &entry.key));
     if bytes.len() as u64 != u64::from(entry.size) {
         let what = PackError::Length { got: bytes.len() as u64, expected: u64::from(entry.size) };
         report.problem(&entry.key, what.to_string());
@@ -181,10 +196,18 @@ fn check_pack(entry: &PackEntry, bytes: &[u8], report: &mut Report) {
     if let Err(what) = pack::check_header(bytes) {
         report.problem(&entry.key, what.to_string());
     }
-    for (number, frame) in entry.frames.iter().enumerate() {
+    for (number, frame) in (0..).zip(&entry.frames) {
         let start = (frame.offset as usize).min(bytes.len());
         let end = (start + frame.stored_len as usize).min(bytes.len());
-        match pack::decode_frame(frame, &bytes[start..end]) {
+        let stored = &bytes[start..end];
+        if entry.sealed.is_some() && cipher.is_none() {
+            match pack::check_frame(frame, stored) {
+                Ok(()) => report.frames_not_opened += 1,
+                Err(what) => report.problem(&entry.key, format!("frame {number}: {what}")),
+            }
+            continue;
+        }
+        match pack::decode_frame(frame, number, stored, cipher.as_ref()) {
             Ok(_) => report.frames += 1,
             Err(what) => report.problem(&entry.key, format!("frame {number}: {what}")),
         }
@@ -192,6 +215,27 @@ fn check_pack(entry: &PackEntry, bytes: &[u8], report: &mut Report) {
 }
 
 impl Report {
+    /// A head, its seal checked as far as there are keys.
+    fn head(&mut self, key: &str, bytes: &[u8], seals: &Seals) -> Result<Head, String> {
+        if seals.is_on() {
+            seals.open_head(key, bytes).map_err(|error| error.to_string())?;
+        } else if seal::head_sealed_under(bytes).is_some() {
+            self.seals_not_checked += 1;
+        }
+        Head::decode(bytes).map_err(|error| error.to_string())
+    }
+
+    /// A manifest, its seal checked as far as there are keys, and the data keys that came with it.
+    fn manifest(&mut self, named: &ManifestRef, bytes: &[u8], seals: &Seals) -> Result<(Manifest, DataKeys), String> {
+        if seals.is_on() {
+            let (manifest, keys) = Manifest::open(named, bytes, seals).map_err(|error| error.to_string())?;
+            return Ok((manifest, seals.unwrap_all(&keys).map_err(|error| error.to_string())?));
+        }
+        let manifest = Manifest::decode_checked(bytes, named.digest).map_err(|error| error.to_string())?;
+        self.seals_not_checked += u64::from(seal::manifest_sealed_under(bytes).is_some());
+        Ok((manifest, DataKeys::default()))
+    }
+
     fn problem(&mut self, key: &str, what: String) {
         self.problems.push(Problem { key: key.to_owned(), what });
     }
@@ -210,6 +254,8 @@ impl Report {
     fn add(&mut self, other: Self) {
         self.packs += other.packs;
         self.frames += other.frames;
+        self.frames_not_opened += other.frames_not_opened;
+        self.seals_not_checked += other.seals_not_checked;
         self.bytes += other.bytes;
         self.problems.extend(other.problems);
     }

@@ -83,11 +83,13 @@ async fn a_capture_keeps_to_its_memory() {
                 let request = CaptureRequest {
                     images: vec![input],
                     parent_packs: Vec::new(),
+                    threads: None,
                     sink: Arc::new(Sluggish),
                     options,
                     cancel: CancellationToken::new(),
                     progress: None,
                     connections: None,
+                    seal: None,
                 };
                 let before = NOW.load(Ordering::SeqCst);
                 MOST.store(before, Ordering::SeqCst);

@@ -4,6 +4,8 @@
 //! and a disk of 40 pages over a template of 24 blocks. Its pages are made by [`content`], so that they can be made again. `digests.json` holds the
 //! BLAKE3 of both restored images.
 //!
+//! `corpus/v2` is the same sealed: under the operator's key of [`seals`], with packs and state encrypted.
+//!
 //! Files of a released version are never changed. A new version gets a new folder: raise [`NEW`], and run
 //! `cargo test -p stasis-snapshot --test corpus -- --ignored`.
 
@@ -28,12 +30,12 @@ use stasis_snapshot::{
     image::PageRef,
     layout::{Generation, Owner},
     manifest::{
-        Arch, Base, Boot, FORMAT_VERSION, Image, ImageKind, Lineage, Manifest, ManifestRef, Platform, StateBlob, Touch,
-        Versioned,
+        Arch, Base, Boot, Image, ImageKind, Lineage, Manifest, ManifestRef, Platform, StateBlob, Touch, Versioned,
     },
     pack::Codec,
     page::PAGE_SIZE,
     restore::{self, PageWriter, restore},
+    seal::{DataKey, DataKeyId, DataKeys, OperatorKey, Seals},
     store::{ObjectStore, Precondition, StoreError, directory::DirectoryStore},
     verify::{verify, verify_bucket},
 };
@@ -41,7 +43,7 @@ use support::{Pages, first_capture};
 use tokio_util::sync::CancellationToken;
 
 /// What the generator writes.
-const NEW: &str = "v1";
+const NEW: &str = "v2";
 const BLOCKS: u64 = 24;
 
 fn folder(version: &str) -> PathBuf {
@@ -81,8 +83,21 @@ struct Bucket {
     generation: Option<Generation>,
 }
 
+/// What `v2` is sealed with.
+fn seals() -> Seals {
+    Seals::new(OperatorKey::new(&[7; 32]), Vec::new(), false)
+}
+
+fn data_key() -> DataKey {
+    DataKey::new(DataKeyId([8; 16]), &[9; 32])
+}
+
 #[async_trait]
 impl PackSink for Bucket {
+    fn key(&self, n: u32) -> Option<String> {
+        Some(self.generation.as_ref()?.pack(n))
+    }
+
     async fn put(&self, n: u32, bytes: Bytes) -> Result<String, StoreError> {
         let key = self.generation.as_ref().unwrap().pack(n);
         self.store.put(&key, bytes, &Precondition::IfAbsent).await?;
@@ -97,7 +112,7 @@ impl PackSource for Bucket {
     }
 }
 
-async fn restored(store: &DirectoryStore, manifest: &Manifest) -> Vec<Digest> {
+async fn restored(store: &DirectoryStore, manifest: &Manifest, keys: DataKeys) -> Vec<Digest> {
     let base = template();
     let targets: Vec<_> = manifest
         .images
@@ -106,7 +121,7 @@ async fn restored(store: &DirectoryStore, manifest: &Manifest) -> Vec<Digest> {
         .collect();
     let writers: Vec<Arc<dyn PageWriter>> = targets.iter().map(|target| target.clone() as _).collect();
     let source = Arc::new(Bucket { store: store.clone(), generation: None });
-    restore(manifest, &writers, source, restore::Options::default(), &CancellationToken::new()).await.unwrap();
+    restore(manifest, &writers, (source, keys), restore::Options::default(), &CancellationToken::new()).await.unwrap();
     targets.iter().map(|target| Digest::of(&target.snapshot())).collect()
 }
 
@@ -116,20 +131,52 @@ fn read_head(folder: &Path) -> Head {
 
 #[tokio::test]
 async fn version_1_restores_to_what_it_was() {
-    let folder = folder("v1");
+    restores_to_what_it_was("v1", &Seals::none()).await;
+}
+
+#[tokio::test]
+#[ignore = "corpus/v2 is not written yet: cargo test -p stasis-snapshot --test corpus -- --ignored --exact make, then take this line away"]
+async fn version_2_restores_to_what_it_was() {
+    restores_to_what_it_was("v2", &seals()).await;
+    let folder = folder("v2");
+    let store = DirectoryStore::open(&folder).unwrap();
+    let named = read_head(&folder).manifest.unwrap();
+    let object = store.get(&named.key).await.unwrap();
+    for other in [Seals::new(OperatorKey::new(&[1; 32]), Vec::new(), true), Seals::none()] {
+        let refused = Manifest::open(&named, &object.bytes, &other).unwrap_err().to_string();
+        assert!(refused.contains(&seals().current().unwrap().to_string()), "{refused}");
+    }
+    let bucket = verify_bucket(&store, None, &Seals::none()).await.unwrap();
+    assert!(bucket.checked.problems.is_empty(), "{bucket:?}");
+    assert_eq!((bucket.checked.seals_not_checked, bucket.checked.frames), (2, 0));
+    // Nothing of memory, disk or state is readable: each word of a page's content stands in it many times, whatever the codec.
+    let words: Vec<[u8; 8]> =
+        [111, 212, 313, 523, 1024, 1527].map(|seed| content(seed, false)[..8].try_into().unwrap()).into();
+    for pack in Manifest::decode(&object.bytes).unwrap().packs {
+        let bytes = store.get(&pack.key).await.unwrap().bytes;
+        assert!(!bytes.windows(8).any(|window| words.iter().any(|word| window == word)), "{}", pack.key);
+    }
+    assert!(!object.bytes.windows(8).any(|window| window == [7; 8]));
+}
+
+async fn restores_to_what_it_was(version: &str, seals: &Seals) {
+    let folder = folder(version);
     let store = DirectoryStore::open(&folder).unwrap();
     let head = read_head(&folder);
     assert_eq!((head.state, head.seq, head.epoch), (HeadState::Paused, 3, 1));
     let named = head.manifest.unwrap();
     let object = store.get(&named.key).await.unwrap();
-    let manifest = Manifest::decode_checked(&object.bytes, named.digest).unwrap();
+    let (mut manifest, keys) = Manifest::open(&named, &object.bytes, seals).unwrap();
+    let keys = seals.unwrap_all(&keys).unwrap();
+    manifest.open_state(&keys).unwrap();
 
     let digests: Value = serde_json::from_slice(&std::fs::read(folder.join("digests.json")).unwrap()).unwrap();
     let expected: Vec<Digest> = serde_json::from_value(json!([digests["memory"], digests["disk"]])).unwrap();
-    assert_eq!(restored(&store, &manifest).await, expected);
-    assert!(verify(&store, &named).await.unwrap().problems.is_empty());
-    let bucket = verify_bucket(&store, None).await.unwrap();
+    assert_eq!(restored(&store, &manifest, keys).await, expected);
+    assert!(verify(&store, &named, seals).await.unwrap().problems.is_empty());
+    let bucket = verify_bucket(&store, None, seals).await.unwrap();
     assert_eq!((bucket.heads, bucket.checked.problems.len()), (1, 0), "{bucket:?}");
+    assert_eq!((bucket.checked.seals_not_checked, bucket.checked.frames_not_opened), (0, 0));
 
     // What the corpus is there for is in it.
     let codecs: Vec<Codec> =
@@ -154,7 +201,8 @@ async fn version_1_restores_to_what_it_was() {
 #[tokio::test]
 #[ignore = "writes into the source tree; only for a new format version"]
 async fn make() {
-    assert_eq!(format!("v{FORMAT_VERSION}"), NEW);
+    let seals = seals();
+    let wrapped = seals.wrap(&data_key(), [10; 12]).unwrap();
     let folder = folder(NEW);
     assert!(!folder.join("v1").exists(), "{} is there already: a released version is never changed", folder.display());
     std::fs::create_dir_all(&folder).unwrap();
@@ -197,18 +245,23 @@ async fn make() {
         let captured = capture(CaptureRequest {
             images: inputs,
             parent_packs: parent.as_ref().map_or(Vec::new(), |(parent, _)| parent.packs.clone()),
+            threads: None,
             sink: Arc::new(Bucket { store: store.clone(), generation: Some(generation.clone()) }),
             options: Options { codec: CodecChoice::Fixed(codec), boot_pages: 6, ..Options::default() },
             cancel: CancellationToken::new(),
             progress: None,
             connections: None,
+            seal: Some(data_key()),
         })
         .await
         .unwrap();
         let named = parent.as_ref().map(|(_, named)| named.clone());
         let lineage = Lineage { sandbox: "sbx-corpus".into(), seq, epoch: 1, commit, parent: named };
-        let bytes = manifest(&captured, lineage).encode().unwrap();
-        let named = ManifestRef { key: generation.manifest(), digest: Digest::of(&bytes) };
+        let mut manifest = manifest(&captured, lineage);
+        manifest.seal_state(&data_key(), [seq as u8; 32]).unwrap();
+        let key = generation.manifest();
+        let bytes = seals.seal_manifest(&key, manifest.encode().unwrap(), &[wrapped.clone()]).unwrap();
+        let named = ManifestRef { key, digest: Digest::of(&bytes) };
         store.put(&named.key, bytes.into(), &Precondition::IfAbsent).await.unwrap();
         parent = Some((captured, named.clone()));
         head = Some(Head {
@@ -226,42 +279,32 @@ async fn make() {
         });
     }
     let head = head.unwrap();
-    store.put(&owner().head(), head.encode().unwrap().into(), &Precondition::IfAbsent).await.unwrap();
+    let sealed = seals.seal_head(&owner().head(), head.encode().unwrap().as_bytes());
+    store.put(&owner().head(), sealed.into(), &Precondition::IfAbsent).await.unwrap();
     let digests = images.map(|image| Digest::of(&image.snapshot()));
     let named = head.manifest.unwrap();
     let object = store.get(&named.key).await.unwrap();
-    assert_eq!(restored(&store, &Manifest::decode_checked(&object.bytes, named.digest).unwrap()).await, digests);
+    let (manifest, keys) = Manifest::open(&named, &object.bytes, &seals).unwrap();
+    assert_eq!(restored(&store, &manifest, seals.unwrap_all(&keys).unwrap()).await, digests);
     let text = serde_json::to_string_pretty(&json!({"memory": digests[0], "disk": digests[1]})).unwrap();
     std::fs::write(folder.join("digests.json"), text + "\n").unwrap();
     let _ = std::fs::remove_file(folder.join(".lock"));
     seed_the_fuzzers(&folder, &named);
 }
 
-/// What the fuzz targets `manifest` and `frame` begin with.
+/// What the fuzz targets `manifest` and `seal` begin with; `frame` has the frames of version 1, which are what is in those of version 2.
 fn seed_the_fuzzers(folder: &Path, named: &ManifestRef) {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     let bytes = std::fs::read(folder.join(&named.key)).unwrap();
-    std::fs::write(fuzz.join("manifest").join(NEW), &bytes).unwrap();
-    let manifest = Manifest::decode(&bytes).unwrap();
-    for pack in &manifest.packs {
-        let bytes = std::fs::read(folder.join(&pack.key)).unwrap();
-        for frame in &pack.frames {
-            let codec = match frame.codec {
-                Codec::Raw => 0,
-                Codec::Lz4 => 1,
-                Codec::Zstd => 2,
-            };
-            let mut input = vec![codec, frame.pages as u8, 0];
-            input.extend_from_slice(&bytes[frame.offset as usize..(frame.offset + frame.stored_len) as usize]);
-            // One of each codec; short ones, so that many mutations are run.
-            if frame.pages < 8 {
-                std::fs::write(fuzz.join("frame").join(format!("{NEW}-{:?}", frame.codec)), input).unwrap();
-            }
-        }
-        std::fs::write(fuzz.join("frame").join(format!("{NEW}-header")), &bytes[..16]).unwrap();
+    std::fs::create_dir_all(fuzz.join("seal")).unwrap();
+    for name in ["manifest", "seal"] {
+        std::fs::write(fuzz.join(name).join(NEW), &bytes).unwrap();
+    }
+    let head = std::fs::read(folder.join(owner().head())).unwrap();
+    for name in ["head", "seal"] {
+        std::fs::write(fuzz.join(name).join(format!("{NEW}-head")), &head).unwrap();
     }
 }
-
 fn manifest(captured: &Captured, lineage: Lineage) -> Manifest {
     let kinds = [ImageKind::Memory, ImageKind::Disk(0)];
     let base = Some(Base { digest: Digest::of(&template().snapshot()), blocks: BLOCKS });
@@ -280,6 +323,7 @@ fn manifest(captured: &Captured, lineage: Lineage) -> Manifest {
         packs: captured.packs.clone(),
         images: captured.maps.iter().zip(kinds).map(|(map, kind)| Image { kind, map: map.clone(), base }).collect(),
         state: vec![blob("vm", vec![1, 2, 3]), blob("vcpu/0", vec![7; 40]), blob("blk/0", Vec::new())],
+        sealed_state: None,
         boot: Boot {
             pack: captured.boot_pack,
             first_touch: vec![Touch { image: 0, start: 24, pages: 6 }, Touch { image: 1, start: 29, pages: 2 }],

@@ -26,6 +26,11 @@ fn frames() {
 }
 
 #[test]
+fn seals() {
+    mutate::run("seal", 10_000, targets::seal);
+}
+
+#[test]
 fn heads() {
     mutate::run("head", 30_000, targets::head);
 }

@@ -35,6 +35,7 @@ use stasis_snapshot::{
     manifest::{Arch, Boot, Image, ImageKind, Lineage, Manifest, ManifestRef, Platform, Versioned},
     pack::{self, Codec, FrameEntry, PackEntry},
     page::PAGE_SIZE,
+    seal::Seals,
     store::{ETag, ErrorKind, ListPage, Listed, Object, ObjectStore, Operation, Precondition, RawGrant, StoreError},
 };
 
@@ -204,7 +205,7 @@ impl World {
             digest: Digest([0; 32]),
         };
         let size = frame.offset + frame.stored_len;
-        PackEntry { key, size, digest: Digest([0; 32]), frames: vec![frame] }
+        PackEntry { key, size, digest: Digest([0; 32]), frames: vec![frame], sealed: None }
     }
 
     /// Writes a manifest whose page `i` is in `packs[i]`.
@@ -229,6 +230,7 @@ impl World {
             packs: listed,
             images: vec![Image { kind: ImageKind::Memory, map, base: None }],
             state: Vec::new(),
+            sealed_state: None,
             boot: Boot::default(),
         };
         let bytes = Bytes::from(manifest.encode().unwrap());
@@ -434,14 +436,17 @@ async fn forks(world: Arc<World>, mut rng: SmallRng) {
 
 async fn collect(world: &Arc<World>) -> gc::Report {
     let (clock, ids) = (world.clone(), world.clone());
-    gc::run(&world.store(), &gc::Options::default(), &move || clock.now(), &move || ids.id()).await.unwrap()
+    gc::run(&world.store(), &Arc::new(Seals::none()), &gc::Options::default(), &move || clock.now(), &move || ids.id())
+        .await
+        .unwrap()
 }
 
 async fn collector(world: Arc<World>, mut rng: SmallRng) {
     loop {
         let (clock, ids) = (world.clone(), world.clone());
         // Two collectors may write their memory at the same time: one of them is refused, and begins anew.
-        let _ = gc::run(&world.store(), &gc::Options::default(), &move || clock.now(), &move || ids.id()).await;
+        let seals = Arc::new(Seals::none());
+        let _ = gc::run(&world.store(), &seals, &gc::Options::default(), &move || clock.now(), &move || ids.id()).await;
         for _ in 0..rng.random_range(0..400) {
             pause().await;
         }

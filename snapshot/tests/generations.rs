@@ -25,6 +25,7 @@ use stasis_snapshot::{
     pack::PackEntry,
     page::{PAGE_SIZE, is_zero},
     restore::{self, PageWriter, restore},
+    seal::{DataKey, DataKeyId, DataKeys},
     store::ErrorKind,
 };
 use support::{Fault, Frozen, Packs, Pages, content, first_capture, manifest, noise};
@@ -33,6 +34,10 @@ use tokio_util::sync::CancellationToken;
 
 const KINDS: [ImageKind; 2] = [ImageKind::Memory, ImageKind::Disk(0)];
 const BLOCKS: u64 = 120;
+
+fn data_key(n: u64) -> DataKey {
+    DataKey::new(DataKeyId([n as u8; 16]), &[n as u8 ^ 0x77; 32])
+}
 
 /// A guest's image, and what is known of it.
 struct Image {
@@ -70,7 +75,15 @@ async fn durable(packs: &Arc<Packs>, entries: &[PackEntry], images: &[Image], ba
         .collect();
     let writers: Vec<Arc<dyn PageWriter>> = targets.iter().map(|target| target.clone() as _).collect();
     let manifest = manifest(entries, &maps, &KINDS, BLOCKS);
-    restore(&manifest, &writers, packs.clone(), restore::Options::default(), &CancellationToken::new()).await.unwrap();
+    restore(
+        &manifest,
+        &writers,
+        (packs.clone(), DataKeys::new((0..8).map(data_key))),
+        restore::Options::default(),
+        &CancellationToken::new(),
+    )
+    .await
+    .unwrap();
     targets.iter().map(|target| target.snapshot()).collect()
 }
 
@@ -102,6 +115,7 @@ async fn generations(seed: u64) {
     let mut entries: Vec<PackEntry> = Vec::new();
     let mut committed = 0;
     let mut round = 0;
+    let sealed: bool = rng.random();
     while committed < 4 {
         round += 1;
         for image in &mut images {
@@ -162,11 +176,14 @@ async fn generations(seed: u64) {
         let request = CaptureRequest {
             images: inputs,
             parent_packs: entries.clone(),
+            threads: None,
             sink: packs.clone(),
             options,
             cancel,
             progress: None,
             connections: None,
+            // Of a new key now and then, as after a move to another host.
+            seal: sealed.then(|| data_key(round / 3 % 8)),
         };
 
         // Whatever the guest writes from here on is dirty again.
@@ -260,11 +277,13 @@ fn request(input: ImageInput, parent_packs: Vec<PackEntry>, packs: &Arc<Packs>) 
     CaptureRequest {
         images: vec![input],
         parent_packs,
+        threads: None,
         sink: packs.clone(),
         options: Options::default(),
         cancel: CancellationToken::new(),
         progress: None,
         connections: None,
+        seal: None,
     }
 }
 

@@ -13,6 +13,7 @@ use stasis_snapshot::{
     ids::CommitId,
     layout::{Generation, Owner},
     repair::{Finding, NoProposal, Standing, propose, survey},
+    seal::Seals,
     store::directory::DirectoryStore,
     verify::{BucketReport, verify_bucket},
 };
@@ -64,13 +65,13 @@ impl Bucket {
     }
 
     async fn survey(&self, deep: bool) -> Finding {
-        let mut found = survey(&self.store, None, deep).await.unwrap();
+        let mut found = survey(&self.store, None, deep, &Seals::none()).await.unwrap();
         assert_eq!(found.len(), 1);
         found.remove(0)
     }
 
     async fn verify(&self) -> BucketReport {
-        verify_bucket(&self.store, Some("corpus")).await.unwrap()
+        verify_bucket(&self.store, Some("corpus"), &Seals::none()).await.unwrap()
     }
 
     async fn apply(&self, finding: &Finding) -> Head {

@@ -60,6 +60,7 @@ CREDENTIALS = {
     "basic": ("username", "password"),
     "gcp": ("gcp_service_account_json",),
     "azure": ("azure_tenant_id", "azure_client_id", "azure_client_secret"),
+    "aws": ("aws_access_key_id", "aws_secret_access_key", "aws_region"),
 }
 
 
@@ -91,8 +92,7 @@ def before_call(context, case, kwargs):
         if case.operation.path == "/v1/template":
             case.body["uri"] = IMAGE
             if isinstance(given := case.body.get("credentials"), dict):
-                # `aws` is described and refused.
-                kind = given["type"] if given["type"] in CREDENTIALS else "basic"
+                kind = given["type"]
                 case.body["credentials"] = {"type": kind} | dict.fromkeys(CREDENTIALS[kind], "word")
         if case.operation.path in ("/v1/snapshot/restore", "/v1/snapshot/resume"):
             case.body["snapshot_name"] = (snapshot() or {"name": case.body["snapshot_name"]})["name"]

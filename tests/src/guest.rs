@@ -6,7 +6,10 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Templates, Tls, Warm};
+use stasis_api::config::{
+    Config, Deadlines, Gc, Invoke, Isolation, IsolationConfig, Limits, Network, RunAhead, Seal, StoreConfig, Telemetry,
+    Templates, Tls, Warm,
+};
 use stasis_api::ids::SandboxId;
 use stasis_api::record::{Record, Spec, VmmIdentity};
 use stasis_api::sources::Sources;
@@ -64,6 +67,10 @@ impl LocalGuest {
             invoke: Invoke::default(),
             tls: Tls::default(),
             templates: Templates::default(),
+            seal: Seal::default(),
+            network: Network::default(),
+            isolation: IsolationConfig { mode: Isolation::Off, warden: None },
+            telemetry: Telemetry::default(),
         };
         std::fs::create_dir_all(at("store"))?;
         let supervisor = Supervisor::start(config).await?;
@@ -84,7 +91,8 @@ impl LocalGuest {
         });
 
         let sandbox = core.registry.add(record(&core.sources)?)?;
-        let vmm = Vmm::adopt(&identity(processes[1].id())?, &run_dir).ok_or("the stand-in of the VMM is gone")?;
+        let vmm = Vmm::adopt(&identity(processes[1].id())?, &run_dir, &core.launcher)
+            .ok_or("the stand-in of the VMM is gone")?;
         sandbox.set_vm(Some(Arc::new(vmm)));
         let url = format!("http://{}", supervisor.addr());
         Ok(Self { supervisor, url, key, dir, http: reqwest::Client::new(), processes })
@@ -140,6 +148,8 @@ fn record(sources: &Sources) -> Result<Record, Error> {
         auto_pause: false,
         env_vars: [("FROM_SANDBOX".to_owned(), "yes".to_owned())].into(),
         network_policy: None,
+        network: false,
+        authority: None,
         port: None,
         snapshot: None,
         created_at: sources.now_ms(),

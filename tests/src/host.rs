@@ -29,7 +29,7 @@ pub fn program(name: &str) -> PathBuf {
 }
 
 /// `target/<profile>`: the folder of this program, or above it when this is a test in `deps`.
-fn profile() -> Option<PathBuf> {
+pub fn profile() -> Option<PathBuf> {
     let exe = std::env::current_exe().ok()?;
     let folder = exe.parent()?;
     Some(if folder.ends_with("deps") { folder.parent()? } else { folder }.to_owned())

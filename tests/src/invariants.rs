@@ -16,7 +16,7 @@ use crate::service::Service;
 use crate::vmm::{Error, until};
 
 /// How long a sandbox may take to come to rest once nothing is broken any more.
-const REST: Duration = Duration::from_mins(1);
+const REST: Duration = Duration::from_mins(3);
 
 /// States without an operation under way, in the words of the API.
 pub const AT_REST: [&str; 4] = ["running", "paused", "stopped", "deleted"];

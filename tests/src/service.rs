@@ -3,16 +3,16 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stasis_api::dev::{EmbeddedS3, FaultProxy};
 use stasis_api::journal::Journal;
 use stasis_api::supervisor::JOURNAL;
+use stasis_api::vmm_process::find_under;
 use stasis_snapshot::store::ObjectStore;
 use stasis_snapshot::store::directory::DirectoryStore;
 use stasis_snapshot::store::s3::{S3Settings, S3Store};
@@ -20,11 +20,14 @@ use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::Client;
 
 use crate::host;
+use crate::ports::Port;
 use crate::vmm::{Error, pulse, until};
 
 const BUCKET: &str = "sandboxes";
 const ACCESS_KEY: &str = "test-access";
 const SECRET_KEY: &str = "test-secret";
+/// How long a supervisor may take to start, or a sandbox to change its state. It bounds a hang: the machine may be busy.
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// What a service is started with.
 #[derive(Clone)]
@@ -37,11 +40,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        // Short deadlines: a test that waits for one should not wait for long.
+        // A test that waits for one of these sets a shorter one; for the others they bound a hang.
         // What happens by itself in the background would take the faults that are meant for a request.
         let environment = [
-            ("STASIS_DEADLINES_STORE_MS", "3000"),
-            ("STASIS_DEADLINES_CAPTURE_MS", "20000"),
+            ("STASIS_DEADLINES_STORE_MS", "20000"),
+            ("STASIS_DEADLINES_CAPTURE_MS", "60000"),
             ("STASIS_GOLDEN", "off"),
             ("STASIS_RUN_AHEAD", "off"),
             // Tests wait by asking.
@@ -79,6 +82,7 @@ pub struct Service {
     /// The embedded S3 server.
     pub s3: EmbeddedS3,
     sleep: Sleep,
+    port: Port,
     supervisor: Child,
     http: reqwest::Client,
 }
@@ -89,6 +93,7 @@ pub struct Second {
     pub url: String,
     data: PathBuf,
     supervisor: Child,
+    _port: Port,
 }
 
 impl Second {
@@ -195,28 +200,33 @@ impl Service {
             None => small_images(dir.path())?,
         };
         let options = Options { images: Some(images), ..options };
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let url = format!("http://127.0.0.1:{port}");
+        let port = Port::take()?;
+        let url = format!("http://127.0.0.1:{}", port.number());
         let data = dir.path().join("d");
         let key = make_key(&data, "test")?;
-        let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).build()?;
+        // A connection for each request: one to a supervisor that was killed must not be used for the next.
+        let http = reqwest::Client::builder().timeout(Duration::from_mins(10)).pool_max_idle_per_host(0).build()?;
         let place = store_of(&sleep, &s3, &proxy, dir.path());
-        let supervisor = spawn(dir.path(), &data, &options, &place, port)?;
-        let service = Self { proxy, url, key, dir, options, s3, sleep, supervisor, http };
+        let supervisor = spawn(dir.path(), &data, &options, &place, port.number())?;
+        let service = Self { proxy, url, key, dir, options, s3, sleep, port, supervisor, http };
         service.ready().await?;
         Ok(service)
     }
 
     async fn ready(&self) -> Result<(), Error> {
-        self.ready_at(&self.url).await
+        self.ready_at(&self.url, self.supervisor.id()).await
     }
 
-    async fn ready_at(&self, url: &str) -> Result<(), Error> {
-        for _ in 0..3000 {
+    async fn ready_at(&self, url: &str, pid: u32) -> Result<(), Error> {
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
             if let Ok(answer) = self.http.get(format!("{url}/healthz")).send().await
                 && answer.status().is_success()
             {
                 return Ok(());
+            }
+            if is_dead(pid) {
+                return Err(format!("the supervisor has ended: {}", self.log()).into());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -255,6 +265,14 @@ impl Service {
         Ok(())
     }
 
+    /// Tells the supervisor to end, and waits until it has; answers whether it ended well.
+    pub async fn end_supervisor(&mut self) -> Result<bool, Error> {
+        let pid = rustix::process::Pid::from_child(&self.supervisor);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        until("the end of the supervisor", || Ok(self.supervisor_is_dead().then_some(()))).await?;
+        Ok(self.supervisor.wait()?.success())
+    }
+
     /// Starts the supervisor again on the same data and address.
     pub async fn start_supervisor(&mut self) -> Result<(), Error> {
         self.spawn_supervisor()?;
@@ -265,24 +283,28 @@ impl Service {
     pub async fn try_start_supervisor(&mut self) -> Result<(), Error> {
         self.spawn_supervisor()?;
         tokio::select! {
-            ready = self.ready() => ready,
+            // One that is dead is not ready, and may be.
+            ready = self.ready() => if self.supervisor_is_dead() { Ok(()) } else { ready },
             () = async { while !self.supervisor_is_dead() { tokio::time::sleep(Duration::from_millis(5)).await } } => Ok(()),
         }
     }
 
     fn spawn_supervisor(&mut self) -> Result<(), Error> {
-        let port = self.url.rsplit(':').next().unwrap_or_default().parse()?;
         let data = self.dir.path().join("d");
         let place = store_of(&self.sleep, &self.s3, &self.proxy, self.dir.path());
-        self.supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
+        self.supervisor = spawn(self.dir.path(), &data, &self.options, &place, self.port.number())?;
         Ok(())
+    }
+
+    /// Sets or removes a variable of the supervisor's environment, for its next start and for [`Service::stasis`].
+    pub fn set_environment(&mut self, name: &str, value: Option<&str>) {
+        self.options.environment.retain(|(known, _)| known != name);
+        self.options.environment.extend(value.map(|value| (name.to_owned(), value.to_owned())));
     }
 
     /// The supervisor has ended, by itself or not.
     pub fn supervisor_is_dead(&self) -> bool {
-        // Ours to wait for, so it stays as a zombie until then.
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.supervisor.id())).unwrap_or_default();
-        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+        is_dead(self.supervisor.id())
     }
 
     /// Process id of the supervisor.
@@ -292,12 +314,12 @@ impl Service {
 
     /// Starts another supervisor on the data directory `name`, past the proxy.
     pub async fn start_second(&self, name: &str) -> Result<Second, Error> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = Port::take()?;
         let data = self.dir.path().join(name);
         let place = self.direct_place();
-        let supervisor = spawn(self.dir.path(), &data, &self.options, &place, port)?;
-        let second = Second { url: format!("http://127.0.0.1:{port}"), data, supervisor };
-        self.ready_at(&second.url).await?;
+        let supervisor = spawn(self.dir.path(), &data, &self.options, &place, port.number())?;
+        let second = Second { url: format!("http://127.0.0.1:{}", port.number()), data, supervisor, _port: port };
+        self.ready_at(&second.url, second.supervisor.id()).await?;
         Ok(second)
     }
 
@@ -373,6 +395,22 @@ impl Service {
         Ok(self.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id"))
     }
 
+    /// Waits until `/metrics` has this line.
+    pub async fn await_told(&self, line: &str) -> Result<(), Error> {
+        let begun = Instant::now();
+        loop {
+            let request = self.http.get(format!("{}/metrics", self.url)).bearer_auth(&self.key);
+            let text = request.send().await?.error_for_status()?.text().await?;
+            if text.lines().any(|told| told == line) {
+                return Ok(());
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err(format!("{line} is not in the metrics: {text}").into());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// How many operations of this kind (`create`, `pause`, `resume`) have ended well or not (`ok`, `error`), by the metrics.
     pub async fn operations(&self, kind: &str, outcome: &str) -> Result<u64, Error> {
         let request = self.http.get(format!("{}/metrics", self.url)).bearer_auth(&self.key);
@@ -391,6 +429,11 @@ impl Service {
         self.call("POST", &format!("/v1/sandbox/{id}/resume"), None).await
     }
 
+    /// Waits until the proxy holds a request ([`stasis_api::dev::Fault::Hold`]).
+    pub async fn await_held(&self) -> Result<(), Error> {
+        until("a request that is held", || Ok((self.proxy.held() > 0).then_some(()))).await
+    }
+
     /// The state that `GET` answers.
     pub async fn state(&self, id: &str) -> Result<String, Error> {
         Ok(self.call("GET", &format!("/v1/sandbox/{id}"), None).await?.text("state"))
@@ -398,15 +441,17 @@ impl Service {
 
     /// Waits until the sandbox is in this state.
     pub async fn await_state(&self, id: &str, state: &str) -> Result<(), Error> {
-        let mut last = String::new();
-        for _ in 0..600 {
-            last = self.state(id).await?;
-            if last == state {
+        let begun = Instant::now();
+        loop {
+            let now = self.state(id).await?;
+            if now == state {
                 return Ok(());
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err(format!("{id} is {now}, not {state}, in time; log: {}", self.log()).into());
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        Err(format!("{id} is {last}, not {state}, after 30 s; log: {}", self.log()).into())
     }
 
     /// Run directory of the sandbox's VMM.
@@ -495,6 +540,12 @@ impl Drop for Service {
     }
 }
 
+/// A process of ours has ended: it is ours to wait for, so it stays as a zombie until then.
+fn is_dead(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+}
+
 fn kill_all(pids: &[u32]) {
     for pid in pids {
         if let Some(pid) = i32::try_from(*pid).ok().and_then(rustix::process::Pid::from_raw) {
@@ -505,15 +556,12 @@ fn kill_all(pids: &[u32]) {
 
 /// Process ids of VMMs whose run directory is one of `root` with a name that is `wanted`.
 fn vmms(root: &Path, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes
-        .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
-        .filter(|pid| {
-            let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let run_dir = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-            String::from_utf8_lossy(&cmdline).contains("stasis-vmm")
-                && run_dir.strip_prefix(root).is_ok_and(|name| wanted(&name.to_string_lossy()))
-        })
+    let found = find_under(root).unwrap_or_default().into_iter();
+    found
+        .filter(|(_, dir)| dir.file_name().is_some_and(|name| wanted(&name.to_string_lossy())))
+        .filter_map(|(identity, _)| u32::try_from(identity.pid).ok())
+        // A killed one has no command line any more, though it may not be reaped yet.
+        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()))
         .collect()
 }
 

@@ -1,11 +1,13 @@
 //! One `stasis-vmm` process, driven without a supervisor: boot pulse, talk to it over the serial port, capture into a store, restore.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_send_signal, waitid};
+use stasis_api::launcher::Launcher;
 use stasis_snapshot::grant::{Access, GrantedObject};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::manifest::Manifest;
@@ -15,7 +17,8 @@ use stasis_vmm::control::types::{
     BootRequest, CaptureMode, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, Paging, RestoreReport,
     RestoreRequest,
 };
-use stasis_vmm::control::{CONSOLE_LOG, CONTROL_SOCKET, EXIT_NOTE};
+use stasis_vmm::control::{CONSOLE_LOG, EXIT_NOTE};
+use stasis_warden::jail::start::Process;
 
 use crate::host;
 
@@ -23,7 +26,7 @@ use crate::host;
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// How long a guest or a VMM may take for what takes milliseconds.
-const PATIENCE: Duration = Duration::from_mins(1);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// The pulse guest, built by `guest-images/pulse/build`.
 pub fn pulse() -> PathBuf {
@@ -41,7 +44,7 @@ pub struct Vmm {
     pub client: Client,
     /// Its run directory.
     pub run_dir: PathBuf,
-    child: Child,
+    process: Process,
     next_token: u64,
     /// Console bytes that were looked at already.
     seen: usize,
@@ -58,32 +61,31 @@ pub struct Stored {
 impl Vmm {
     /// Starts a process that has no machine yet.
     pub async fn start(run_dir: &Path) -> Result<Self, Error> {
-        Self::start_under(run_dir, &["env"], &host::program("stasis-vmm")).await
+        Self::start_from(&Launcher::unjailed(&host::program("stasis-vmm")).with_log("info"), run_dir).await
     }
 
-    /// The same, from a program of the caller's choice, under a command that runs the one that follows it, such as `env` or `setpriv`.
-    pub async fn start_under(run_dir: &Path, wrapper: &[&str], program: &Path) -> Result<Self, Error> {
-        std::fs::create_dir_all(run_dir)?;
-        #[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts a VMM")]
-        let child = std::process::Command::new(wrapper[0])
-            .args(&wrapper[1..])
-            .arg(program)
-            .args(["--id", "test", "--run-dir"])
-            .arg(run_dir)
-            .env("RUST_LOG", "info")
-            .stderr(File::create(run_dir.join("vmm.log"))?)
-            .stdin(Stdio::null())
-            .spawn()?;
-        let vmm = Self { client: Client::new(run_dir), run_dir: run_dir.to_owned(), child, next_token: 1, seen: 0 };
-        // Between bind and listen the socket is there and refuses.
-        let socket = run_dir.join(CONTROL_SOCKET);
-        until("the VMM's control socket", || Ok(std::os::unix::net::UnixStream::connect(&socket).ok())).await?;
+    /// The same with a store at `place` (`host:port`) in reach.
+    pub async fn start_with_store(run_dir: &Path, place: &str) -> Result<Self, Error> {
+        let launcher = Launcher::unjailed(&host::program("stasis-vmm")).with_log("info");
+        let above = run_dir.parent().ok_or("a run directory is in a directory")?;
+        Self::start_from(&launcher.with_store(above, place), run_dir).await
+    }
+
+    async fn start_from(launcher: &Launcher, run_dir: &Path) -> Result<Self, Error> {
+        let process = launcher.start_vmm("test", run_dir)?;
+        let vmm = Self { client: Client::new(run_dir), run_dir: run_dir.to_owned(), process, next_token: 1, seen: 0 };
+        vmm.client.status().await?;
         Ok(vmm)
     }
 
     /// Process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.note.pid.unsigned_abs()
+    }
+
+    /// How it ended; none while it has not.
+    fn try_wait(&self) -> std::io::Result<Option<WaitIdStatus>> {
+        Ok(waitid(WaitId::PidFd(self.process.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)?)
     }
 
     /// Boots pulse.
@@ -108,7 +110,7 @@ impl Vmm {
     ) -> Result<(), Error> {
         let tokens = self.send(std::iter::once(kernel).chain(memory).collect()).await?;
         let (kernel, memory) = (tokens[0], tokens.get(1).copied());
-        let machine = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: true };
+        let machine = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: true, network: None };
         let request = BootRequest {
             machine,
             kernel,
@@ -116,6 +118,7 @@ impl Vmm {
             cmdline: cmdline.to_owned(),
             disks: vec![],
             memory,
+            tap: None,
             disks_from: None,
             id: None,
         };
@@ -177,7 +180,8 @@ impl Vmm {
             grants.push(store.grant_put(key, PATIENCE).await?);
         }
         let packs = self.grant(keys, grants).await?;
-        let request = CaptureRequest { packs, connections: 4, deadline_ms: 600_000, mode, memory_bytes: None };
+        let request =
+            CaptureRequest { packs, connections: 4, deadline_ms: 600_000, mode, memory_bytes: None, seal: None };
         let (draft, report) = self.client.capture(&request).await?;
         Ok(Stored { manifest: draft.to_vec(), report })
     }
@@ -196,30 +200,40 @@ impl Vmm {
         notes: Option<&[u8]>,
         paging: Paging,
     ) -> Result<RestoreReport, Error> {
+        let mut files = Vec::from_iter(memory);
+        if let Some(notes) = notes {
+            files.push(filled(notes)?);
+        }
+        let tokens = self.send(files).await?;
+        let mut request = self.restore_request(store, manifest).await?;
+        request.memory = tokens.first().copied();
+        request.kept = tokens.get(1).copied();
+        request.paging = paging;
+        Ok(self.client.restore(&request).await?)
+    }
+
+    /// What a restore asks for, with the manifest and its packs sent: a machine without disks or a tap, in memory of its VMM's own.
+    pub async fn restore_request(&mut self, store: &dyn ObjectStore, manifest: &[u8]) -> Result<RestoreRequest, Error> {
         let keys: Vec<String> = Manifest::decode(manifest)?.packs.into_iter().map(|p| p.key).collect();
         let mut grants = Vec::new();
         for key in &keys {
             grants.push(store.grant_get(key, PATIENCE).await?);
         }
         let packs = self.grant(keys, grants).await?;
-        let mut files = vec![filled(manifest)?];
-        files.extend(memory);
-        if let Some(notes) = notes {
-            files.push(filled(notes)?);
-        }
-        let tokens = self.send(files).await?;
-        let request = RestoreRequest {
+        let tokens = self.send(vec![filled(manifest)?]).await?;
+        Ok(RestoreRequest {
             manifest: tokens[0],
             manifest_digest: Digest::of(manifest).to_string(),
             packs,
             disks: vec![],
             generation_id: format!("{:032x}", rand::random::<u128>()),
-            memory: tokens.get(1).copied(),
-            kept: tokens.get(2).copied(),
-            paging,
+            memory: None,
+            kept: None,
+            keys: Vec::new(),
+            tap: None,
+            paging: Paging::default(),
             id: None,
-        };
-        Ok(self.client.restore(&request).await?)
+        })
     }
 
     async fn grant(&mut self, keys: Vec<String>, grants: Vec<RawGrant>) -> Result<Vec<GrantedObject>, Error> {
@@ -270,18 +284,18 @@ impl Vmm {
     }
 
     /// Waits until the process ends by itself, and reads the note it leaves.
-    pub async fn ended(&mut self) -> Result<ExitNote, Error> {
-        until("the VMM's end", || self.child.try_wait()).await?;
+    pub async fn ended(&self) -> Result<ExitNote, Error> {
+        until("the VMM's end", || self.try_wait()).await?;
         Ok(serde_json::from_slice(&std::fs::read(self.run_dir.join(EXIT_NOTE))?)?)
     }
 
     /// Ends the process and waits until it is gone.
-    pub async fn shutdown(mut self) -> Result<(), Error> {
+    pub async fn shutdown(self) -> Result<(), Error> {
         self.client.shutdown().await?;
-        let status = until("the VMM's end", || self.child.try_wait()).await?;
-        if !status.success() {
+        let status = until("the VMM's end", || self.try_wait()).await?;
+        if status.exit_status() != Some(0) {
             let note = std::fs::read_to_string(self.run_dir.join(EXIT_NOTE)).unwrap_or_default();
-            return Err(format!("the VMM ended with {status}: {note}").into());
+            return Err(format!("the VMM ended with {status:?}: {note}").into());
         }
         Ok(())
     }
@@ -289,8 +303,9 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // It may have been waited for.
+        let _ = pidfd_send_signal(&self.process.pidfd, Signal::KILL);
+        let _ = waitid(WaitId::PidFd(self.process.pidfd.as_fd()), WaitIdOptions::EXITED);
     }
 }
 

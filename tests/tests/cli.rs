@@ -7,10 +7,12 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use http::Method;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use serde_json::{Value, json};
+use stasis_api::dev::{Fault, Rule};
 use stasis_tests::guest::{self, LocalGuest, SANDBOX};
 use stasis_tests::host;
 use stasis_tests::service::{Options, Service};
@@ -30,10 +32,12 @@ fn main() {
         .test("the_console_is_read_and_followed", no_pulse(), logs)
         .test("each_log_line_of_a_request_has_its_id_and_its_sandbox", no_pulse(), log_lines)
         .test("snapshots_urls_and_costs_have_verbs", no_pulse(), verbs)
+        .test("colours_and_bars_are_for_those_who_watch", no_pulse(), watched)
         .test("completions_know_every_verb", None, completions)
         .test("commands_have_users_limits_and_exit_codes", guest::lacking(), commands)
         .test("a_command_on_a_terminal_has_keys_a_size_and_an_exit_code", guest::lacking(), on_a_terminal)
         .test("files_and_directories_are_copied_both_ways", guest::lacking(), copies)
+        .test("files_git_and_terminals_of_a_sandbox_have_verbs", guest::lacking(), in_a_guest)
         .test("a_debian_guest_is_used_from_the_command_line", no_debian(), debian)
         .main();
 }
@@ -130,6 +134,9 @@ async fn verbs() -> Outcome {
     let made = ok(&["snapshot", "create", &id, "--name", "first"]).await?;
     assert!(text(&made.stdout).contains("first") && text(&made.stderr).contains("upload"), "{}", text(&made.stderr));
     assert_eq!(code(&stasis(&["snapshot", "create", &id, "--name", "first"]).await?), 4, "the name is taken");
+    let sorted = json_of(&ok(&["--json", "ls", "--sort", "state", "--order-by", "asc", "--state", "running"]).await?);
+    assert_eq!((&sorted["total_items"], &sorted["items"][0]["id"]), (&json!(1), &json!(id)));
+    assert_eq!(code(&stasis(&["ls", "--sort", "colour"]).await?), 2);
     let list = json_of(&ok(&["--json", "snapshot", "ls", "--name", "fir"]).await?);
     assert_eq!((list["total_items"].as_u64(), &list["items"][0]["name"]), (Some(1), &json!("first")));
     assert!(text(&ok(&["snapshot", "ls"]).await?.stdout).contains("first"));
@@ -162,6 +169,43 @@ async fn verbs() -> Outcome {
     let kinds: Vec<_> = live["items"][0]["operations"].as_array().into_iter().flatten().collect();
     let kinds: Vec<_> = kinds.iter().filter_map(|o| o["operation"].as_str()).collect();
     assert_eq!(kinds, ["create", "snapshot", "pause", "resume"]);
+    Ok(())
+}
+
+async fn watched() -> Outcome {
+    let service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    let start = |arguments: &[&str], colourless: bool| {
+        let mut command = program(&service.url, &service.key);
+        command.args(arguments).env("TERM", "xterm").env_remove("NO_COLOR");
+        if colourless {
+            command.env("NO_COLOR", "1");
+        }
+        OnTerminal::start(command, size(120, 24))
+    };
+    let shown = async |arguments: &[&str], colourless: bool| start(arguments, colourless)?.exit_code().await;
+    for (arguments, what) in
+        [(["ls", "--page", "1"], "a head in bold"), (["get", "sbx-none", "--json"], "an error in red")]
+    {
+        let (_, said) = shown(&arguments, false).await?;
+        assert!(said.contains("\x1b["), "{what}: {said:?}");
+        let (_, said) = shown(&arguments, true).await?;
+        assert!(!said.contains('\x1b'), "{what}: {said:?}");
+    }
+    // The bar of a pause that takes its time.
+    for colourless in [false, true] {
+        service.proxy.add(Rule::once(Method::PUT, "/head", Fault::Hold));
+        let mut pause = start(&["pause", &id], colourless)?;
+        if colourless {
+            service.await_held().await?;
+        } else {
+            tokio::task::block_in_place(|| pause.shows("committing"))?;
+        }
+        service.proxy.release();
+        let (code, said) = pause.exit_code().await?;
+        assert!(code == 0 && (!colourless || !said.contains("commit")), "{code} {said:?}");
+        service.resume(&id).await?.expect(200)?;
+    }
     Ok(())
 }
 
@@ -319,7 +363,8 @@ async fn interactive(url: &str, key: &str, id: &str) -> Result<(), Error> {
     // What is typed before it listens may be lost with the Ctrl-C.
     shell.keys("echo rea''dy\r")?;
     shell.shows("ready")?;
-    shell.keys("echo sle''eping; sleep 600\r")?;
+    // Said by what the Ctrl-C is for: while the shell starts it, the shell itself would get it.
+    shell.keys("sh -c 'echo sle\"\"eping; exec sleep 600'\r")?;
     shell.shows("sleeping")?;
     shell.keys("\x03")?;
     shell.keys("echo ba''ck\r")?;
@@ -336,6 +381,73 @@ async fn interactive(url: &str, key: &str, id: &str) -> Result<(), Error> {
     let wrong = start(&["exec", "-it", "--user", "no-such-user", id])?;
     let (code, said) = wrong.exit_code().await?;
     assert!(code == 2 && said.contains("no-such-user"), "{code} {said}");
+    Ok(())
+}
+
+async fn in_a_guest() -> Outcome {
+    let guest = LocalGuest::start().await?;
+    let there = guest.scratch().display().to_string();
+    let at = |name: &str| format!("{there}/{name}");
+    let stasis = async |arguments: &[&str]| run(&guest.url, &guest.key, arguments).await;
+    let said = async |arguments: &[&str]| {
+        let done = stasis(arguments).await?;
+        if code(&done) == 0 {
+            Ok(text(&done.stdout))
+        } else {
+            Err(Error::from(format!("{arguments:?}: {} {}", code(&done), text(&done.stderr))))
+        }
+    };
+    assert_eq!(said(&["fs", "mkdir", "-p", SANDBOX, &at("a/b")]).await?, "");
+    std::fs::write(at("a/one"), "first\nsecond\nthird\n")?;
+    std::os::unix::fs::symlink("one", at("a/link"))?;
+    let listed = said(&["fs", "ls", SANDBOX, &at("a")]).await?;
+    assert!(listed.contains("a/b/") && listed.contains("link -> one"), "{listed}");
+    assert_eq!(json_of(&stasis(&["--json", "fs", "stat", SANDBOX, &at("a/one")]).await?)["size"], 19);
+    assert_eq!(said(&["fs", "cat", SANDBOX, &at("a/one"), "--tail", "1"]).await?, "third\n");
+    assert_eq!(said(&["fs", "grep", SANDBOX, "cond", &at("a")]).await?, format!("{}:2:second\n", at("a/one")));
+    assert!(said(&["fs", "glob", SANDBOX, &there, "**/one"]).await?.contains("a/one"));
+    assert!(said(&["fs", "tree", SANDBOX, &there]).await?.contains("  one\n"));
+    said(&["fs", "edit", SANDBOX, "second", "2nd", &at("a/one")]).await?;
+    assert_eq!(code(&stasis(&["fs", "edit", SANDBOX, "second", "2nd", &at("a/one")]).await?), 2, "it is there no more");
+    said(&["fs", "copy", SANDBOX, &at("a/one"), &at("two")]).await?;
+    assert_eq!(code(&stasis(&["fs", "mv", SANDBOX, &at("a/one"), &at("two")]).await?), 4, "something is there");
+    said(&["fs", "mv", SANDBOX, &at("a/one"), &at("two"), "--overwrite"]).await?;
+    said(&["fs", "chmod", SANDBOX, &at("two"), "--mode", "600"]).await?;
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(at("two"))?.permissions());
+    assert_eq!((std::fs::read_to_string(at("two"))?.as_str(), mode & 0o777), ("first\n2nd\nthird\n", 0o600));
+    for (name, there, status) in [("two", "yes\n", 0), ("a/one", "no\n", 3)] {
+        let asked = stasis(&["fs", "exists", SANDBOX, &at(name)]).await?;
+        assert_eq!((text(&asked.stdout).as_str(), code(&asked)), (there, status), "{name}");
+    }
+    said(&["fs", "rm", "-r", SANDBOX, &at("a")]).await?;
+    assert_eq!(code(&stasis(&["fs", "rm", SANDBOX, &at("a")]).await?), 3);
+    assert!(said(&["fs", "home", SANDBOX]).await?.starts_with('/'));
+    assert!(said(&["fs", "home", SANDBOX, "--working"]).await?.starts_with('/'));
+
+    let repository = at("repository");
+    said(&["exec", SANDBOX, &format!("git init -q {repository} && echo hello > {repository}/file")]).await?;
+    assert!(said(&["git", "status", SANDBOX, &repository]).await?.contains("? file"));
+    said(&["git", "add", SANDBOX, &repository, "file"]).await?;
+    assert!(said(&["git", "diff", SANDBOX, &repository, "--staged"]).await?.contains("+hello"));
+    let who = ["--author", "Ann", "--email", "ann@example.com"];
+    said(&[&["git", "commit", SANDBOX, &repository, "-m", "why"][..], &who].concat()).await?;
+    assert!(said(&["git", "log", SANDBOX, &repository]).await?.contains("why"));
+    assert!(said(&["git", "branches", SANDBOX, &repository]).await?.lines().count() == 1);
+    let failed = stasis(&["git", "show", SANDBOX, &repository, "no-such-revision"]).await?;
+    assert_eq!(code(&failed), 128, "git's own: {}", text(&failed.stdout));
+
+    let session = said(&["pty", "create", SANDBOX]).await?.trim().to_owned();
+    assert!(said(&["pty", "ls", SANDBOX]).await?.contains(&session));
+    assert_eq!(code(&stasis(&["pty", "attach", SANDBOX, &session]).await?), 2, "there is no terminal here");
+    let mut command = program(&guest.url, &guest.key);
+    command.args(["pty", "attach", SANDBOX, &session]);
+    let mut shell = OnTerminal::start(command, size(80, 24))?;
+    shell.keys("echo rea''dy; exit 5\r")?;
+    shell.shows("ready")?;
+    assert_eq!(shell.exit_code().await?.0, 5);
+    let session = said(&["pty", "create", SANDBOX, "--cwd", "/usr"]).await?.trim().to_owned();
+    said(&["pty", "rm", SANDBOX, &session]).await?;
+    assert_eq!(code(&stasis(&["pty", "rm", SANDBOX, &session]).await?), 3);
     Ok(())
 }
 

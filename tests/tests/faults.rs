@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use http::Method;
 use stasis_api::dev::{Fault, Rule};
+use stasis_tests::invariants::come_to_rest;
 use stasis_tests::service::{Options, Service};
 use stasis_tests::suite::{Outcome, Suite};
-use stasis_tests::vmm::no_pulse;
+use stasis_tests::vmm::{Error, no_pulse};
 
 fn main() {
     let mut suite = Suite::default();
@@ -37,10 +38,10 @@ fn main() {
         .main();
 }
 
-/// Answers within seconds, so that a test of every fault at every step stays short.
+/// Answers within seconds, so that a test of every fault at every step stays short, and yet not sooner than a busy machine does.
 fn impatient() -> Options {
     let mut options = Options::default();
-    for (name, ms) in [("STORE", "1500"), ("COMMIT", "1500"), ("SETTLE", "4000"), ("CAPTURE", "6000")] {
+    for (name, ms) in [("STORE", "3000"), ("COMMIT", "3000"), ("SETTLE", "8000"), ("CAPTURE", "12000")] {
         options.environment.push((format!("STASIS_DEADLINES_{name}_MS"), ms.to_owned()));
     }
     options
@@ -78,10 +79,10 @@ async fn head_settles(fault: Fault) -> Outcome {
 async fn late_head() -> Outcome {
     let service = Service::start(impatient()).await?;
     let id = service.create_pulse().await?;
-    service.proxy.add(Rule::once(Method::PUT, "/head", Fault::ApplyLate(Duration::from_secs(3))));
+    service.proxy.add(Rule::once(Method::PUT, "/head", Fault::ApplyLate(Duration::from_secs(5))));
     let answer = service.pause(&id).await?;
     let state = service.state(&id).await?;
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
     match answer.status {
         201 => assert_eq!(state, "paused"),
         _ => service.await_state(&id, "running").await?,
@@ -124,13 +125,16 @@ async fn vmm_killed_in_pause() -> Outcome {
     let id = service.create_pulse().await?;
     service.pause(&id).await?.expect(201)?;
     service.resume(&id).await?.expect(200)?;
-    service.proxy.add(Rule::once(Method::PUT, "/pack/", Fault::Delay(Duration::from_secs(1))));
+    service.proxy.add(Rule::once(Method::PUT, "/pack/", Fault::Hold));
     let killing = async {
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        service.await_held().await?;
         service.vmm_pids().into_iter().for_each(kill);
+        Ok::<_, Error>(())
     };
-    let (answer, ()) = tokio::join!(service.pause(&id), killing);
+    let (answer, killed) = tokio::join!(service.pause(&id), killing);
+    killed?;
     assert!(answer?.status >= 500);
+    service.proxy.release();
     service.await_state(&id, "paused").await?;
     service.resume(&id).await?.expect(200)?;
     service.pulse_is_well(&id).await
@@ -160,23 +164,18 @@ async fn supervisor_killed_in_pause() -> Outcome {
     for path in ["/pack/", "/manifest", "/head"] {
         let mut service = Service::start(impatient()).await?;
         let id = service.create_pulse().await?;
-        service.proxy.add(Rule::once(Method::PUT, path, Fault::Delay(Duration::from_millis(1200))));
-        let given_up = tokio::time::timeout(Duration::from_millis(500), service.pause(&id)).await;
-        assert!(given_up.is_err(), "{path}: the pause was over before the kill");
-        service.kill_supervisor()?;
-        service.start_supervisor().await?;
-        let mut state = service.state(&id).await?;
-        for _ in 0..200 {
-            if state == "running" || state == "paused" {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            state = service.state(&id).await?;
+        service.proxy.add(Rule::once(Method::PUT, path, Fault::Hold));
+        tokio::select! {
+            answer = service.pause(&id) => return Err(format!("{path}: an answer before the kill: {answer:?}").into()),
+            held = service.await_held() => held?,
         }
-        match state.as_str() {
-            "paused" => drop(service.resume(&id).await?.expect(200)?),
-            "running" => {}
-            other => return Err(format!("{path}: the sandbox is {other}: {}", service.log()).into()),
+        service.kill_supervisor()?;
+        service.proxy.release();
+        service.start_supervisor().await?;
+        match come_to_rest(&service, &id).await?["state"].as_str() {
+            Some("paused") => drop(service.resume(&id).await?.expect(200)?),
+            Some("running") => {}
+            other => return Err(format!("{path}: the sandbox is {other:?}: {}", service.log()).into()),
         }
         service.pulse_is_well(&id).await?;
         service.pause(&id).await?.expect(201)?;

@@ -256,7 +256,7 @@ async fn websockets() -> Outcome {
 
 async fn refusals() -> Outcome {
     let place =
-        Place::with(json!({"template_name": "test/pulse", "memory": 32}), &[("STASIS_DEADLINES_IDLE_MS", "3000")])
+        Place::with(json!({"template_name": "test/pulse", "memory": 32}), &[("STASIS_DEADLINES_IDLE_MS", "6000")])
             .await?;
     let client = place.client(ClientBuilder::http1_only)?;
     let (other, id) = (place.service.other_key()?, &place.id);
@@ -284,12 +284,12 @@ async fn refusals() -> Outcome {
         assert!(said.contains("nothing listens"), "{said}");
     }
     let silent = message(place.ask(&client, Method::POST, "/never").body("x").send().await?, 504).await?;
-    assert!(silent.contains("3000 ms"), "{silent}");
+    assert!(silent.contains("6000 ms"), "{silent}");
     // A stream on which nothing moves is ended, one on which something does is not.
     let mut stream = place.ask(&client, Method::GET, "/events").send().await?;
     for _ in 0..5 {
         // All together longer than the limit, and each so much shorter that a machine under load keeps within it.
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        tokio::time::sleep(Duration::from_millis(1400)).await;
         place.app.events.add_permits(1);
         assert!(stream.chunk().await?.is_some());
     }
@@ -355,17 +355,21 @@ async fn pause_under_streams() -> Outcome {
     assert!(answer.headers().contains_key("server-timing"), "the wake says what it cost");
     assert_eq!(answer.text().await?, "a");
     let mut all = tokio::task::JoinSet::new();
-    place.service.proxy.add(Rule::once(Method::PUT, "/head", Fault::Delay(Duration::from_secs(1))));
+    place.service.proxy.add(Rule::once(Method::PUT, "/head", Fault::Hold));
     let pause = {
         let (url, key) = (format!("{}/v1/sandbox/{}/pause", place.service.url, place.id), place.service.key.clone());
         let client = client.clone();
         tokio::spawn(async move { client.post(url).bearer_auth(key).send().await })
     };
-    place.service.await_state(&place.id, "snapshotting").await?;
+    place.service.await_held().await?;
+    assert_eq!(place.service.state(&place.id).await?, "snapshotting");
     for number in 0..20 {
         let request = place.ask(&client, Method::POST, "/count").body(format!("b{number}"));
         all.spawn(async move { Ok::<_, reqwest::Error>(request.send().await?.status().as_u16()) });
     }
+    let waiting = "stasis_guest_requests 20";
+    place.service.await_told(waiting).await?;
+    place.service.proxy.release();
     while let Some(done) = all.join_next().await {
         assert_eq!(done??, 200);
     }
@@ -376,11 +380,11 @@ async fn pause_under_streams() -> Outcome {
 }
 
 async fn activity() -> Outcome {
-    let create = json!({"template_name": "test/pulse", "memory": 32, "timeout": 2, "auto_pause": true});
+    let create = json!({"template_name": "test/pulse", "memory": 32, "timeout": 5, "auto_pause": true});
     let place = Place::with(create, &[]).await?;
     let mut socket = place.socket().await?;
     for _ in 0..8 {
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(Duration::from_millis(1000)).await;
         socket.send(Message::text("x")).await?;
         assert!(matches!(socket.next().await, Some(Ok(_))));
         assert_eq!(place.service.state(&place.id).await?, "running");

@@ -1,6 +1,6 @@
 //! The life of a sandbox through the REST API, with pulse guests: stop and start, ends of lives, named snapshots in both dialects, limits, lists.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Method;
 use serde_json::{Value, json};
@@ -123,27 +123,17 @@ async fn killed_between() -> Outcome {
     let mut service = Service::start(Options::default()).await?;
     let id = service.create_pulse().await?;
     for word in ["stop", "start"] {
-        service.proxy.add(Rule::once(Method::PUT, "/head", Fault::Delay(Duration::from_millis(1500))));
-        let path = format!("/v1/sandbox/{id}/{word}");
-        let asked = service.call("POST", &path, None);
-        let _ = tokio::time::timeout(Duration::from_millis(700), asked).await;
-        service.kill_supervisor()?;
-        service.start_supervisor().await?;
-        service.proxy.clear();
-        // Either has won, the operation or its undoing.
-        let at_rest = async || -> Result<Option<String>, Error> {
-            let state = service.state(&id).await?;
-            Ok(["running", "stopped"].contains(&state.as_str()).then_some(state))
-        };
-        let mut state = None;
-        for _ in 0..300 {
-            state = at_rest().await?;
-            if state.is_some() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        service.proxy.add(Rule::once(Method::PUT, "/head", Fault::Hold));
+        tokio::select! {
+            answer = verb(&service, &id, word) => return Err(format!("{word}: an answer before the kill: {answer:?}").into()),
+            held = service.await_held() => held?,
         }
-        let state = state.ok_or("it never came to rest")?;
+        service.kill_supervisor()?;
+        service.proxy.release();
+        service.start_supervisor().await?;
+        // Either has won, the operation or its undoing.
+        let state = come_to_rest(&service, &id).await?["state"].clone();
+        assert!(state == "running" || state == "stopped", "{word}: {state}");
         if state == "running" {
             service.pulse_is_well(&id).await?;
             verb(&service, &id, "stop").await?.expect(200)?;
@@ -243,12 +233,23 @@ async fn auto_pause_fails() -> Outcome {
 }
 
 async fn timer_waits() -> Outcome {
-    let service = Service::start(Options::default()).await?;
-    let id = create(&service, json!({"timeout": 3})).await?.expect(201)?.text("id");
-    service.proxy.add(Rule::once(Method::PUT, "/manifest", Fault::Delay(Duration::from_secs(5))));
-    let made = post(&service, &format!("/v1/sandbox/{id}/snapshot/create"), json!({"name": "late"})).await?;
-    // Its time was over in the middle of this.
-    made.expect(201)?;
+    const LIFE: Duration = Duration::from_secs(8);
+    let service = Service::start(with(&[("STASIS_DEADLINES_STORE_MS", "120000")])).await?;
+    let id = create(&service, json!({"timeout": LIFE.as_secs()})).await?.expect(201)?.text("id");
+    let begun = Instant::now();
+    service.proxy.add(Rule::once(Method::PUT, "/manifest", Fault::Hold));
+    let path = format!("/v1/sandbox/{id}/snapshot/create");
+    let over = async {
+        service.await_held().await?;
+        // Its time is over in the middle of this, and the timers have had a look.
+        tokio::time::sleep((LIFE + Duration::from_secs(2)).saturating_sub(begun.elapsed())).await;
+        assert_eq!(service.state(&id).await?, "snapshotting");
+        service.proxy.release();
+        Ok::<_, Error>(())
+    };
+    let (made, over) = tokio::join!(post(&service, &path, json!({"name": "late"})), over);
+    over?;
+    made?.expect(201)?;
     service.await_state(&id, "deleted").await?;
     let restored = post(&service, "/v1/snapshot/restore", json!({"snapshot_name": "late"})).await?.expect(201)?;
     service.pulse_is_well(&restored.text("id")).await

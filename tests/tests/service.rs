@@ -1,7 +1,5 @@
 //! Pause and resume through the REST API with pulse guests on this machine's own `/dev/kvm`: what is left, what is durable, what is refused.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 use stasis_api::dev::{Fault, Rule};
 use stasis_tests::host;
@@ -18,6 +16,8 @@ fn main() {
         .test("another_tenant_sees_nothing", no_pulse(), other_tenant)
         .test("damaged_objects_are_named_and_the_sandbox_stays_paused", no_pulse(), damaged_objects)
         .test("an_empty_supervisor_finds_what_sleeps_in_the_bucket", no_pulse(), bucket_is_the_catalogue)
+        .test("a_supervisor_that_is_told_to_end_leaves_its_guests_running", no_pulse(), told_to_end)
+        .test("or_pauses_them_all", no_pulse(), pauses_all)
         .test(
             "linux_is_refused_on_software_kvm_with_the_way_out",
             no_pulse().or_else(hardware).or_else(no_images),
@@ -82,20 +82,21 @@ fn walk(dir: &std::path::Path) -> Vec<String> {
 }
 
 async fn durable_before_success() -> Outcome {
-    const DELAY: Duration = Duration::from_millis(1500);
     let service = Service::start(Options::default()).await?;
     let id = service.create_pulse().await?;
-    service.proxy.add(Rule::once(http::Method::PUT, "/head", Fault::Delay(DELAY)));
-    let started = std::time::Instant::now();
-    let pausing = service.pause(&id);
-    let watching = async {
-        tokio::time::sleep(DELAY / 2).await;
-        service.state(&id).await
-    };
-    let (paused, meanwhile) = tokio::join!(pausing, watching);
-    assert_eq!(meanwhile?, "snapshotting");
-    paused?.expect(201)?;
-    assert!(started.elapsed() >= DELAY, "201 came before the head was stored");
+    service.proxy.add(Rule::once(http::Method::PUT, "/head", Fault::Hold));
+    let mut pausing = std::pin::pin!(service.pause(&id));
+    tokio::select! {
+        answer = &mut pausing => return Err(format!("an answer before the head was stored: {answer:?}").into()),
+        held = service.await_held() => held?,
+    }
+    // Nobody is told before, and the state is not either.
+    tokio::select! {
+        answer = &mut pausing => return Err(format!("an answer before the head was stored: {answer:?}").into()),
+        state = service.state(&id) => assert_eq!(state?, "snapshotting"),
+    }
+    service.proxy.release();
+    pausing.await?.expect(201)?;
     service.resume(&id).await?.expect(200)?;
     service.pulse_is_well(&id).await
 }
@@ -103,9 +104,12 @@ async fn durable_before_success() -> Outcome {
 async fn hang_up() -> Outcome {
     let service = Service::start(Options::default()).await?;
     let id = service.create_pulse().await?;
-    service.proxy.add(Rule::once(http::Method::PUT, "/pack/", Fault::Delay(Duration::from_millis(800))));
-    let given_up = tokio::time::timeout(Duration::from_millis(200), service.pause(&id)).await;
-    assert!(given_up.is_err(), "the pause takes longer than its client waits");
+    service.proxy.add(Rule::once(http::Method::PUT, "/pack/", Fault::Hold));
+    tokio::select! {
+        answer = service.pause(&id) => return Err(format!("an answer before the pack was stored: {answer:?}").into()),
+        held = service.await_held() => held?,
+    }
+    service.proxy.release();
     service.await_state(&id, "paused").await?;
     service.resume(&id).await?.expect(200)?;
     service.pulse_is_well(&id).await
@@ -158,6 +162,39 @@ async fn bad_requests() -> Outcome {
     service.pulse_is_well(&id).await
 }
 
+async fn told_to_end() -> Outcome {
+    let mut service = Service::start(Options::default()).await?;
+    let id = service.create_pulse().await?;
+    let guests = service.vmm_pids();
+    assert!(service.end_supervisor().await?, "{}", service.log());
+    assert_eq!(service.vmm_pids(), guests, "the guest goes on");
+    service.pulse_is_well(&id).await?;
+    service.start_supervisor().await?;
+    assert_eq!((service.state(&id).await?.as_str(), service.vmm_pids()), ("running", guests), "adopted");
+    service.pause(&id).await?.expect(201)?;
+    service.resume(&id).await?.expect(200)?;
+    service.pulse_is_well(&id).await
+}
+
+async fn pauses_all() -> Outcome {
+    let mut options = Options::default();
+    options.environment.push(("STASIS_PAUSE_ALL".to_owned(), "true".to_owned()));
+    let mut service = Service::start(options).await?;
+    let mut ids = Vec::new();
+    for _ in 0..6 {
+        ids.push(service.create_pulse().await?);
+    }
+    assert!(service.end_supervisor().await?, "{}", service.log());
+    service.await_no_vmm().await?;
+    service.start_supervisor().await?;
+    for id in &ids {
+        assert_eq!(service.state(id).await?, "paused");
+        service.resume(id).await?.expect(200)?;
+        service.pulse_is_well(id).await?;
+    }
+    Ok(())
+}
+
 async fn other_tenant() -> Outcome {
     let service = Service::start(Options::default()).await?;
     let id = service.create_pulse().await?;
@@ -197,11 +234,13 @@ async fn damaged_objects() -> Outcome {
             assert_eq!(part, "/pack/", "{fault:?}: {woken:?}");
             if fault == Fault::FlipBit {
                 // Only one frame of each answer is damaged: the guest may never need it, but must never see it.
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                if service.state(&id).await? == "running" {
-                    service.pulse_is_well(&id).await?;
-                    service.proxy.clear();
-                    service.pause(&id).await?.expect(201)?;
+                tokio::select! {
+                    paused = service.await_state(&id, "paused") => paused?,
+                    // It says which it was, and not how long it takes.
+                    well = service.pulse_is_well(&id) => well?,
+                }
+                service.proxy.clear();
+                if service.pause(&id).await?.status == 201 {
                     continue;
                 }
             }

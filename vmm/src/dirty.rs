@@ -94,27 +94,33 @@ impl DirtyTracker {
         &self.carry_over
     }
 
-    /// Adds what was written since the last call, and begins to track where nothing was tracked yet. The guest may run.
+    /// Adds what was written since the last call, and begins to track where nothing was tracked yet. The guest may run. An error loses
+    /// nothing: what its source does not tell again is added before it is answered.
     pub(crate) fn collect(&mut self, vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<(), DirtyError> {
         match self.source {
             Source::Existence if presence.tracks_writes() => {
                 presence.start_tracking()?;
-                self.source = Source::PageTables;
                 self.carry_over.union(&ram.existing_pages()?);
+                self.source = Source::PageTables;
             }
             Source::Existence => {
                 set_memslots(vm, &ram.slots(), true)?;
                 clear_all(vm, ram)?;
-                self.source = Source::KvmLog;
                 self.carry_over.union(&ram.existing_pages()?);
+                self.source = Source::KvmLog;
             }
-            Source::PageTables => self.carry_over.union(&presence.take_written()?),
+            Source::PageTables => presence.take_written(&mut self.carry_over)?,
             Source::KvmLog => {
                 let mut logged = PageSet::new(ram.pages());
-                harvest_log(vm, ram, true, &mut logged)?;
+                let harvested = harvest_log(vm, ram, true, &mut logged);
+                let existing = ram.existing_pages();
                 // KVM logs a page that a read maps writable, also one that was never there.
-                logged.intersect(&ram.existing_pages()?);
+                if let Ok(existing) = &existing {
+                    logged.intersect(existing);
+                }
                 self.carry_over.union(&logged);
+                harvested?;
+                existing?;
             }
         }
         self.carry_over.union(&ram.take_device_writes());
@@ -144,16 +150,16 @@ impl DirtyTracker {
 }
 
 /// Reads the log slot by slot and, if asked to, clears what it read in steps: clearing write-protects the pages again, so a write after it is
-/// logged anew.
+/// logged anew. Whatever comes of it, all that was cleared is in `into`.
 fn harvest_log(vm: &VmFd, ram: &GuestRam, clear: bool, into: &mut PageSet) -> Result<(), KvmError> {
     let mut first = 0;
     for (slot, bytes) in ram.slots().iter().map(|slot| slot.len).enumerate() {
         let pages = bytes / PAGE_SIZE as u64;
         let words = vm.get_dirty_log(slot as u32, bytes as usize).during("read the dirty log")?;
+        into.union_words(first, &words);
         if clear {
             clear_slot(vm, slot as u32, pages, &words)?;
         }
-        into.union_words(first, &words);
         first += pages;
     }
     Ok(())
@@ -176,3 +182,6 @@ fn clear_slot(vm: &VmFd, slot: u32, pages: u64, words: &[u64]) -> Result<(), Kvm
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

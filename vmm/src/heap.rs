@@ -1,8 +1,15 @@
-//! How this process's heap treats what was freed.
+//! What of this process's own memory stays resident: an idle sandbox is to cost little more than its guest's memory.
 //!
 //! A capture and a restore go through many megabytes of buffers in a moment. By default the C library asks the kernel for each large one, and
 //! the kernel clears it: a sixth of a capture's time, measured. So freed memory stays while it is needed again, and is given back when things
-//! are quiet, since an idle sandbox is to cost little more than its guest's memory.
+//! are quiet. With it go the mapped pages of the program: by then most of its code has run for the last time in a while, and it comes back from
+//! the page cache in pieces of 64 KiB.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use rustix::mm::{Advice, madvise};
 
 /// Requests below this are served from freed memory where possible, bytes: more than a pack's buffer.
 const FROM_HEAP: libc::c_int = 32 << 20;
@@ -11,6 +18,12 @@ const KEPT: libc::c_int = 64 << 20;
 
 /// Heaps at most. Many of them, one for each thread, would each keep their freed memory.
 const HEAPS: libc::c_int = 2;
+
+/// How long a blocking thread waits for more: each keeps a stack, and an idle sandbox needs none.
+pub const IDLE_THREAD: Duration = Duration::from_millis(500);
+
+/// Where the program and its libraries lie. Noted at the start: a jail may show no `/proc` later, and nothing is loaded after it.
+static PROGRAM: OnceLock<Vec<Range<usize>>> = OnceLock::new();
 
 /// Keeps freed memory from now on. Called before there are threads.
 pub fn keep_freed() {
@@ -25,10 +38,67 @@ pub fn keep_freed() {
     if done.contains(&0) {
         tracing::debug!("the C library keeps its own ways with freed memory");
     }
+    match std::fs::read_to_string("/proc/self/maps") {
+        Ok(maps) => drop(PROGRAM.set(maps.lines().filter_map(program_pages).collect())),
+        Err(error) => tracing::debug!(%error, "the program's pages will stay"),
+    }
 }
 
-/// Gives freed memory back to the kernel. Takes a millisecond or two; for when a burst of work is over.
+/// Gives freed memory and the program's pages back to the kernel. Takes a millisecond or two; for when a burst of work is over.
 pub fn give_back() {
     // SAFETY: callable at any time from any thread.
     unsafe { libc::malloc_trim(0) };
+    PROGRAM.get().into_iter().flatten().for_each(unmap);
+}
+
+/// The addresses of a line of `/proc/self/maps`, if nobody can ever have written there: code, and what a program or a library begins with. Other
+/// read-only pages of a file may hold what the loader wrote before it protected them.
+fn program_pages(line: &str) -> Option<Range<usize>> {
+    let mut words = line.split_ascii_whitespace();
+    let (addresses, rights, offset) = (words.next()?, words.next()?, words.next()?);
+    let path = words.nth(2)?;
+    let begins = rights == "r--p" && offset.bytes().all(|digit| digit == b'0');
+    if !path.starts_with('/') || !(rights == "r-xp" || begins) {
+        return None;
+    }
+    let (start, end) = addresses.split_once('-')?;
+    Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
+}
+
+fn unmap(pages: &Range<usize>) {
+    // SAFETY: a private mapping of a file in which no page was written: each is read from the file again when it is next touched.
+    if let Err(error) = unsafe { madvise(pages.start as *mut _, pages.len(), Advice::LinuxDontNeed) } {
+        tracing::debug!(%error, "pages of the program stay");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_never_written_is_given_back() {
+        let code = "55d0a000-55d0b000 r-xp 00010000 fe:00 42   /usr/bin/stasis-vmm";
+        assert_eq!(program_pages(code), Some(0x55d0_a000..0x55d0_b000));
+        assert!(program_pages("7f00-7f01 r--p 00000000 fe:00 42 /usr/lib/libc.so.6").is_some());
+        for other in [
+            "7f00-7f01 r--p 00200000 fe:00 42 /usr/lib/libc.so.6",
+            "7f00-7f01 rw-p 00000000 fe:00 42 /usr/lib/libc.so.6",
+            "7f00-7f01 r-xp 00000000 00:00 0 [vdso]",
+            "7f00-7f01 rw-s 00000000 00:01 7 /memfd:guest-memory (deleted)",
+            "7f00-7f01 r-xp 00000000 00:00 0",
+            "",
+        ] {
+            assert_eq!(program_pages(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_process_goes_on_after_it_has_given_back() {
+        keep_freed();
+        let kept: Vec<u8> = (0..=255).collect();
+        give_back();
+        assert_eq!(kept.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 255 * 128);
+        assert!(std::thread::spawn(|| "runs".len()).join().is_ok_and(|len| len == 4));
+    }
 }

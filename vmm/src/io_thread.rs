@@ -12,6 +12,8 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use stasis_devices::virtio::mmio::MmioDevice;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::seccomp::{self, Role};
+
 /// How long the loop may take to reach the gate: one event's work, which devices bound.
 const GATE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -114,6 +116,7 @@ impl IoThread {
         let thread = std::thread::Builder::new()
             .name("devices".to_owned())
             .spawn(move || {
+                seccomp::enter(Role::Devices);
                 while !crate::bus::lock(&gate).quit {
                     if let Err(error) = manager.run() {
                         tracing::error!(%error, "device event loop");

@@ -1,4 +1,6 @@
-//! The few KVM calls that kvm-ioctls does not wrap, and opening `/dev/kvm` with an error a person can act on.
+//! The few KVM calls that kvm-ioctls does not wrap, and what is asked of `/dev/kvm` before a machine is made.
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log,
@@ -58,21 +60,10 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::ImmediateExit, "leave a vCPU at once (KVM_CAP_IMMEDIATE_EXIT)"),
 ];
 
-/// Opens `/dev/kvm` and checks what every machine needs.
-pub fn open() -> Result<Kvm, KvmError> {
-    let kvm = Kvm::new().map_err(|e| {
-        let source = std::io::Error::from(e);
-        let what = match source.kind() {
-            std::io::ErrorKind::NotFound => {
-                "open /dev/kvm: this host has no KVM (load kvm_intel or kvm_amd, or run inside tests/rig)"
-            }
-            std::io::ErrorKind::PermissionDenied => {
-                "open /dev/kvm: no permission (add this user to the group that owns it, usually kvm)"
-            }
-            _ => "open /dev/kvm",
-        };
-        KvmError { what, source }
-    })?;
+/// Checks that `/dev/kvm`, which is open, has what every machine needs.
+pub fn checked(device: OwnedFd) -> Result<Kvm, KvmError> {
+    // SAFETY: an open descriptor of ours, which the `Kvm` owns from here on. One of another device answers the first request with an error.
+    let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
     for (cap, what) in REQUIRED {
         if !kvm.check_extension(*cap) {
             return Err(KvmError { what, source: std::io::ErrorKind::Unsupported.into() });

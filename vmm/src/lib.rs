@@ -12,6 +12,7 @@
 //! | `presence`, `dirty` | which of it is there, which of it was written (`uffd`, `pagemap`: the kernel's side) |
 //! | `paging` | memory that arrives after a restore, and the working set |
 //! | `bus`, `io_thread`, `console` | devices as vCPUs reach them; the thread that works for them |
+//! | [`limits`] | what one guest may ask of the host |
 //! | [`kvm`], `mirror` | KVM calls that kvm-ioctls lacks; our own persisted twins of kernel structs |
 //!
 //! Threads: one for each vCPU, one for all devices, one that receives descriptors, two workers of the control server's runtime and its
@@ -21,13 +22,17 @@
 mod acpi;
 mod boot;
 mod bus;
+pub mod confine;
 mod console;
 pub mod control;
+pub mod dialled;
 mod dirty;
 pub mod heap;
+pub mod inherited;
 mod io_thread;
 pub mod kvm;
 mod layout;
+pub mod limits;
 pub mod machine;
 mod memory;
 mod mirror;
@@ -35,6 +40,7 @@ mod pagemap;
 mod pages;
 mod paging;
 mod presence;
+pub mod seccomp;
 mod uffd;
 pub mod vcpu;
 mod vm_state;

@@ -1,29 +1,43 @@
-//! `stasis-vmm`: the process of one sandbox. It makes its sockets, waits for one machine, and ends with it.
+//! `stasis-vmm`: the process of one sandbox. It takes over the descriptors it was started with, waits for one machine, and ends with it.
 
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
+use stasis_snapshot::granted::StoreClient;
 use stasis_vmm::control::fds::Inbox;
 use stasis_vmm::control::server::{Finished, Settings, chain, serve};
 use stasis_vmm::control::types::ExitNote;
-use stasis_vmm::control::{CONTROL_SOCKET, EXIT_NOTE, FDS_SOCKET};
+use stasis_vmm::dialled::Dialled;
+use stasis_vmm::inherited::{Inherited, Named};
+use stasis_vmm::limits::Limits;
+use stasis_vmm::seccomp::{self, Role};
 use stasis_vmm::vcpu::Ended;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Runs one virtual machine, told what to do over `control.sock` in its run directory.
+/// Runs one virtual machine, told what to do over its control socket.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
     /// Id of the sandbox, for logs and answers.
     #[arg(long)]
     id: String,
-    /// Directory for sockets and logs; made if it is not there.
+    /// What is logged, as for RUST_LOG: the environment is empty.
+    #[arg(long, default_value = "error")]
+    log: String,
+    /// An inherited descriptor, as NAME=NUMBER.
     #[arg(long)]
-    run_dir: PathBuf,
+    fd: Vec<Named>,
+    /// Do without the walls that the process puts up around itself.
+    #[arg(long)]
+    unconfined: bool,
     /// An MSR (number) that a restore may leave out when this host refuses it.
     #[arg(long, value_parser = msr)]
     allow_msr: Vec<u32>,
+    #[command(flatten)]
+    limits: Limits,
 }
 
 fn msr(text: &str) -> Result<u32, String> {
@@ -36,22 +50,39 @@ fn msr(text: &str) -> Result<u32, String> {
 
 fn main() -> ExitCode {
     stasis_vmm::heap::keep_freed();
+    let mut arguments = Arguments::parse();
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_env_filter(tracing_subscriber::EnvFilter::new(&arguments.log))
         .with_writer(std::io::stderr)
         .init();
-    let mut arguments = Arguments::parse();
     if let Err(error) = make_room_for_descriptors() {
         tracing::debug!(%error, "the descriptor table stays small");
     }
-    // From here on it is ".": a run directory may get another name when a VMM that was started ahead is given a sandbox.
-    if let Err(error) = enter(&arguments.run_dir) {
-        tracing::error!(run_dir = %arguments.run_dir.display(), %error, "cannot use the run directory");
+    let named = std::mem::take(&mut arguments.fd);
+    // SAFETY: whoever starts a VMM gives it these, nothing else here has touched them, and this is the only call.
+    let inherited = match unsafe { Inherited::take(named) } {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            tracing::error!(%error, "cannot use the inherited descriptors");
+            return ExitCode::FAILURE;
+        }
+    };
+    let exit_note = match inherited.exit_note.try_clone() {
+        Ok(file) => file,
+        Err(error) => {
+            tracing::error!(%error, "cannot keep the exit note");
+            return ExitCode::FAILURE;
+        }
+    };
+    if !arguments.unconfined
+        && let Err(error) = stasis_vmm::confine::process(&exit_note)
+    {
+        let reason = format!("cannot confine itself: {}", chain(&error));
+        tracing::error!(reason);
+        leave_note(&exit_note, &ExitNote { status: 1, reason });
         return ExitCode::FAILURE;
     }
-    arguments.run_dir = PathBuf::from(".");
-    let run_dir = arguments.run_dir.clone();
-    let note = match start(arguments) {
+    let note = match start(arguments, inherited) {
         Ok(Finished::Shutdown) => ExitNote { status: 0, reason: "shutdown was asked for".to_owned() },
         Ok(Finished::Machine(Ended::ByGuest(reason))) => {
             ExitNote { status: 2, reason: format!("the guest ended: {reason}") }
@@ -63,7 +94,7 @@ fn main() -> ExitCode {
         Err(error) => ExitNote { status: 1, reason: format!("cannot start: {}", chain(&*error)) },
     };
     tracing::info!(status = note.status, reason = note.reason, "ends");
-    leave_note(&run_dir, &note);
+    leave_note(&exit_note, &note);
     ExitCode::from(u8::try_from(note.status).unwrap_or(u8::MAX))
 }
 
@@ -80,34 +111,41 @@ fn make_room_for_descriptors() -> std::io::Result<()> {
     Ok(())
 }
 
-fn enter(run_dir: &Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(run_dir)?;
-    std::env::set_current_dir(run_dir)
-}
-
-/// Leaves the note in one step, so that nobody reads half of it.
-fn leave_note(run_dir: &Path, note: &ExitNote) {
-    let temporary = run_dir.join("exit.json.new");
-    let written = serde_json::to_vec(note)
-        .map_err(Into::into)
-        .and_then(|json| std::fs::write(&temporary, json))
-        .and_then(|()| std::fs::rename(&temporary, run_dir.join(EXIT_NOTE)));
+/// Leaves the note with one write, so that nobody reads half of it.
+fn leave_note(file: &File, note: &ExitNote) {
+    let written = serde_json::to_vec(note).map_err(Into::into).and_then(|json| file.write_all_at(&json, 0));
     if let Err(error) = written {
         tracing::warn!(%error, reason = note.reason, "cannot leave the exit note");
     }
 }
 
-fn start(arguments: Arguments) -> Result<Finished, Box<dyn std::error::Error>> {
-    let files = Inbox::default();
-    files.listen(std::os::unix::net::UnixListener::bind(arguments.run_dir.join(FDS_SOCKET))?)?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("vmm-worker").enable_all().build()?;
+fn start(arguments: Arguments, inherited: Inherited) -> Result<Finished, Box<dyn std::error::Error>> {
+    let Inherited { control, files, host, dialler, .. } = inherited;
+    let inbox = Inbox::default();
+    inbox.listen(files)?;
+    // Made ahead: it takes a millisecond, which the first request would wait for.
+    let store = StoreClient::new(Arc::new(Dialled(dialler)))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("vmm-worker")
+        .on_thread_start(|| seccomp::enter(Role::Worker))
+        .thread_keep_alive(stasis_vmm::heap::IDLE_THREAD)
+        .enable_all()
+        .build()?;
     let finished = runtime.block_on(async {
-        let listener = tokio::net::UnixListener::bind(arguments.run_dir.join(CONTROL_SOCKET))?;
+        control.set_nonblocking(true)?;
+        let listener = tokio::net::UnixListener::from_std(control)?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let settings = Settings { id: arguments.id, run_dir: arguments.run_dir, allowed_msrs: arguments.allow_msr };
+        seccomp::enter(Role::Worker);
+        let settings = Settings {
+            id: arguments.id,
+            host: Arc::new(host),
+            allowed_msrs: arguments.allow_msr,
+            store,
+            limits: arguments.limits,
+        };
         Ok::<_, std::io::Error>(tokio::select! {
-            finished = serve(listener, files, settings) => finished,
+            finished = serve(listener, inbox, settings) => finished,
             _ = terminate.recv() => Finished::Shutdown,
         })
     });

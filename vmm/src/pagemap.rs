@@ -51,9 +51,9 @@ mod request {
 pub(crate) struct Pagemap(File);
 
 impl Pagemap {
-    /// Fails where the kernel has no `PAGEMAP_SCAN`.
-    pub(crate) fn open() -> io::Result<Self> {
-        let pagemap = Self(File::open("/proc/self/pagemap")?);
+    /// That which `pagemap`, an open `/proc/self/pagemap`, tells of. Fails where the kernel has no `PAGEMAP_SCAN`.
+    pub(crate) fn new(pagemap: &File) -> io::Result<Self> {
+        let pagemap = Self(pagemap.try_clone()?);
         let page = [0_u8; 1];
         let at = page.as_ptr() as u64 & !0xfff;
         pagemap.scan(&(at..at + 0x1000), 0, IS_PRESENT, &mut |_| ())?;

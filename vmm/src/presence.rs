@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use crate::bus::lock;
+use crate::inherited::HostFiles;
 use crate::memory::{GRANULE_PAGES, GuestRam};
 use crate::pagemap::Pagemap;
 use crate::pages::PageSet;
@@ -44,8 +45,8 @@ pub(crate) struct Presence {
 
 impl Presence {
     /// All memory is present; nothing is tracked yet.
-    pub(crate) fn new(ram: Arc<GuestRam>) -> Self {
-        let uffd = match Uffd::new() {
+    pub(crate) fn new(ram: Arc<GuestRam>, files: &HostFiles) -> Self {
+        let uffd = match Uffd::new(files.userfaultfd.as_ref()) {
             Ok(uffd) => Some(uffd),
             Err(error) => {
                 tracing::info!(%error, "no userfaultfd: restores will be eager");
@@ -53,7 +54,8 @@ impl Presence {
             }
         };
         let can = uffd.as_ref().map(Uffd::abilities);
-        let pagemap = match Pagemap::open() {
+        let opened = files.pagemap.as_ref().ok_or(io::ErrorKind::NotFound.into());
+        let pagemap = match opened.and_then(Pagemap::new) {
             // A page that is swapped out leaves no trace in the page tables of a shared mapping, nor does what was written to it.
             Ok(pagemap) if can.is_some_and(|can| can.track_writes) && !host_swaps() => Some(pagemap),
             Ok(_) => None,
@@ -65,6 +67,20 @@ impl Presence {
         let mut present = PageSet::new(ram.pages());
         present.insert(0..ram.pages());
         Self { ram, uffd, pagemap, present: Mutex::new(present) }
+    }
+
+    /// The same on a kernel whose page tables do not tell.
+    #[cfg(test)]
+    pub(crate) fn without_page_tables(ram: Arc<GuestRam>, files: &HostFiles) -> Self {
+        Self { pagemap: None, ..Self::new(ram, files) }
+    }
+
+    /// Has the kernel forget that writes to these pages are tracked.
+    #[cfg(test)]
+    pub(crate) fn forget_tracking(&self, pages: Range<u64>) {
+        if let Some(uffd) = &self.uffd {
+            uffd.unregister(&self.ram.guest_addresses(pages)).unwrap();
+        }
     }
 
     /// Faults can be served.
@@ -115,27 +131,25 @@ impl Presence {
         for pages in present.runs() {
             uffd.track_writes(&self.ram.guest_addresses(pages)).map_err(failed("track the writes"))?;
         }
-        self.take_from(&present).map(drop)
+        self.take_from(&present, &mut PageSet::new(self.ram.pages()))
     }
 
-    /// Present pages written since the last call, or since tracking began; a superset of them.
-    pub(crate) fn take_written(&self) -> Result<PageSet, PresenceError> {
-        self.take_from(&lock(&self.present))
+    /// Adds to `written` the present pages written since the last call, or since tracking began; a superset of them, and on an error all that
+    /// are present: some are not told again.
+    pub(crate) fn take_written(&self, written: &mut PageSet) -> Result<(), PresenceError> {
+        self.take_from(&lock(&self.present), written)
     }
 
-    fn take_from(&self, present: &PageSet) -> Result<PageSet, PresenceError> {
-        let mut written = PageSet::new(self.ram.pages());
-        let Some(pagemap) = &self.pagemap else { return Ok(written) };
-        for pages in present.runs() {
-            pagemap
-                .take_written(&self.ram.guest_addresses(pages), &mut |found| self.insert(&mut written, found))
-                .map_err(failed("collect the written pages"))?;
-        }
-        if host_swaps() {
-            // Swap was switched on: nothing is known for certain any more, so everything is looked at.
+    fn take_from(&self, present: &PageSet, written: &mut PageSet) -> Result<(), PresenceError> {
+        let Some(pagemap) = &self.pagemap else { return Ok(()) };
+        let taken = present.runs().into_iter().try_for_each(|pages| {
+            pagemap.take_written(&self.ram.guest_addresses(pages), &mut |found| self.insert(written, found))
+        });
+        // Swap was switched on: nothing is known for certain any more, so everything is looked at.
+        if taken.is_err() || host_swaps() {
             written.union(present);
         }
-        Ok(written)
+        taken.map_err(failed("collect the written pages"))
     }
 
     /// What [`take_written`](Self::take_written) would answer; changes nothing.
@@ -213,6 +227,5 @@ fn granule_pages(granule: u64, pages: u64) -> Range<u64> {
 }
 
 fn host_swaps() -> bool {
-    // The first line is a heading.
-    std::fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() > 1)
+    rustix::system::sysinfo().totalswap > 0
 }

@@ -92,15 +92,15 @@ fn check(ret: i32) -> io::Result<()> {
 }
 
 /// A new descriptor: from `/dev/userfaultfd`, whose permissions are an operator's to give, or by the system call.
-fn open() -> io::Result<File> {
+fn open(device: Option<&File>) -> io::Result<File> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let raw = match File::options().read(true).write(true).open("/dev/userfaultfd") {
+    let raw = match device {
         // SAFETY: the call takes flags and makes a descriptor.
-        Ok(device) => unsafe {
-            ioctl_with_val(&device, request::USERFAULTFD_IOC_NEW(), u64::from(flags.unsigned_abs()))
+        Some(device) => unsafe {
+            ioctl_with_val(device, request::USERFAULTFD_IOC_NEW(), u64::from(flags.unsigned_abs()))
         },
         // SAFETY: as above.
-        Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 },
+        None => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 },
     };
     check(raw)?;
     // SAFETY: just made, and nobody else's.
@@ -109,7 +109,7 @@ fn open() -> io::Result<File> {
 
 impl Uffd {
     /// Opens one with as much as the kernel has. Features are fixed with the first handshake, so it is tried from most to least.
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(device: Option<&File>) -> io::Result<Self> {
         let absent = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
         let track = FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
         let tries = [
@@ -118,7 +118,7 @@ impl Uffd {
         ];
         let mut last = io::Error::from(io::ErrorKind::Unsupported);
         for (features, abilities) in tries {
-            let file = open()?;
+            let file = open(device)?;
             let mut api = Api { version: UFFD_API, features, ..Api::default() };
             // SAFETY: the kernel reads and writes one uffdio_api.
             match check(unsafe { ioctl_with_mut_ref(&file, request::UFFDIO_API(), &mut api) }) {
@@ -141,9 +141,14 @@ impl Uffd {
     /// Accesses to `addresses`, which were absent, are the kernel's business from now on; whoever waits for them goes on. Between the two
     /// steps a write is not tracked, but leaves a page that is mapped and not write-protected, which counts as written.
     pub(crate) fn make_present(&self, addresses: &Range<u64>) -> io::Result<()> {
-        // SAFETY: the kernel reads one uffdio_range. The range is registered, so this changes no memory.
-        check(unsafe { ioctl_with_ref(&self.file, request::UFFDIO_UNREGISTER(), &range_of(addresses)) })?;
+        self.unregister(addresses)?;
         self.track_writes(addresses)
+    }
+
+    /// Faults on `addresses` are the kernel's business alone.
+    pub(crate) fn unregister(&self, addresses: &Range<u64>) -> io::Result<()> {
+        // SAFETY: the kernel reads one uffdio_range. This changes no memory.
+        check(unsafe { ioctl_with_ref(&self.file, request::UFFDIO_UNREGISTER(), &range_of(addresses)) })
     }
 
     /// Writes to `addresses`, which are not absent, are tracked from now on, where the kernel can.

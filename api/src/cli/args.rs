@@ -46,6 +46,8 @@ pub(super) enum Command {
     Verify(Verify),
     /// Find sandboxes whose head names a snapshot that is not whole, and the newest one that is. Changes nothing without --apply.
     Repair(Repair),
+    /// The operator's keys, under which snapshots are sealed.
+    Seal(Seal),
     /// Print what a shell needs to complete this command line.
     Completion(super::completion::Completion),
     #[command(flatten)]
@@ -79,6 +81,15 @@ pub(super) enum Client {
     Logs(super::logs::Logs),
     /// Copy files and directories into a sandbox (cp file sbx-…:/path) or out of it; wakes it when it is paused.
     Cp(super::copy::Copy),
+    /// Files of a sandbox, where they are; wakes it when it is paused, as the next two do.
+    #[command(subcommand)]
+    Fs(super::files::Files),
+    /// git in a sandbox.
+    #[command(subcommand)]
+    Git(super::git::Git),
+    /// Terminals of a sandbox. `exec -t` makes one for a command.
+    #[command(subcommand)]
+    Pty(super::sessions::Pty),
     /// Named snapshots of sandboxes.
     #[command(subcommand)]
     Snapshot(super::snapshot::Snapshot),
@@ -89,6 +100,8 @@ pub(super) enum Client {
     Url(super::presigned::Url),
     /// Make templates from container images.
     Template(Template),
+    /// Show what a sandbox may reach, what it reached, and what it was refused and why.
+    Network(One),
     /// Show what is in the bucket for a sandbox.
     Inspect(One),
     /// Take up paused sandboxes that are in the bucket and unknown here.
@@ -172,6 +185,13 @@ pub(super) enum TemplateVerb {
     Ls,
     /// Show a template.
     Get(One),
+    /// Give a template another name.
+    Rename {
+        /// Its id.
+        id: String,
+        /// The name.
+        name: String,
+    },
     /// Delete templates that no sandbox and no snapshot needs.
     Rm(Many),
 }
@@ -223,6 +243,36 @@ pub(super) struct Verify {
     /// Everything in the bucket.
     #[arg(long)]
     pub(super) all: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Seal {
+    #[command(subcommand)]
+    pub(super) verb: SealVerb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum SealVerb {
+    /// Make a key in a file that nobody else can read, and print its id.
+    Key {
+        /// The file, which must not exist.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Move what sleeps in the bucket from old keys (seal.old_key_files) to the current one (seal.key_file), and say which keys are still needed.
+    Rotate(Rotate),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct Rotate {
+    #[command(flatten)]
+    pub(super) bucket: Bucket,
+    /// Say what would be moved; change nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Sandboxes and snapshots moved at most; the next call goes on.
+    #[arg(long)]
+    pub(super) limit: Option<usize>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -299,6 +349,12 @@ pub(super) struct Ls {
     /// Sandboxes a page, at most 100.
     #[arg(long, default_value_t = 100)]
     pub(super) page_size: u32,
+    /// By what: created_at or state.
+    #[arg(long)]
+    pub(super) sort: Option<String>,
+    /// asc or desc.
+    #[arg(long)]
+    pub(super) order_by: Option<String>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -11,6 +11,7 @@ use crate::store::Store;
 use crate::supervisor::JOURNAL;
 use stasis_snapshot::ids::CommitId;
 use stasis_snapshot::layout::Place;
+use stasis_snapshot::seal::Seals;
 use stasis_snapshot::store::probe::probe;
 use stasis_snapshot::store::{ErrorKind, ObjectStore, StoreError};
 use std::sync::Arc;
@@ -22,6 +23,8 @@ const DEV_BUCKET: &str = "stasis";
 /// An opened bucket.
 pub(super) struct Bucket {
     pub(super) objects: Arc<dyn ObjectStore>,
+    /// The operator's keys, as far as this configuration names them.
+    pub(super) seals: Arc<Seals>,
     sources: Sources,
 }
 
@@ -42,7 +45,8 @@ impl Bucket {
         let config = Config::load(arguments.config.as_deref(), &settings)
             .map_err(|e| Failure::new(ExitStatus::Usage, chain(&e)))?;
         let objects = Store::unprobed(&config).map_err(|e| Failure::other(e.chain()))?;
-        Ok(Self { objects, sources: Sources::system() })
+        let seals = config.seal.load().map_err(|e| Failure::new(ExitStatus::Usage, chain(&e)))?;
+        Ok(Self { objects, seals, sources: Sources::system() })
     }
 
     /// Whether its conditional writes work. Writes and removes a small object.

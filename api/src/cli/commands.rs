@@ -5,7 +5,7 @@ use super::client::{Answer, Client};
 use super::output::{self, Output, bytes};
 use super::profile::{self, Profile};
 use super::progress::Progress;
-use super::{ExitStatus, Failure, copy, logs, presigned, snapshot, terminal, top};
+use super::{ExitStatus, Failure, copy, files, git, logs, network, presigned, sessions, snapshot, terminal, top};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -26,6 +26,9 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
         args::Client::Exec(exec) => return execute(&client, exec, output).await,
         args::Client::Logs(arguments) => return logs::run(&client, &arguments).await,
         args::Client::Cp(arguments) => return copy::run(&client, &arguments, output).await,
+        args::Client::Fs(arguments) => return files::run(&client, &arguments, output).await,
+        args::Client::Git(arguments) => return git::run(&client, &arguments, output).await,
+        args::Client::Pty(arguments) => return sessions::run(&client, arguments, output).await,
         args::Client::Snapshot(arguments) => return snapshot::run(&client, arguments, output).await,
         args::Client::Top(arguments) => return top::run(&client, &arguments, output).await,
         args::Client::Url(arguments) => return presigned::run(&client, arguments, output).await,
@@ -65,6 +68,7 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
             show(&client.call(Method::POST, &path(&one.id, "/undelete"), None).await?, output);
         }
         args::Client::Template(template) => super::template::run(&client, template.verb, output).await?,
+        args::Client::Network(one) => return network::run(&client, &one.id, output).await,
         args::Client::Inspect(one) => inspect(&client, &one.id, output).await?,
         args::Client::Recover(recover) => {
             let body = json!({ "take_over": recover.take_over });
@@ -78,6 +82,24 @@ pub(super) async fn run(verb: args::Client, connection: &Connection, output: Out
         }
     }
     Ok(ExitStatus::Ok)
+}
+
+/// An operation on something in a sandbox.
+#[derive(Debug, clap::Args)]
+pub(super) struct On<T: clap::Args> {
+    /// The sandbox.
+    pub(super) id: String,
+    #[command(flatten)]
+    pub(super) what: T,
+}
+
+/// The fields of an operation's body, from the arguments of the same names; what was not said is not sent.
+pub(super) fn body(arguments: &impl serde::Serialize) -> Value {
+    let mut body = json!(arguments);
+    if let Value::Object(fields) = &mut body {
+        fields.retain(|_, value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()));
+    }
+    body
 }
 
 /// Ctrl-C ends the waiting, not the operation, and says so.
@@ -173,10 +195,10 @@ pub(super) fn rows(heads: &[&str], fields: &[&str], items: &[Value]) -> Vec<Vec<
 }
 
 async fn list(client: &Client, ls: args::Ls, output: Output) -> Result<(), Failure> {
-    let state = ls.state.map(|s| format!("&state={}", s.replace(['&', '#', ' '], ""))).unwrap_or_default();
-    let answer = client
-        .call(Method::GET, &format!("/v1/sandboxes?page={}&page-size={}{state}", ls.page, ls.page_size), None)
-        .await?;
+    let mut query = vec![("page", ls.page.to_string()), ("page-size", ls.page_size.to_string())];
+    let said = [("state", ls.state), ("sort", ls.sort), ("order-by", ls.order_by)];
+    query.extend(said.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    let answer = client.call(Method::GET, &client.with_query("/v1/sandboxes", &query)?, None).await?;
     if output.json {
         Output::value(&answer.body);
         return Ok(());

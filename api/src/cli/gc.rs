@@ -16,12 +16,12 @@ pub(super) async fn run(arguments: Gc, output: Output) -> Result<ExitStatus, Fai
         conditional: arguments.dry_run || bucket.conditional().await?,
         ..Options::default()
     };
-    let report = gc::run(&bucket.objects, &options, &|| bucket.now_ms(), &|| bucket.commit_id()).await.map_err(
-        |e| match &e {
-            GcError::Store { source, .. } => Failure { message: chain(&e), ..bucket::store(source) },
-            _ => Failure::other(chain(&e)),
-        },
-    )?;
+    let report = gc::run(&bucket.objects, &bucket.seals, &options, &|| bucket.now_ms(), &|| bucket.commit_id())
+        .await
+        .map_err(|e| match &e {
+        GcError::Store { source, .. } => Failure { message: chain(&e), ..bucket::store(source) },
+        _ => Failure::other(chain(&e)),
+    })?;
     let blocked = report.tenants.iter().any(|tenant| !tenant.blocked.is_empty());
     if output.json {
         let value = serde_json::to_value(&report).map_err(|e| Failure::other(e.to_string()))?;

@@ -10,15 +10,20 @@ mod commands;
 mod completion;
 mod copy;
 mod exit;
+mod files;
 mod gc;
+mod git;
 mod keys;
 mod logs;
+mod network;
 mod output;
 mod presigned;
 mod profile;
 mod progress;
 mod repair;
+mod seal;
 mod serve;
+mod sessions;
 mod snapshot;
 mod template;
 mod templates;
@@ -27,6 +32,7 @@ mod top;
 mod verify;
 
 pub use exit::ExitStatus;
+pub(crate) use repair::OWNER as REPAIR_OWNER;
 
 use args::{Args, Command};
 use clap::Parser as _;
@@ -90,6 +96,7 @@ async fn run(args: Args) -> Result<ExitStatus, Failure> {
         Command::Gc(arguments) => gc::run(arguments, output).await,
         Command::Verify(arguments) => verify::run(arguments, output).await,
         Command::Repair(arguments) => repair::run(arguments, output).await,
+        Command::Seal(arguments) => seal::run(arguments, output).await,
         Command::Templates(arguments) => templates::run(&arguments, output),
         Command::Completion(arguments) => Ok(completion::run(&arguments)),
         Command::Client(client) => commands::run(client, &args.connection, output).await,

@@ -104,6 +104,11 @@ pub(super) fn complain(text: &str) {
     tell(&format!("{on}stasis: {off}{text}"));
 }
 
+/// Something may move on standard error.
+pub(super) fn moves() -> bool {
+    colour_on(io::stderr().is_terminal())
+}
+
 fn colour_on(terminal: bool) -> bool {
     terminal
         && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())

@@ -1,10 +1,9 @@
 //! Progress of a pause: a line on a terminal that follows the phase which the supervisor publishes; nothing elsewhere.
 
 use super::client::Client;
-use super::output::Output;
+use super::output::{self, Output};
 use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::Method;
-use std::io::IsTerminal as _;
 use std::time::Duration;
 use tokio::task::JoinHandle;
 
@@ -22,7 +21,7 @@ pub(super) struct Progress {
 impl Progress {
     /// `None` where a bar does not belong.
     pub(super) fn start(client: &Client, id: &str, output: Output) -> Option<Self> {
-        if output.json || !std::io::stderr().is_terminal() {
+        if output.json || !output::moves() {
             return None;
         }
         let bar = ProgressBar::new(PHASES.len() as u64 + 1);

@@ -13,15 +13,15 @@ use stasis_snapshot::repair::{Finding, Standing, propose, survey};
 use std::time::Duration;
 
 /// The owner in a head that repair writes where there was none; the first resume claims it.
-const OWNER: &str = "stasis-repair";
+pub(crate) const OWNER: &str = "stasis-repair";
 const SETTLE: Duration = Duration::from_secs(40);
 
 pub(super) async fn run(arguments: Repair, output: Output) -> Result<ExitStatus, Failure> {
     let bucket = Bucket::open(&arguments.bucket)?;
     let conditional = !arguments.apply || bucket.conditional().await?;
-    let found = survey(bucket.objects.as_ref(), arguments.bucket.tenant.as_deref(), arguments.deep)
-        .await
-        .map_err(|e| bucket::store(&e))?;
+    let tenant = arguments.bucket.tenant.as_deref();
+    let found =
+        survey(bucket.objects.as_ref(), tenant, arguments.deep, &bucket.seals).await.map_err(|e| bucket::store(&e))?;
     let mut items = Vec::new();
     let mut left = 0;
     for finding in &found {
@@ -75,6 +75,9 @@ async fn apply(bucket: &Bucket, conditional: bool, finding: &Finding) -> Result<
     if finding.candidate.is_none() || !matches!(finding.standing, Standing::Repairable | Standing::HeadLost) {
         return Ok(None);
     }
+    if finding.sealed && !bucket.seals.is_on() {
+        return Ok(Some("not repaired: it is sealed, and no key is configured (seal.key_file)".to_owned()));
+    }
     let attempt = match propose(finding, OWNER, bucket.commit_id()) {
         Ok(attempt) => attempt,
         Err(error) => return Ok(Some(chain(&error))),
@@ -85,11 +88,12 @@ async fn apply(bucket: &Bucket, conditional: bool, finding: &Finding) -> Result<
         Owner::snapshot(&finding.tenant, &finding.id)
     };
     let key = place.map_err(|e: BadName| Failure::other(e.to_string()))?.head();
-    let register = Register::new(if conditional {
+    let head = if conditional {
         ObjectHead::new(bucket.objects.clone(), key)
     } else {
         ObjectHead::unconditional(bucket.objects.clone(), key)
-    });
+    };
+    let register = Register::new(head.sealed(&bucket.seals));
     Ok(Some(match register.commit(&attempt, Sent::Never, &mut Backoff::within(SETTLE)).await {
         Outcome::Committed { .. } => "repaired".to_owned(),
         Outcome::Superseded { by } | Outcome::Fenced { by } => {

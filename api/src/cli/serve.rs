@@ -118,7 +118,7 @@ pub(super) async fn dev(dev: Dev) -> Result<ExitStatus, Failure> {
     // How much and how long may still be set by the environment; where things are is ours to say.
     let mut settings = from_environment(|name| std::env::var(name).ok());
     settings.retain(|setting| {
-        ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port", "templates."]
+        ["limits.", "deadlines.", "warm.", "run_ahead.", "invoke.default_port", "templates.", "telemetry."]
             .iter()
             .any(|part| setting.field.starts_with(part))
     });

@@ -7,7 +7,6 @@ use super::output::{self, Output, bytes};
 use super::{ExitStatus, Failure};
 use reqwest::Method;
 use serde_json::{Value, json};
-use std::io::IsTerminal as _;
 use std::time::Duration;
 
 /// Between two looks at a build.
@@ -35,6 +34,10 @@ pub(super) async fn run(client: &Client, verb: TemplateVerb, output: Output) -> 
             }
         }
         TemplateVerb::Get(one) => show(&client.call(Method::GET, &path(&one.id), None).await?.body, output),
+        TemplateVerb::Rename { id, name } => {
+            client.call(Method::PATCH, &path(&id), Some(&json!({ "name": name }))).await?;
+            show(&client.call(Method::GET, &path(&id), None).await?.body, output);
+        }
         TemplateVerb::Rm(many) => {
             for id in &many.ids {
                 client.call(Method::DELETE, &path(id), None).await?;
@@ -63,7 +66,7 @@ async fn make(client: &Client, create: TemplateCreate, output: Output) -> Result
         body["credentials"] = json!({ "type": "basic", "username": username, "password": password });
     }
     let making = interruptible(client.call(Method::POST, "/v1/template", Some(&body)), "the build goes on");
-    if output.json || !std::io::stderr().is_terminal() {
+    if output.json || !output::moves() {
         return making.await;
     }
     let bar = indicatif::ProgressBar::new_spinner();

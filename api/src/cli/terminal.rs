@@ -57,7 +57,7 @@ enum Ended {
     Cut(Failure),
 }
 
-fn size() -> (u16, u16) {
+pub(super) fn size() -> (u16, u16) {
     let size = tcgetwinsize(std::io::stdout()).ok().filter(|size| size.ws_col > 0 && size.ws_row > 0);
     size.map_or(SIZE, |size| (size.ws_col, size.ws_row))
 }
@@ -94,6 +94,25 @@ pub(super) async fn run(client: &Client, exec: Exec, output: output::Output) -> 
         // At once: a read of keys that nobody will type would hold the runtime up.
         Ok(code) => std::process::exit(i32::from(code)),
         Err(failure) => Err(failure),
+    }
+}
+
+/// Connects to a terminal that is there. It ends with its shell, whose exit status becomes ours, and stays when we are ended.
+pub(super) async fn attach(client: &Client, terminal: &str, output: output::Output) -> Result<ExitStatus, Failure> {
+    if output.json || !std::io::stdin().is_terminal() {
+        return Err(Failure::new(ExitStatus::Usage, "only a terminal can be connected to one, and without --json"));
+    }
+    let (cols, rows) = size();
+    client.call(Method::POST, &format!("{terminal}/resize"), Some(&json!({ "cols": cols, "rows": rows }))).await?;
+    match attached(client, terminal).await? {
+        Ended::Command => {
+            let end = client.call(Method::GET, terminal, None).await?.body;
+            let code = end["exit_code"].as_i64().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+            let _ = client.call(Method::DELETE, terminal, None).await;
+            std::process::exit(i32::from(code))
+        }
+        Ended::Signal => std::process::exit(ExitStatus::Interrupted as i32),
+        Ended::Cut(failure) => Err(failure),
     }
 }
 

@@ -15,7 +15,8 @@ pub(super) async fn run(arguments: Verify, output: Output) -> Result<ExitStatus,
     let tenant = arguments.bucket.tenant.as_deref();
     let (report, value) = match &arguments.id {
         None => {
-            let found = verify_bucket(bucket.objects.as_ref(), tenant).await.map_err(|e| bucket::store(&e))?;
+            let found =
+                verify_bucket(bucket.objects.as_ref(), tenant, &bucket.seals).await.map_err(|e| bucket::store(&e))?;
             let value = serde_json::to_value(&found);
             if !output.json {
                 bucket_lines(&found);
@@ -43,6 +44,12 @@ pub(super) async fn run(arguments: Verify, output: Output) -> Result<ExitStatus,
             bytes(report.bytes),
             report.problems.len()
         ));
+        if report.seals_not_checked + report.frames_not_opened > 0 {
+            output::line(&format!(
+                "not checked, for want of the operator's key: {} seals, and what {} encrypted frames hold",
+                report.seals_not_checked, report.frames_not_opened
+            ));
+        }
     }
     Ok(if report.problems.is_empty() { ExitStatus::Ok } else { ExitStatus::Damaged })
 }
@@ -64,10 +71,13 @@ async fn one(bucket: &Bucket, id: &str, tenant: Option<&str>) -> Result<Report, 
         ErrorKind::NotFound => Failure::new(ExitStatus::NotFound, format!("sandbox {id} has no head: {key}")),
         _ => bucket::store(&e),
     })?;
-    let head =
-        Head::decode(&object.bytes).map_err(|e| Failure::new(ExitStatus::Damaged, format!("{key}: {}", chain(&e))))?;
+    let damaged = |why: String| Failure::new(ExitStatus::Damaged, format!("{key}: {why}"));
+    if bucket.seals.is_on() {
+        bucket.seals.open_head(&key, &object.bytes).map_err(|e| damaged(chain(&e)))?;
+    }
+    let head = Head::decode(&object.bytes).map_err(|e| damaged(chain(&e)))?;
     match head.manifest {
-        Some(named) => verify(bucket.objects.as_ref(), &named).await.map_err(|e| bucket::store(&e)),
+        Some(named) => verify(bucket.objects.as_ref(), &named, &bucket.seals).await.map_err(|e| bucket::store(&e)),
         None => Err(Failure::new(ExitStatus::WrongState, format!("sandbox {id} has no snapshot: it was never paused"))),
     }
 }

@@ -15,6 +15,8 @@ pub struct Templates {
     pub registries: Vec<String>,
     /// Registries, with their ports, that are spoken to without TLS.
     pub plain_http: Vec<String>,
+    /// URL of the API that gives passwords for keys of Amazon's; that of the key's region when absent.
+    pub ecr_endpoint: Option<String>,
     /// Template whose kernel and initramfs boot the images.
     pub boot: String,
     /// Size of the disk of sandboxes made from images, MiB.
@@ -25,6 +27,8 @@ pub struct Templates {
     pub image_entries: usize,
     /// Templates of one tenant.
     pub per_tenant: usize,
+    /// Templates of all tenants together.
+    pub per_host: usize,
     /// Images that are made into templates at once, of all tenants.
     pub builds: usize,
     /// From the beginning of a build to its end, ms.
@@ -37,11 +41,13 @@ impl Default for Templates {
             local_dir: None,
             registries: ["docker.io", "ghcr.io", "quay.io"].map(str::to_owned).to_vec(),
             plain_http: Vec::new(),
+            ecr_endpoint: None,
             boot: DEFAULT_TEMPLATE.to_owned(),
             disk_mib: 10_240,
             image_mib: 8192,
             image_entries: 500_000,
             per_tenant: 25,
+            per_host: 1000,
             builds: 2,
             build_ms: 1_800_000,
         }
@@ -58,12 +64,18 @@ impl Templates {
             ("image_mib", self.image_mib, 1, self.disk_mib / 10 * 9),
             ("image_entries", number(self.image_entries), 1, 4_000_000),
             ("per_tenant", number(self.per_tenant), 1, 10_000),
+            ("per_host", number(self.per_host), 1, 100_000),
             ("builds", number(self.builds), 1, 64),
             ("build_ms", self.build_ms, 1000, 24 * 3_600_000),
         ] {
             if !(low..=high).contains(&value) {
                 return wrong(field, format!("must be between {low} and {high}, not {value}"));
             }
+        }
+        if let Some(url) =
+            self.ecr_endpoint.as_deref().filter(|url| !url.starts_with("https://") && !url.starts_with("http://"))
+        {
+            return wrong("ecr_endpoint", format!("{url:?} must start with http:// or https://"));
         }
         match &self.local_dir {
             Some(dir) if !dir.is_absolute() => wrong("local_dir", format!("{} must be absolute", dir.display())),

@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 const MAX_BODY: usize = 64 << 20;
@@ -35,6 +36,8 @@ pub enum Fault {
     Refuse(u16),
     /// Pass it on after this long.
     Delay(Duration),
+    /// Pass it on once [`FaultProxy::release`] is called.
+    Hold,
     /// Never answer, never pass it on; the client's deadline decides.
     Hang,
     /// Close the connection; the server never sees the request.
@@ -115,6 +118,9 @@ struct Book {
     rules: Vec<Rule>,
     seen: Vec<Seen>,
     under_way: Arc<AtomicUsize>,
+    held: Arc<AtomicUsize>,
+    /// Notified when what is held may go on.
+    released: Arc<Notify>,
     link: Option<Arc<Link>>,
 }
 
@@ -191,6 +197,18 @@ impl FaultProxy {
         self.book().rules.clear();
     }
 
+    /// Requests that are held now.
+    pub fn held(&self) -> usize {
+        self.book().held.load(Ordering::SeqCst)
+    }
+
+    /// Removes all rules and lets every request that is held go on.
+    pub fn release(&self) {
+        let mut book = self.book();
+        book.rules.clear();
+        book.released.notify_waiters();
+    }
+
     /// No request is under way: none hangs, is delayed or is still to be passed on.
     pub fn is_quiet(&self) -> bool {
         self.book().under_way.load(Ordering::SeqCst) == 0
@@ -255,6 +273,16 @@ async fn pass(
         Some(Fault::Refuse(status)) => Ok(refusal(status)),
         Some(Fault::Delay(by)) => {
             tokio::time::sleep(by).await;
+            forward().await
+        }
+        Some(Fault::Hold) => {
+            // Counted and waiting from one moment on: a release between the two would be missed.
+            let (counted, released) = {
+                let book = book_of(&book);
+                (UnderWay::one_more(&book.held), book.released.clone().notified_owned())
+            };
+            released.await;
+            drop(counted);
             forward().await
         }
         Some(Fault::Hang) => std::future::pending().await,

@@ -17,6 +17,7 @@ use crate::invoke::{self, Account, Client, Destination, Domain};
 use crate::metrics::{INVOKE_SECONDS, INVOKES};
 use crate::routes;
 use crate::supervisor::Core;
+use crate::telemetry;
 use axum::Router;
 use axum::body::Body;
 use axum::response::Response;
@@ -27,6 +28,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
+use opentelemetry::Context;
+use opentelemetry::context::FutureExt as _;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -78,7 +81,10 @@ impl Front {
         let id = self.core.sources.word(REQUEST_ID_CHARS);
         // Every line that is logged for a request has its id, and its sandbox once that is known.
         let span = tracing::info_span!("request", request = id, sandbox = tracing::field::Empty);
-        let mut response = self.route(request.map(Body::new), client).instrument(span).await;
+        let trace = self.core.telemetry.request(request.method(), request.headers(), &id);
+        let answer = self.route(request.map(Body::new), client).instrument(span);
+        let mut response = answer.with_context(trace.clone()).await;
+        telemetry::answered(&trace, response.status());
         if let Ok(id) = HeaderValue::from_str(&id) {
             response.headers_mut().entry(REQUEST_ID).or_insert(id);
         }
@@ -93,6 +99,7 @@ impl Front {
             Destination::Presigned(_) | Destination::Nobody | Destination::Unclear => None,
         };
         if let Some(id) = sandbox {
+            telemetry::sandbox(&Context::current(), &id);
             tracing::Span::current().record("sandbox", tracing::field::display(id));
         }
         if destination == Destination::Api {
@@ -103,6 +110,7 @@ impl Front {
             };
         }
         // Neither host nor path: the one may be a token, the other is the app's own affair.
+        telemetry::route(request.method(), "invoke");
         let (begun, method, mut account) = (Instant::now(), request.method().clone(), Account::default());
         let response = invoke::serve(&self.core, destination, request, client, &mut account).await;
         let (took, status) = (begun.elapsed(), response.status().as_u16());

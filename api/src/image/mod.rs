@@ -2,6 +2,7 @@
 //!
 //! - `reference`: what a client writes, and where it leads
 //! - `registry`: an image from a registry, `local`: one from a layout or archive on this host; both end as [`Image`]
+//! - `credentials`: what a registry is told of the client
 //! - `wire`: the JSON of images, and what of it a guest is told ([`Process`])
 //! - `blob`: bytes of an image, whose digest is checked while they are read
 //! - `layer`: one layer onto the tree, `tree`: what the layers make together, `furnish`: what every guest needs and no image brings
@@ -12,6 +13,7 @@
 //! our own, and no set-user-id program, device or extended attribute is ever made here. The same image makes the same octets.
 
 mod blob;
+mod credentials;
 mod ext4;
 mod furnish;
 mod layer;
@@ -24,11 +26,12 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+pub use credentials::{AmazonKey, Credentials, Password, is_region, region_of};
 pub use reference::{BadReference, Reference};
-pub use registry::Credentials;
 pub use wire::Process;
 
 use crate::config::Templates as Limits;
+use crate::sources::UnixMs;
 use blob::Blob;
 use std::fmt;
 use std::fs;
@@ -195,7 +198,7 @@ impl Progress {
 }
 
 /// Makes `out`, a raw ext4 image, from the container image at `reference`. `work` is an empty directory on the same disk, which the caller
-/// removes. `disk_mib` is the size of the file system.
+/// removes. `now` is for what must be signed.
 pub async fn build(
     reference: &Reference,
     credentials: Option<&Credentials>,
@@ -203,9 +206,10 @@ pub async fn build(
     work: &Path,
     out: &Path,
     progress: &std::sync::Arc<Progress>,
+    now: UnixMs,
 ) -> Result<Built, ImageError> {
     let image = match reference {
-        Reference::Registry(name) => registry::pull(name, credentials, limits, work, progress).await?,
+        Reference::Registry(name) => registry::pull(name, credentials, limits, work, progress, now).await?,
         Reference::Local(place) => {
             let (place, limits) = (place.clone(), limits.clone());
             blocking(move || local::open(&place, &limits)).await?

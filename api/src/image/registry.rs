@@ -3,15 +3,15 @@
 
 use super::blob::{Blob, digest_of, sha256_hex};
 use super::wire::{self, MAX_DOCUMENT, document};
-use super::{Image, ImageError, Layer, Progress, local};
+use super::{Credentials, Image, ImageError, Layer, Password, Progress, local};
 use crate::config::Templates as Limits;
+use crate::sources::UnixMs;
 use futures::StreamExt as _;
 use oci_client::client::{ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::manifest::{OciDescriptor, OciImageManifest};
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference};
-use std::fmt;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::Path;
@@ -23,21 +23,6 @@ const STALL: Duration = Duration::from_mins(1);
 /// Times that a layer is asked for.
 const TRIES: u32 = 3;
 
-/// What a registry is told of the client. They are used for one pull, and neither kept nor printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Credentials {
-    /// User name.
-    pub username: String,
-    /// Password or token.
-    pub password: String,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials").finish_non_exhaustive()
-    }
-}
-
 /// Whether `registry`, a host with a port or without, is one of `listed`: a name, `*.` and a suffix, or `*`.
 fn is_listed(registry: &str, listed: &[String]) -> bool {
     listed.iter().any(|entry| match entry.strip_prefix('*') {
@@ -47,13 +32,14 @@ fn is_listed(registry: &str, listed: &[String]) -> bool {
     })
 }
 
-/// Fetches an image into `work`.
+/// Fetches an image into `work`. `now` is for what must be signed.
 pub(super) async fn pull(
     name: &Reference,
     credentials: Option<&Credentials>,
     limits: &Limits,
     work: &Path,
     progress: &Progress,
+    now: UnixMs,
 ) -> Result<Image, ImageError> {
     if !is_listed(name.registry(), &limits.registries) {
         return Err(ImageError::Place(format!(
@@ -71,7 +57,10 @@ pub(super) async fn pull(
         ..ClientConfig::default()
     });
     let auth = match credentials {
-        Some(Credentials { username, password }) => RegistryAuth::Basic(username.clone(), password.clone()),
+        Some(credentials) => {
+            let Password { username, password } = credentials.password(limits, now).await?;
+            RegistryAuth::Basic(username, password)
+        }
         None => RegistryAuth::Anonymous,
     };
     let (manifest, digest) =

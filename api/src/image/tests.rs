@@ -62,7 +62,7 @@ impl Bench {
         let out = work.join("out.ext4");
         let reference = Reference::parse(uri).map_err(|e| e.to_string())?;
         let progress = Arc::new(Progress::default());
-        let built = build(&reference, None, &self.limits, &work, &out, &progress).await;
+        let built = build(&reference, None, &self.limits, &work, &out, &progress, 0).await;
         built.map(|built| (built, out)).map_err(|e| crate::error::chain(&e))
     }
 }

@@ -6,9 +6,11 @@
 //! - `transitions`: every move of every state machine, for people.
 //! - `presigned_urls`: presigned URLs, their tokens hashed.
 //! - `sessions`: sessions of the page for people, their tokens hashed.
+//! - `secrets`: texts that policies name, each with its owner.
 //! - `digests`: BLAKE3 of template files by path, size and time.
 //!
-//! Nothing here is needed by another host: the bucket is the catalogue, and an empty journal is rebuilt from it (`supervisor::catalogue`).
+//! Nothing here but secrets is needed by another host: the bucket is the catalogue, and an empty journal is rebuilt from it
+//! (`supervisor::catalogue`).
 //!
 //! Write-ahead logging without a sync per statement: a killed process loses nothing. A power cut may lose the last statements, but it also
 //! ends every VM, and what was committed is read from the bucket.
@@ -19,6 +21,7 @@ pub mod keys;
 mod operations;
 pub mod presigned;
 mod sandboxes;
+mod secrets;
 mod sessions;
 
 pub use operations::{Interrupted, OperationId, OperationKind};
@@ -51,6 +54,8 @@ const TABLES: &str = "
         id TEXT PRIMARY KEY, sandbox TEXT NOT NULL, port INTEGER NOT NULL, hash BLOB NOT NULL,
         created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS sessions (hash BLOB PRIMARY KEY, key TEXT NOT NULL, expires_at INTEGER NOT NULL) STRICT;
+    CREATE TABLE IF NOT EXISTS secrets (
+        name TEXT NOT NULL, owner TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY (name, owner)) STRICT;
     CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;
 ";
 

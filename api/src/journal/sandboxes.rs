@@ -64,6 +64,9 @@ impl Journal {
                     by.note
                 ],
             )?;
+            if record.state == State::Deleted {
+                all.execute("DELETE FROM secrets WHERE owner = ?1", [record.id.as_str()])?;
+            }
             all.commit()
         };
         store().doing("store a transition")?;
@@ -139,6 +142,8 @@ pub(crate) mod tests_support {
             env_vars: std::collections::BTreeMap::new(),
             port: None,
             network_policy: None,
+            network: false,
+            authority: None,
             snapshot: None,
             created_at: 1000,
         };
@@ -164,6 +169,19 @@ mod tests {
         let moves = journal.transitions(&record.id).unwrap();
         assert_eq!(moves.iter().map(|m| m.after.as_str()).collect::<Vec<_>>(), ["starting", "running"]);
         assert_eq!((moves[1].event.as_str(), moves[1].note.as_deref()), ("ready", Some("n")));
+    }
+
+    #[test]
+    fn a_deleted_sandbox_has_no_secrets() {
+        let journal = Journal::in_memory().unwrap();
+        let mut record = sample("sbx-a");
+        journal.store_move(&record, &Move { before: None, event: Event::Create, at: 1, note: None }).unwrap();
+        journal.keep_secret("sbx-a", "one", "s3cret").unwrap();
+        record.state = State::Deleted;
+        journal
+            .store_move(&record, &Move { before: Some(State::Deleting), event: Event::Gone, at: 2, note: None })
+            .unwrap();
+        assert_eq!(journal.secret("sbx-a", "one").unwrap(), None);
     }
 
     #[test]

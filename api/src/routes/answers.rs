@@ -1,6 +1,7 @@
 //! Answers: a sandbox in the contract's words (both spellings of each field), and errors as `{message}` or `{message, errors}`.
 
 use crate::error::Error;
+use crate::network_policy::NetworkPolicy;
 use crate::record::Record;
 use crate::registry;
 use crate::sources::rfc3339;
@@ -35,7 +36,7 @@ pub(super) fn sandbox(record: &Record) -> Sandbox {
         timeout_min: spec.timeout_s.div_ceil(60),
         state: record.state,
         auto_pause: spec.auto_pause,
-        network_policy: spec.network_policy.clone(),
+        network_policy: spec.network_policy.as_ref().map(NetworkPolicy::redacted),
         created_at: rfc3339(spec.created_at),
         updated_at: rfc3339(record.state_changed_at),
         reason: record.reason.clone(),
@@ -107,7 +108,7 @@ pub(super) fn error(error: &Error) -> Response {
 mod tests {
     use super::*;
     use crate::journal::tests_support::sample;
-    use crate::network_policy::{Mode, NetworkPolicy};
+    use crate::network_policy::Mode;
     use serde_json::{json, to_value};
 
     #[test]

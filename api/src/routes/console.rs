@@ -12,14 +12,13 @@ use axum::extract::{RawQuery, State};
 use axum::http::header::{CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::{IntoResponse as _, Response};
 use futures::stream;
-use stasis_vmm::control::CONSOLE_LOG;
+use stasis_vmm::control::{CONSOLE_LOG, OLDER_CONSOLE_LOG};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::fs::File;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _, SeekFrom};
 
 const CHUNK: usize = 32 << 10;
 /// Between two looks for more.
@@ -38,10 +37,9 @@ pub(super) async fn console(
     let no_vm = || Error::State { id: sandbox.id.clone(), state: sandbox.state(), verb };
     let vm = sandbox.vm().ok_or_else(no_vm)?;
     let path = vm.run_dir().join(CONSOLE_LOG);
-    let mut older = path.clone().into_os_string();
-    older.push(".1");
+    let older = vm.run_dir().join(OLDER_CONSOLE_LOG);
     let mut files = Vec::new();
-    for path in [PathBuf::from(older), path.clone()] {
+    for path in [older.clone(), path.clone()] {
         match File::open(&path).await {
             Ok(file) => files.push(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -49,7 +47,7 @@ pub(super) async fn console(
         }
     }
     files.reverse();
-    let reader = Reader { files, path, follow: follow.then_some((sandbox, vm)), ending: core.ending.clone() };
+    let reader = Reader { files, older, at: 0, follow: follow.then_some((sandbox, vm)), ending: core.ending.clone() };
     let body = stream::try_unfold(reader, |mut reader| async move {
         Ok::<_, io::Error>(reader.next().await?.map(|bytes| (bytes, reader)))
     });
@@ -69,7 +67,10 @@ fn follow(query: &str) -> Result<bool, FieldError> {
 struct Reader {
     /// What is to be read, the first one last.
     files: Vec<File>,
-    path: PathBuf,
+    /// Where the log goes when it is full and starts over.
+    older: PathBuf,
+    /// How much of the first of `files` was read.
+    at: u64,
     /// Whose end is waited for.
     follow: Option<(Arc<Sandbox>, Arc<Vmm>)>,
     ending: tokio_util::sync::CancellationToken,
@@ -84,6 +85,9 @@ impl Reader {
             let Some(file) = self.files.last_mut() else { return Ok(None) };
             let len = file.read(&mut buffer).await?;
             if len > 0 {
+                if self.files.len() == 1 {
+                    self.at += len as u64;
+                }
                 buffer.truncate(len);
                 return Ok(Some(buffer.into()));
             }
@@ -91,9 +95,7 @@ impl Reader {
                 self.files.pop();
             } else if over {
                 return Ok(None);
-            } else if let Some(newer) = self.newer().await? {
-                self.files.insert(0, newer);
-            } else {
+            } else if !self.start_over().await? {
                 tokio::time::sleep(LOOK).await;
             }
         }
@@ -104,16 +106,24 @@ impl Reader {
         self.ending.is_cancelled() || vm.has_ended() || sandbox.vm().is_none_or(|now| !Arc::ptr_eq(&now, vm))
     }
 
-    /// The log that was begun since this one was full.
-    async fn newer(&self) -> io::Result<Option<File>> {
-        let Some(ours) = self.files.last() else { return Ok(None) };
-        let newer = match File::open(&self.path).await {
-            Ok(file) => file,
-            // Gone with its VM, or between two logs.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+    /// A log that is shorter than what was read of it was full and has started over: the rest of what it held is in the older one.
+    async fn start_over(&mut self) -> io::Result<bool> {
+        let Some(log) = self.files.last_mut() else { return Ok(false) };
+        if log.metadata().await?.len() >= self.at {
+            return Ok(false);
+        }
+        log.seek(SeekFrom::Start(0)).await?;
+        match File::open(&self.older).await {
+            Ok(mut older) => {
+                older.seek(SeekFrom::Start(self.at)).await?;
+                self.files.push(older);
+            }
+            // Gone with its VM.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
-        };
-        Ok((newer.metadata().await?.ino() != ours.metadata().await?.ino()).then_some(newer))
+        }
+        self.at = 0;
+        Ok(true)
     }
 }
 

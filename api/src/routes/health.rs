@@ -38,6 +38,8 @@ async fn health(State(core): Shared) -> Json<Health> {
         caveats.push("the store has no conditional writes: only this supervisor may use it".to_owned());
     }
     caveats.extend(core.kvm.advice());
+    caveats.extend(core.network.caveat());
+    caveats.extend(core.launcher.caveats().iter().cloned());
     Json(Health {
         status: "ok",
         version: env!("CARGO_PKG_VERSION"),

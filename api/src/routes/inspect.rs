@@ -13,6 +13,7 @@ use axum::extract::State;
 use serde_json::{Value, json};
 use stasis_snapshot::image::PageRef;
 use stasis_snapshot::manifest::{Image, ImageKind, Manifest, ManifestRef};
+use stasis_snapshot::seal::manifest_sealed_under;
 
 pub(super) fn routes() -> Vec<Route> {
     let operation = Operation::new("inspectSandbox", Tag::Sandbox, "Show what is in the bucket for a sandbox")
@@ -58,24 +59,29 @@ fn vmm(sandbox: &Sandbox) -> Option<VmmPlace> {
 async fn describe(core: &Core, named: &ManifestRef) -> Value {
     let read = async {
         let object = core.store.objects().get(&named.key).await.map_err(|e| chain(&e))?;
-        let manifest = Manifest::decode_checked(&object.bytes, named.digest).map_err(|e| chain(&e))?;
-        Ok::<_, String>((object.bytes.len(), manifest))
+        let (manifest, _) = Manifest::open(named, &object.bytes, core.store.seals()).map_err(|e| chain(&e))?;
+        Ok::<_, String>((object.bytes.len(), manifest, manifest_sealed_under(&object.bytes)))
     };
     match read.await {
         Err(problem) => json!({ "key": named.key, "digest": named.digest, "problem": problem }),
-        Ok((bytes, manifest)) => json!({
+        Ok((bytes, manifest, sealed)) => json!({
             "key": named.key,
             "digest": named.digest,
             "bytes": bytes,
+            "sealed": sealed.map(|(key, _)| key.to_string()),
             "platform": manifest.platform,
             "lineage": manifest.lineage,
             "packs": manifest.packs.iter().map(|pack| json!({
                 "key": pack.key, "bytes": pack.size, "digest": pack.digest, "frames": pack.frames.len(),
+                "data_key": pack.sealed,
             })).collect::<Vec<_>>(),
             "images": manifest.images.iter().map(image).collect::<Vec<_>>(),
             "state": manifest.state.iter().map(|blob| json!({
                 "kind": blob.kind, "version": blob.version, "bytes": blob.bytes.len(),
             })).collect::<Vec<_>>(),
+            "sealed_state": manifest.sealed_state.as_ref().map(|state| json!({
+                "data_key": state.key, "bytes": state.bytes.len(),
+            })),
         }),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Each module has the table of its routes; a route stands there with its [`openapi::Operation`], from which `GET /openapi.json` is made.
 //! Every path is served with and without a trailing slash, since the contract's clients follow no redirects. Extensions of ours, which the
-//! contract does not have: `GET /v1/template` and `/v1/template/{id}`, `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `GET …/console`, `GET /v1/live`, `GET /v1/events`,
+//! contract does not have: `GET /v1/template` and `/v1/template/{id}`, `POST …/resume`, `POST …/undelete`, `GET …/inspect`, `GET …/network`, `GET …/console`, `GET /v1/live`, `GET /v1/events`,
 //! `POST /v1/recover`, `GET /v1/host/metrics`, `/healthz`, `/readyz`, `/openapi.json`, `/docs`, `/ui` ([`crate::ui`]), and the headers
 //! `server-timing` and `stasis-error`.
 
@@ -19,6 +19,7 @@ mod inspect;
 mod left_out;
 mod lifecycle;
 mod live;
+mod network;
 mod path;
 mod presigned;
 mod process;
@@ -32,12 +33,13 @@ use crate::error::Error;
 use crate::metrics::REQUESTS;
 use crate::openapi;
 use crate::supervisor::Core;
+use crate::telemetry;
 use crate::ui;
 use auth::Tenant;
 pub(crate) use auth::tenant_of;
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
@@ -63,6 +65,7 @@ fn routes() -> Vec<Route> {
         git::routes(),
         terminals::routes(),
         inspect::routes(),
+        network::routes(),
         live::routes(),
         host::routes(),
         health::routes(),
@@ -125,6 +128,9 @@ async fn wrong_method(request: Request) -> Response {
 
 async fn log(State(core): Shared, request: Request, next: Next) -> Response {
     let (method, path, begun) = (request.method().clone(), request.uri().path().to_owned(), Instant::now());
+    if let Some(route) = request.extensions().get::<MatchedPath>() {
+        telemetry::route(&method, route.as_str());
+    }
     let response = next.run(request).await;
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     core.metrics.answered(REQUESTS, response.status().as_u16());

@@ -5,6 +5,7 @@ use super::sandboxes::pairs;
 use super::table::Route;
 use super::{Path, Shared, Tenant, answers, json_body};
 use crate::error::Error;
+use crate::network_policy::NetworkPolicy;
 use crate::openapi::{Operation, Tag};
 use crate::snapshot_request::{self, List, SortBy};
 use crate::sources::rfc3339;
@@ -24,7 +25,10 @@ pub(super) fn routes() -> Vec<Route> {
     let op = |id: &str, summary| Operation::new(id, Tag::Snapshot, summary);
     let restores = |id: &str, summary| {
         op(id, summary)
-            .says("vCPUs, memory, disk and template are the snapshot's.")
+            .says(
+                "vCPUs, memory, disk and template are the snapshot's, and so are the processes and terminals in it, its environment and its \
+                 network policy, unless the request says others. `timeout` and `auto_pause` are not, and presigned URLs stay with the source.",
+            )
             .body::<RestoreSnapshot>()
             .fails(404, "There is no such snapshot.")
             .answers::<Sandbox>(201, "A new sandbox runs.")
@@ -142,7 +146,7 @@ fn answer(snapshot: &Snapshot) -> wire::Snapshot {
         memory_mib: spec.memory_mib,
         disk,
         disk_mib: disk,
-        network_policy: spec.network_policy.clone(),
+        network_policy: spec.network_policy.as_ref().map(NetworkPolicy::redacted),
         created_at: rfc3339(snapshot.created_at),
     }
 }

@@ -17,11 +17,13 @@ impl Core {
         failure: Option<&Error>,
         timing: &Timing,
     ) {
+        let (ended_at, took) = (self.sources.now_ms(), begun.elapsed());
         self.metrics.operation(operation, failure.is_none(), timing);
+        self.telemetry.operation(&sandbox.id, operation, ended_at, took, failure, timing);
         sandbox.note_cost(Cost {
             operation,
-            ended_at: self.sources.now_ms(),
-            took: begun.elapsed(),
+            ended_at,
+            took,
             failure: failure.map(Error::chain),
             timing: timing.clone(),
         });

@@ -72,15 +72,18 @@ async fn round_if_worth_it(core: &Core, sandbox: &Arc<Sandbox>, facts: Facts) {
         return sandbox.ahead(|spent| spent.skip(config, core.sources.now_ms()));
     }
     let begun = Instant::now();
-    match core.round(sandbox, Size { packs_needed: dirty.packs_needed, pages }).await {
+    let outcome = core.round(sandbox, Size { packs_needed: dirty.packs_needed, pages }).await;
+    let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    match outcome {
         Ok(report) => {
-            let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-            tracing::info!(id = %sandbox.id, pages, bytes = report.sent_bytes, ms = took, "sent ahead of a pause");
-            sandbox.ahead(|spent| spent.round(config, core.sources.now_ms(), pages, report.sent_bytes, took));
+            let (bytes, cpu) = (report.sent_bytes, report.cpu_us / 1000);
+            tracing::info!(id = %sandbox.id, pages, bytes, ms = took, cpu, "sent ahead of a pause");
+            // Several threads may have worked on it; one at least has sent.
+            sandbox.ahead(|spent| spent.round(config, core.sources.now_ms(), pages, bytes, took.max(cpu)));
         }
         Err(error) => {
             tracing::debug!(id = %sandbox.id, error = error.chain(), "a round ahead of a pause was cut off");
-            sandbox.ahead(|spent| spent.cut_off(config, core.sources.now_ms()));
+            sandbox.ahead(|spent| spent.cut_off(config, core.sources.now_ms(), pages, took));
         }
     }
 }

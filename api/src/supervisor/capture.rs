@@ -13,7 +13,8 @@ use bytes::Bytes;
 use stasis_snapshot::capture::{Options, packs_needed};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::layout::{Generation, Owner};
-use stasis_snapshot::manifest::{Lineage, Manifest, ManifestRef};
+use stasis_snapshot::manifest::{Lineage, Manifest, ManifestError, ManifestRef};
+use stasis_snapshot::seal::WrappedKey;
 use stasis_snapshot::store::{ErrorKind, Precondition};
 use stasis_vmm::control::types::{CaptureMode, CaptureReport, CaptureRequest};
 use std::sync::Arc;
@@ -54,7 +55,7 @@ impl Core {
         let keys = (0..n).map(|n| generation.pack(n)).collect();
         let mut grants = self.store.grant_puts(keys, self.config.deadlines.capture() + GRANT_SLACK).await?;
         if copies {
-            self.add_cache_files(&mut grants);
+            self.add_cache_files(&mut grants, true);
         }
         Ok(grants)
     }
@@ -84,6 +85,7 @@ impl Core {
             deadline_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
             mode,
             memory_bytes: Some(self.config.limits.capture_memory_mib << 20),
+            seal: self.data_key(sandbox)?,
         };
         // The VMM keeps the deadline; ours is for a VMM that does not.
         let capture = tokio::time::timeout(limit + self.config.deadlines.control(), vm.client.capture(&request));
@@ -108,8 +110,8 @@ impl Core {
         }
         let Some(parent) = parent else { return Arc::default() };
         match self.fetch_manifest(parent).await {
-            Ok((manifest, _)) => {
-                let known = Arc::new(KnownPacks::of(&manifest));
+            Ok((manifest, keys, _)) => {
+                let known = Arc::new(KnownPacks::of(&manifest, keys));
                 sandbox.set_known_packs(Some(known.clone()));
                 known
             }
@@ -120,12 +122,26 @@ impl Core {
         }
     }
 
-    /// A manifest with its bytes, checked.
-    pub(super) async fn fetch_manifest(&self, named: &ManifestRef) -> Result<(Manifest, Bytes), Error> {
+    /// A manifest with its data keys and its bytes, checked.
+    pub(super) async fn fetch_manifest(
+        &self,
+        named: &ManifestRef,
+    ) -> Result<(Manifest, Vec<WrappedKey>, Bytes), Error> {
         let object = self.store.objects().get(&named.key).await.doing("fetch the manifest")?;
-        let manifest = Manifest::decode_checked(&object.bytes, named.digest)
-            .map_err(|e| Error::Damaged { object: named.key.clone(), source: e.into() })?;
-        Ok((manifest, object.bytes))
+        let (manifest, keys) = self.open_manifest(named, &object.bytes)?;
+        Ok((manifest, keys, object.bytes))
+    }
+
+    /// The manifest in `bytes`, once its seal and its digest are checked, and its data keys.
+    pub(super) fn open_manifest(
+        &self,
+        named: &ManifestRef,
+        bytes: &[u8],
+    ) -> Result<(Manifest, Vec<WrappedKey>), Error> {
+        Manifest::open(named, bytes, self.store.seals()).map_err(|error| match error {
+            ManifestError::Seal(source) => Error::Seal { object: named.key.clone(), source },
+            error => Error::Damaged { object: named.key.clone(), source: error.into() },
+        })
     }
 
     /// Makes the manifest of a draft and stores it under `key`, while the packs that it names are looked for: those that are not `known` must lie
@@ -138,13 +154,16 @@ impl Core {
         (owner, generation, key): (&Owner, &Generation, String),
         known: &KnownPacks,
     ) -> Result<Published, Error> {
-        let (manifest, bytes) = draft::complete(&sandbox.record(), draft, lineage)?;
+        let (manifest, plain) = draft::complete(&sandbox.record(), draft, lineage)?;
+        let keys = self.keys_of(sandbox, &manifest, known)?;
+        let sealed = self.store.seals().seal_manifest(&key, plain, &keys);
+        let bytes: Bytes = sealed.map_err(|source| Error::Seal { object: key.clone(), source })?.into();
         let ((), leftovers) = tokio::try_join!(
             put_manifest(self, &key, bytes.clone()),
             draft::check_packs(&self.store, &sandbox.id, &manifest, owner.prefix(), generation, known)
         )?;
         reach(Point::ManifestStored);
-        let known = Arc::new(KnownPacks::of(&manifest));
+        let known = Arc::new(KnownPacks::of(&manifest, keys));
         Ok(Published { manifest: ManifestRef { key, digest: Digest::of(&bytes) }, bytes, known, leftovers })
     }
 

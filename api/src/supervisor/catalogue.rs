@@ -121,6 +121,7 @@ pub(super) fn adopt(
 ) -> Result<std::sync::Arc<Sandbox>, Error> {
     let (portable, rest) = (portable(id, &current.head)?, rest(id, &current.head)?);
     let mut record = Record::new(id.clone(), tenant.to_owned(), portable.spec);
+    record.data_key = core.draw_data_key();
     record.state = rest;
     record.disks_only = rest == State::Stopped;
     record.state_changed_at = core.sources.now_ms();

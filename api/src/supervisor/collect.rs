@@ -22,7 +22,8 @@ pub(super) async fn run(core: Arc<Core>, stop: CancellationToken) {
         let options =
             Options { grace: core.config.gc.grace(), conditional: core.store.is_shared(), ..Options::default() };
         let objects = core.store.shared_objects();
-        let outcome = gc::run(&objects, &options, &|| core.sources.now_ms(), &|| core.commit_id()).await;
+        let outcome =
+            gc::run(&objects, core.store.seals(), &options, &|| core.sources.now_ms(), &|| core.commit_id()).await;
         core.metrics.count(COLLECTIONS, &[("outcome", if outcome.is_ok() { "ok" } else { "error" })], 1);
         match outcome {
             Ok(report) => tell(&core, &report),

@@ -57,6 +57,8 @@ pub async fn create(core: &Arc<Core>, tenant: &str, body: &Map<String, Value>) -
         env_vars: asked.env_vars,
         port: template.port,
         network_policy: asked.network_policy,
+        network: template.ready == Ready::Agent && core.network.is_on(),
+        authority: None,
         snapshot: None,
         created_at: core.sources.now_ms(),
     };
@@ -93,8 +95,18 @@ async fn run(
             Beginning::Template(_) => Purpose::Create,
             Beginning::Snapshot(..) => Purpose::Restore,
         };
-        let record = Record::new(SandboxId::new(&core.sources), tenant.clone(), spec);
-        let sandbox = core.admitted(&tenant, purpose, || core.registry.add(record))?;
+        let (id, mut spec) = (SandboxId::new(&core.sources), spec);
+        let kept = core.keep_secrets(&id, &mut spec);
+        let mut record = Record::new(id.clone(), tenant.clone(), spec);
+        record.data_key = core.draw_data_key();
+        let admitted = kept.and_then(|()| core.admitted(&tenant, purpose, || core.registry.add(record)));
+        let sandbox = match admitted {
+            Ok(sandbox) => sandbox,
+            Err(error) => {
+                core.journal.forget_secrets(id.as_str())?;
+                return Err(error);
+            }
+        };
         // Nobody else knows the sandbox yet, and the table forbids everything in `starting`.
         let guard = sandbox.lock().await;
         let operation = core.journal.begin(&sandbox.id, OperationKind::Create, core.sources.now_ms())?;
@@ -175,7 +187,8 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
     let mut shape = None;
     if core.config.warm.golden {
         let (asked, core) = ((template.clone(), spec.clone()), core.clone());
-        let name = blocking(move || core.goldens.shape(&asked.0, &asked.1, &core.vmm_program)).await?;
+        let name =
+            blocking(move || core.goldens.shape(&asked.0, &asked.1, &core.vmm_program, &core.seal_word())).await?;
         shape = Some(name);
     }
     if let Some(shape) = shape
@@ -199,7 +212,10 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
     let vm = core.start_vmm(sandbox).await?;
     let spawned = begun.elapsed();
     let begun = Instant::now();
-    core.boot(sandbox, &vm, template, None).await?;
+    let tap = core.connect(sandbox, &vm).await?;
+    core.raise_network(sandbox, &vm).await?;
+    core.boot(sandbox, &vm, template, tap, None).await?;
+    core.tell_trust(sandbox, &vm, false).await?;
     let booted = begun.elapsed();
     if let Some(shape) = shape {
         core.make_golden(template.clone(), &spec, shape);
@@ -225,10 +241,12 @@ async fn clone(
     let restored = materialise(core, sandbox, manifest, held).await?;
     let begun = Instant::now();
     let vm = &restored.vm;
+    core.raise_network(sandbox, vm).await?;
     vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
     reach(Point::GuestRuns);
     let ran = begun.elapsed();
     let begun = Instant::now();
     core.tell_wake(sandbox, vm, Some(core.new_identity(sandbox))).await?;
+    core.tell_trust(sandbox, vm, sandbox.record().spec.snapshot.is_some()).await?;
     Ok(vec![("spawn", restored.spawned), ("restore", restored.took), ("run", ran), ("wake", begun.elapsed())])
 }

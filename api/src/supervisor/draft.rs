@@ -8,13 +8,12 @@ use crate::known_packs::KnownPacks;
 use crate::record::Record;
 use crate::states::State;
 use crate::store::Store;
-use bytes::Bytes;
 use stasis_snapshot::layout::Generation;
 use stasis_snapshot::manifest::{Lineage, Manifest};
 use std::collections::{BTreeSet, HashMap};
 
 /// Turns a draft into the manifest of this commit, with its bytes.
-pub(super) fn complete(record: &Record, draft: &[u8], lineage: Lineage) -> Result<(Manifest, Bytes), Error> {
+pub(super) fn complete(record: &Record, draft: &[u8], lineage: Lineage) -> Result<(Manifest, Vec<u8>), Error> {
     let wrong = |what: &str| Error::Draft { id: record.id.clone(), what: what.to_owned(), source: None };
     let malformed = |source| Error::Draft {
         id: record.id.clone(),
@@ -36,7 +35,7 @@ pub(super) fn complete(record: &Record, draft: &[u8], lineage: Lineage) -> Resul
     let bytes = manifest.encode().map_err(malformed)?;
     // What was pruned by the encoding is not needed, and must not be asked for.
     let manifest = Manifest::decode(&bytes).map_err(malformed)?;
-    Ok((manifest, bytes.into()))
+    Ok((manifest, bytes))
 }
 
 /// Every pack that the manifest names is `known` from a manifest that was committed, or lies below `own`, the sandbox's prefix, and is in the
@@ -90,6 +89,7 @@ mod tests {
     use crate::journal::tests_support::sample;
     use crate::sources::Sources;
     use crate::store::place;
+    use bytes::Bytes;
     use stasis_snapshot::ids::{CommitId, Digest};
     use stasis_snapshot::image::ImageMap;
     use stasis_snapshot::layout::Owner;
@@ -109,6 +109,7 @@ mod tests {
             packs: Vec::new(),
             images: vec![Image { kind: ImageKind::Memory, map: ImageMap::zero(16), base: None }],
             state: Vec::new(),
+            sealed_state: None,
             boot: Boot::default(),
         }
     }
@@ -168,11 +169,12 @@ mod tests {
         }
         let store = Store::over(objects, "me", &Sources::system()).await.unwrap();
         let naming = |key: &str, size: u32| {
-            let pack = PackEntry { key: key.to_owned(), size, digest: Digest::of(b""), frames: Vec::new() };
+            let pack =
+                PackEntry { key: key.to_owned(), size, digest: Digest::of(b""), frames: Vec::new(), sealed: None };
             Manifest { packs: vec![pack], ..draft() }
         };
         // Of a template, in an earlier manifest.
-        let known = KnownPacks::of(&naming("v1/template/aa/pack/0", 9));
+        let known = KnownPacks::of(&naming("v1/template/aa/pack/0", 9), Vec::new());
         let check = async |key: &str, size: u32| {
             let manifest = naming(key, size);
             check_packs(&store, &id, &manifest, own.prefix(), &generation, &known).await.map_err(|e| e.chain())

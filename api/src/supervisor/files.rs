@@ -6,6 +6,7 @@ use crate::record::Spec;
 use crate::store::Grants;
 use rustix::fs::{MemfdFlags, memfd_create};
 use stasis_snapshot::grant::Access;
+use stasis_snapshot::pager::cache_dir::CacheDir;
 use stasis_vmm::control::types::{DiskConfig, FdToken};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, Write as _};
@@ -102,15 +103,18 @@ impl Core {
         Ok(out)
     }
 
-    /// Adds the local file of each pack that does not come from a local file anyway. Without one a pack is fetched from the store.
-    pub(super) fn add_cache_files(&self, grants: &mut Grants) {
+    /// Adds the local file of each pack that does not come from a local file anyway; without `make`, only of those that have one. Without a
+    /// file a pack is fetched from the store.
+    pub(super) fn add_cache_files(&self, grants: &mut Grants, make: bool) {
         let Some(cache) = &self.pack_cache else { return };
         for object in &mut grants.objects {
             if matches!(object.access, Access::Fd(_)) {
                 continue;
             }
-            match cache.open(&object.key) {
-                Ok(file) => {
+            let opened = if make { cache.open(&object.key).map(Some) } else { cache.open_existing(&object.key) };
+            match opened {
+                Ok(None) => {}
+                Ok(Some(file)) => {
                     let token = self.store.token();
                     grants.files.push((token, file));
                     object.cache = Some(token.0);
@@ -121,6 +125,16 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// Keeps the cache within its budget beside everything else, if many files were opened since it was last looked at.
+    pub(super) fn trim_cache_if_due(self: &Arc<Self>) {
+        let core = self.clone();
+        drop(tokio::task::spawn_blocking(move || {
+            if let Some(Err(error)) = core.pack_cache.as_ref().map(CacheDir::trim_if_due) {
+                tracing::warn!(%error, "the pack cache cannot be trimmed");
+            }
+        }));
     }
 
     /// Forgets the local files of packs that were not written, and keeps the cache within its budget. Blocks.

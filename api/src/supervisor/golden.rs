@@ -74,16 +74,20 @@ pub struct Goldens {
     one_at_a_time: tokio::sync::Mutex<()>,
 }
 
-/// Names a booted template: what is in it, the machine it booted on, and what booted it.
-fn shape(template: &Template, spec: &Spec, vmm: &str, cpu: &str) -> Digest {
-    let lines = [
+/// Names a booted template: what is in it, the machine it booted on, what booted it, and how it is sealed: another key, or none, makes another
+/// one, since its manifest has no head by which it could be moved to a new key.
+fn shape(template: &Template, spec: &Spec, vmm: &str, cpu: &str, seal: &str) -> Digest {
+    let mut lines = vec![
         "stasis golden 1".to_owned(),
         template.digest.clone(),
         format!("{:?} {}", template.ready, template.exit_counter),
-        format!("{} {} {}", spec.vcpu, spec.memory_mib, spec.disk_mib),
+        format!("{} {} {} {}", spec.vcpu, spec.memory_mib, spec.disk_mib, spec.network),
         vmm.to_owned(),
         cpu.to_owned(),
     ];
+    if !seal.is_empty() {
+        lines.push(seal.to_owned());
+    }
     Digest::of(lines.join("\n").as_bytes())
 }
 
@@ -104,7 +108,13 @@ impl Goldens {
     }
 
     /// The name of the booted `template` on machines of `spec`. Blocks: reads the VMM's program once.
-    pub(super) fn shape(&self, template: &Template, spec: &Spec, vmm_program: &Path) -> Result<Digest, Error> {
+    pub(super) fn shape(
+        &self,
+        template: &Template,
+        spec: &Spec,
+        vmm_program: &Path,
+        seal: &str,
+    ) -> Result<Digest, Error> {
         let vmm = if let Some(vmm) = self.vmm.get() {
             vmm
         } else {
@@ -114,7 +124,7 @@ impl Goldens {
             self.vmm.get_or_init(|| digest)
         };
         let cpu = cpu_of(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
-        Ok(shape(template, spec, vmm, &cpu))
+        Ok(shape(template, spec, vmm, &cpu, seal))
     }
 
     /// It cannot be restored here.
@@ -165,11 +175,10 @@ impl Core {
             Err(StoreError { kind: ErrorKind::NotFound, .. }) => return Ok(None),
             other => other.doing("fetch a booted template")?,
         };
-        // Nothing else names its digest; its sections have their own.
-        let manifest =
-            Manifest::decode(&object.bytes).map_err(|e| Error::Damaged { object: key.clone(), source: e.into() })?;
+        // Nothing else names its digest: its sections have their own, and its seal says that it is ours.
         let named = ManifestRef { key, digest: Digest::of(&object.bytes) };
-        let known = Arc::new(KnownPacks::of(&manifest));
+        let (manifest, keys) = self.open_manifest(&named, &object.bytes)?;
+        let known = Arc::new(KnownPacks::of(&manifest, keys));
         Ok(Some((Golden { manifest: named, bytes: object.bytes, known }, manifest)))
     }
 
@@ -179,7 +188,8 @@ impl Core {
             return;
         }
         let core = self.clone();
-        let spec = Spec { env_vars: std::collections::BTreeMap::new(), network_policy: None, ..spec.clone() };
+        let (env_vars, network_policy) = (std::collections::BTreeMap::new(), None);
+        let spec = Spec { env_vars, network_policy, authority: None, ..spec.clone() };
         tokio::spawn(async move {
             tokio::time::sleep(MAKE_AFTER).await;
             let _one = core.goldens.one_at_a_time.lock().await;
@@ -207,7 +217,9 @@ fn manifest_key(owner: &Owner) -> String {
 
 async fn boot_and_capture(core: &Arc<Core>, template: &Template, spec: Spec, shape: Digest) -> Result<Golden, Error> {
     // A sandbox in name only: neither registry nor journal knows it, so a restarted supervisor ends its VMM.
-    let sandbox = Sandbox::unlisted(Record::new(SandboxId::new(&core.sources), String::new(), spec));
+    let mut record = Record::new(SandboxId::new(&core.sources), String::new(), spec);
+    record.data_key = core.draw_data_key();
+    let sandbox = Sandbox::unlisted(record);
     let vm = Arc::new(core.idle_vmm(&core.run_dir(sandbox.id.as_str()), &sandbox).await?);
     let outcome = capture_booted(core, &sandbox, &vm, template, shape).await;
     vm.let_go();
@@ -222,7 +234,7 @@ async fn capture_booted(
     template: &Template,
     shape: Digest,
 ) -> Result<Golden, Error> {
-    core.boot(sandbox, vm, template, None).await?;
+    core.boot(sandbox, vm, template, None, None).await?;
     let stopped = vm.client.pause().await.map_err(vmm_error(sandbox, vm, "stop the guest"))?;
     reach(Point::GuestParked);
     let owner = Owner::template(shape);
@@ -240,7 +252,7 @@ async fn capture_booted(
     match (core.fetch_golden(shape).await?, published) {
         (Some((golden, manifest)), published) => {
             let ours = manifest.packs.iter().any(|pack| pack.key.starts_with(generation.prefix()));
-            let known = KnownPacks::of(&manifest);
+            let known = KnownPacks::of(&manifest, Vec::new());
             let unwritten: Vec<_> = granted.into_iter().filter(|key| !known.names(key)).collect();
             let leftovers = if ours { published.map(|p| p.leftovers).unwrap_or_default() } else { unwritten.clone() };
             core.clean_up(leftovers, unwritten);
@@ -280,18 +292,20 @@ mod tests {
     #[test]
     fn whatever_a_capture_depends_on_is_in_its_name() {
         let (template, spec) = (template(), sample("sbx-a").spec);
-        let name = shape(&template, &spec, "vmm", "cpu");
-        assert_eq!(name, shape(&Template { name: "u".to_owned(), ..template.clone() }, &spec, "vmm", "cpu"));
+        let name = shape(&template, &spec, "vmm", "cpu", "");
+        assert_eq!(name, shape(&Template { name: "u".to_owned(), ..template.clone() }, &spec, "vmm", "cpu", ""));
         let others = [
-            shape(&Template { digest: "e".repeat(64), ..template.clone() }, &spec, "vmm", "cpu"),
-            shape(&Template { ready: Ready::Serial("R".to_owned()), ..template.clone() }, &spec, "vmm", "cpu"),
-            shape(&template, &Spec { memory_mib: spec.memory_mib + 2, ..spec.clone() }, "vmm", "cpu"),
-            shape(&template, &Spec { vcpu: spec.vcpu + 1, ..spec.clone() }, "vmm", "cpu"),
-            shape(&template, &spec, "vmm2", "cpu"),
-            shape(&template, &spec, "vmm", "cpu2"),
+            shape(&Template { digest: "e".repeat(64), ..template.clone() }, &spec, "vmm", "cpu", ""),
+            shape(&Template { ready: Ready::Serial("R".to_owned()), ..template.clone() }, &spec, "vmm", "cpu", ""),
+            shape(&template, &Spec { memory_mib: spec.memory_mib + 2, ..spec.clone() }, "vmm", "cpu", ""),
+            shape(&template, &Spec { vcpu: spec.vcpu + 1, ..spec.clone() }, "vmm", "cpu", ""),
+            shape(&template, &spec, "vmm2", "cpu", ""),
+            shape(&template, &spec, "vmm", "cpu2", ""),
+            shape(&template, &spec, "vmm", "cpu", "sealed"),
+            shape(&template, &Spec { network: true, ..spec.clone() }, "vmm", "cpu", ""),
         ];
         assert!(others.iter().all(|other| *other != name));
-        assert_eq!(shape(&template, &Spec { timeout_s: 1, ..spec }, "vmm", "cpu"), name);
+        assert_eq!(shape(&template, &Spec { timeout_s: 1, ..spec }, "vmm", "cpu", ""), name);
         assert_ne!(cpu_of("vendor_id : A\nflags : x\n"), cpu_of("vendor_id : A\nflags : y\n"));
     }
 

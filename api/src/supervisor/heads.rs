@@ -8,7 +8,7 @@ use crate::registry::Sandbox;
 use crate::states::{Event, State};
 use crate::store::place;
 use stasis_snapshot::commit::{
-    Attempt, Backoff, Change, Current, HeadError, HeadState, ObjectHead, Outcome, Register, Sent,
+    Attempt, Backoff, Change, Current, Head, HeadError, HeadState, ObjectHead, Outcome, Register, Sent,
 };
 use stasis_snapshot::ids::CommitId;
 
@@ -51,8 +51,21 @@ impl Core {
             return Ok(Some(Current { head, etag }));
         }
         let head = self.register(sandbox)?.read().await.doing("read the head")?;
+        if let Some(current) = &head {
+            self.check_floor(sandbox, &current.head)?;
+        }
         sandbox.set_head(head.clone());
         Ok(head)
+    }
+
+    /// Refuses a head that is older than the last one that the journal knows: sequence numbers only rise. What happened since, on other hosts, no
+    /// seal can tell. A head that `stasis repair` wrote in the place of a lost one begins anew.
+    fn check_floor(&self, sandbox: &Sandbox, head: &Head) -> Result<(), Error> {
+        let known = sandbox.record().seq;
+        if head.seq < known && self.store.seals().is_on() && head.owner != crate::cli::REPAIR_OWNER {
+            return Err(Error::RolledBack { id: sandbox.id.clone(), found: head.seq, known });
+        }
+        Ok(())
     }
 
     /// The head of a sandbox whose guest runs here. One that is not ours, or not live, says that somebody has taken the sandbox over: nothing of

@@ -2,6 +2,7 @@
 
 use super::Core;
 use super::files::{Disks, duplicate, guest_memory};
+use super::network;
 use super::start::StoredDisks;
 use crate::agent_client::{Agent, AgentFailure};
 use crate::error::Error;
@@ -16,6 +17,7 @@ use stasis_agent::protocol::{Identity, WakeRequest};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{BootRequest, FdToken, MachineConfig, PrepareRequest, VmState};
+use stasis_warden::jail::limits::Size;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -51,7 +53,7 @@ impl Core {
         let size = PrepareRequest { vcpus: spec.vcpu, memory_mib: spec.memory_mib };
         match self.pool.take(run_dir, size) {
             Some(vm) => Ok(vm),
-            None => Vmm::spawn(&self.vmm_program, sandbox.id.as_str(), run_dir, self.config.deadlines.control())
+            None => Vmm::spawn(&self.launcher, sandbox.id.as_str(), run_dir, self.config.deadlines.control())
                 .await
                 .map_err(|source| Error::Local { action: "start a VMM".to_owned(), source }),
         }
@@ -61,6 +63,11 @@ impl Core {
     pub(super) fn attach(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: &Arc<Vmm>) {
         sandbox.set_vm(Some(vm.clone()));
         sandbox.ahead(|spent| *spent = Spent::default());
+        let (spec, held) = (sandbox.record().spec, vm.clone());
+        let capture_mib = u32::try_from(self.config.limits.capture_memory_mib).unwrap_or(u32::MAX);
+        let size = Size { vcpus: spec.vcpu, memory_mib: spec.memory_mib, capture_mib };
+        // Until it is done those of the largest sandbox hold: a wake does not wait for it.
+        tokio::task::spawn_blocking(move || held.resize(size));
         let (core, sandbox, vm) = (self.clone(), sandbox.clone(), vm.clone());
         tokio::spawn(async move {
             vm.wait_ended().await;
@@ -82,6 +89,7 @@ impl Core {
         if let Some(vm) = sandbox.vm() {
             vm.end().await;
             reach(Point::VmmEnded);
+            self.disconnect(sandbox, &vm);
             sandbox.set_vm(None);
             close_memory(vm.take_memory());
         }
@@ -94,6 +102,7 @@ impl Core {
     pub(super) async fn unpark(&self, sandbox: &Sandbox, vm: &Vmm) -> Result<(), Error> {
         let limit = self.config.deadlines.control();
         let unpark = async {
+            self.raise_network(sandbox, vm).await?;
             loop {
                 match vm.client.status().await.map_err(vmm_error(sandbox, vm, "ask for its state"))?.state {
                     VmState::Running => return Ok(()),
@@ -193,13 +202,14 @@ impl Core {
         self.config.data_dir.join(super::RUN)
     }
 
-    /// Boots `template` in `vm` and waits until the guest is ready. Its disks hold what they held at the stop that `stored` is from, where
+    /// Boots `template` in `vm` and waits until the guest is ready. Its network, if the machine has a device for one, is `tap`; its disks hold what they held at the stop that `stored` is from, where
     /// there was one.
     pub(super) async fn boot(
         &self,
         sandbox: &Sandbox,
         vm: &Vmm,
         template: &Template,
+        tap: Option<File>,
         stored: Option<StoredDisks>,
     ) -> Result<(), Error> {
         let spec = sandbox.record().spec;
@@ -220,6 +230,11 @@ impl Core {
         };
         let memory = self.memory_to_keep()?;
         let memory_token = memory.as_deref().map(|file| self.enclose(&mut files, file)).transpose()?;
+        let tap = tap.map(|tap| {
+            let token = self.store.token();
+            files.push((token, tap));
+            token
+        });
         let disks_from = stored.map(|stored| stored.enclose(self, &mut files));
         let request = BootRequest {
             machine: MachineConfig {
@@ -227,12 +242,14 @@ impl Core {
                 memory_mib: spec.memory_mib,
                 vsock_cid: spec.agent.then_some(GUEST_CID),
                 exit_counter: template.exit_counter,
+                network: if spec.network { network::device() } else { None },
             },
             kernel,
             initramfs,
-            cmdline: template.cmdline.clone(),
+            cmdline: if spec.network { network::on_command_line(&template.cmdline) } else { template.cmdline.clone() },
             disks,
             memory: memory_token,
+            tap,
             disks_from,
             id: Some(sandbox.id.to_string()),
         };

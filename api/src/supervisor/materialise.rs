@@ -15,6 +15,7 @@ use crate::timing::Timing;
 use crate::vmm_process::Vmm;
 use stasis_snapshot::ids::CommitId;
 use stasis_snapshot::manifest::ManifestRef;
+use stasis_snapshot::seal::DataKey;
 use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{Paging, RestoreReport, RestoreRequest};
 use std::fs::File;
@@ -71,23 +72,26 @@ pub(super) struct Source {
     pub(super) manifest: File,
     pub(super) grants: Grants,
     pub(super) known: Arc<KnownPacks>,
+    /// Of packs and a state that are encrypted.
+    pub(super) keys: Vec<DataKey>,
     pub(super) took: Duration,
 }
 
-/// The manifest, from memory or from the store.
+/// The manifest, from memory or from the store. `memory_is_here`: few packs will be read, if any, so none gets a local file that has none yet.
 pub(super) async fn source(
     core: &Core,
     sandbox: &Sandbox,
     spec: &Spec,
     named: &ManifestRef,
     held: Option<(File, Arc<KnownPacks>)>,
+    memory_is_here: bool,
 ) -> Result<Source, Error> {
     let begun = Instant::now();
     let (manifest, known) = if let Some(held) = held {
         held
     } else {
-        let (manifest, bytes) = core.fetch_manifest(named).await?;
-        let found = KnownPacks::of(&manifest);
+        let (manifest, keys, bytes) = core.fetch_manifest(named).await?;
+        let found = KnownPacks::of(&manifest, keys);
         let known = sandbox.known_packs().filter(|known| known.equals(&found)).unwrap_or_else(|| Arc::new(found));
         (in_memory("manifest", &bytes)?, known)
     };
@@ -102,8 +106,9 @@ pub(super) async fn source(
         Some(signed) => Grants { objects: signed.objects.clone(), files: Vec::new() },
         None => core.store.grant_gets(known.keys().cloned().collect(), GRANT_LIFE).await?,
     };
-    core.add_cache_files(&mut grants);
-    Ok(Source { manifest, grants, known, took: begun.elapsed() })
+    core.add_cache_files(&mut grants, !memory_is_here);
+    let keys = core.keys_to_restore(&named.key, &known)?;
+    Ok(Source { manifest, grants, known, keys, took: begun.elapsed() })
 }
 
 impl Core {
@@ -132,10 +137,21 @@ pub(super) async fn materialise(
     let spec = sandbox.record().spec;
     let share = core.shares.join(None);
     let begun = Instant::now();
-    let start = async { (core.start_vmm(sandbox).await, begun.elapsed()) };
-    let (rootfs, source, (vm, spawned)) =
-        tokio::join!(find_rootfs(core, &spec), source(core, sandbox, &spec, named, held.manifest), start);
-    let (rootfs, source, vm) = (rootfs?, source?, vm?);
+    let start = async {
+        let started = core.start_vmm(sandbox).await;
+        let spawned = begun.elapsed();
+        let connected = match started {
+            Ok(vm) => core.connect(sandbox, &vm).await.map(|tap| (vm, tap)),
+            Err(error) => Err(error),
+        };
+        (connected, spawned)
+    };
+    let (rootfs, source, (vm, spawned)) = tokio::join!(
+        find_rootfs(core, &spec),
+        source(core, sandbox, &spec, named, held.manifest, held.memory.is_some()),
+        start
+    );
+    let (rootfs, source, (vm, tap)) = (rootfs?, source?, vm?);
     let Disks { mut files, disks } = core.disks(&spec, rootfs.as_deref())?;
     let manifest = core.store.token();
     files.push((manifest, source.manifest));
@@ -149,6 +165,11 @@ pub(super) async fn materialise(
         None => (core.memory_to_keep()?, None),
     };
     let memory_token = memory.as_deref().map(|file| core.enclose(&mut files, file)).transpose()?;
+    let tap = tap.map(|tap| {
+        let token = core.store.token();
+        files.push((token, tap));
+        token
+    });
     let request = RestoreRequest {
         manifest,
         manifest_digest: named.digest.to_string(),
@@ -157,6 +178,8 @@ pub(super) async fn materialise(
         generation_id: CommitId(core.sources.random::<16>()).to_string(),
         memory: memory_token,
         kept: notes,
+        keys: source.keys,
+        tap,
         paging: Paging {
             eager: false,
             connections: share.connections(),
@@ -181,6 +204,7 @@ pub(super) async fn materialise(
         ms: limit.as_millis(),
     })??;
     reach(Point::Restored);
+    core.trim_cache_if_due();
     if let Some(memory) = memory {
         vm.hold_memory(memory);
     }

@@ -8,6 +8,7 @@
 //! | `guest` | requests that need the guest; `git` is one kind of them |
 //! | `capture` | from a VM to packs and a stored manifest |
 //! | `settle` | the end of a pause or a stop: the head, and what may be done with the guest |
+//! | `data_keys` | what captures are encrypted under |
 //! | `draft` | what a VMM hands over at a capture, checked |
 //! | `materialise` | from a manifest to a VM |
 //! | `snapshots` | named snapshots |
@@ -17,6 +18,7 @@
 //! | `golden` | booted templates that creates start from |
 //! | `files` | the opened files that a VMM is handed |
 //! | `heads` | commits to the head that several operations share |
+//! | `network` | networks of sandboxes, and the egress process |
 //! | `machine` | VMMs: started, booted, watched, lost |
 //! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
 //! | `catalogue` | sandboxes found in the bucket |
@@ -39,6 +41,7 @@ mod capture;
 pub mod catalogue;
 mod collect;
 mod create;
+mod data_keys;
 mod delete;
 mod draft;
 mod execute;
@@ -52,6 +55,7 @@ mod identity;
 mod image;
 mod machine;
 mod materialise;
+pub mod network;
 mod pause;
 mod pressure;
 mod restart;
@@ -64,6 +68,7 @@ pub mod templates;
 mod timers;
 
 use self::golden::Goldens;
+use self::network::Networking;
 use self::snapshots::Reservations;
 use self::templates::Builds;
 use crate::block_indexes::BlockIndexes;
@@ -74,6 +79,7 @@ use crate::front::{self, Front};
 use crate::host::{self, Kvm};
 use crate::journal::Journal;
 use crate::kept_memory::KeptMemory;
+use crate::launcher::Launcher;
 use crate::memory_pressure;
 use crate::metrics::Metrics;
 use crate::rate::Rates;
@@ -81,10 +87,12 @@ use crate::registry::Registry;
 use crate::sources::Sources;
 use crate::states::State;
 use crate::store::Store;
+use crate::telemetry::Telemetry;
 use crate::template::Templates;
 use crate::template::uploads::Uploads;
 use crate::vmm_pool::VmmPool;
 use futures::StreamExt as _;
+use opentelemetry::context::FutureExt as _;
 use rustix::fs::{FlockOperation, flock};
 use stasis_snapshot::pager::cache_dir::CacheDir;
 use std::fs::{self, File};
@@ -147,13 +155,19 @@ pub struct Core {
     pub goldens: Goldens,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Traces.
+    pub telemetry: Telemetry,
     /// Names of snapshots that are being made.
     pub snapshot_names: Reservations,
     /// Requests a minute.
     pub rates: Rates,
+    /// Networks of sandboxes.
+    pub network: Networking,
     /// Cancelled when the supervisor ends: answers without an end of their own end then.
     pub ending: CancellationToken,
     vmm_program: PathBuf,
+    /// Starts VMMs.
+    pub launcher: Arc<Launcher>,
     /// Held from counting sandboxes to adding one, so that two requests cannot both take the last place.
     admission: Mutex<()>,
     /// Held from reading a head to taking the sandbox up: of two that find the same one, the later might put it back to where it was.
@@ -201,6 +215,7 @@ impl Supervisor {
         let journal = Arc::new(Journal::open(&config.data_dir.join(JOURNAL))?);
         let owner = identity::owner(&journal, &config.data_dir, &sources)?;
         let metrics = Arc::new(Metrics::default());
+        let telemetry = Telemetry::start(&config.telemetry, &owner)?;
         let store = Store::open(&config, &owner, &sources, &metrics).await?;
         for caveat in store.caveats() {
             tracing::warn!("the store: {caveat}");
@@ -221,8 +236,17 @@ impl Supervisor {
             TcpListener::bind(config.listen).await.map_err(local(format!("listen on {} (listen)", config.listen)))?;
         let tls = front::tls::of(&config.tls)?;
         let addr = listener.local_addr().map_err(local("find the port".to_owned()))?;
-        let pool =
-            VmmPool::new(&vmm_program, &config.data_dir.join(RUN), config.warm.vmm_pool, config.deadlines.control());
+        let (settings, program) = (config.clone(), vmm_program.clone());
+        let launcher = tokio::task::spawn_blocking(move || Launcher::new(&settings, &program));
+        let launcher =
+            Arc::new(launcher.await.map_err(|e| local("find a warden".to_owned())(std::io::Error::other(e)))??);
+        let network = Networking::open(&config, &launcher).await?;
+        let pool = VmmPool::new(
+            launcher.clone(),
+            &config.data_dir.join(RUN),
+            config.warm.vmm_pool,
+            config.deadlines.control(),
+        );
         let stop = CancellationToken::new();
         let core = Arc::new(Core {
             kept: KeptMemory::new(config.warm.keep_memory_bytes(memory_pressure::host_bytes())),
@@ -233,6 +257,7 @@ impl Supervisor {
             goldens: Goldens::default(),
             builds: Builds::new(uploads, config.templates.builds),
             metrics,
+            telemetry,
             snapshot_names: Reservations::default(),
             rates: Rates::new(config.limits.requests_per_minute, config.limits.host_requests_per_minute),
             config,
@@ -245,11 +270,14 @@ impl Supervisor {
             kvm,
             ending: stop.clone(),
             vmm_program,
+            launcher,
+            network,
             admission: Mutex::new(()),
             adoption: tokio::sync::Mutex::default(),
         });
         let front = Front::new(core.clone(), tls)?;
         restart::run(&core).await?;
+        core.settle_networks().await?;
         let (pooled, pool_stop) = (core.clone(), stop.clone());
         let pool = tokio::spawn(async move { pooled.pool.run(pool_stop).await });
         let background = vec![
@@ -257,6 +285,7 @@ impl Supervisor {
             tokio::spawn(pressure::run(core.clone(), stop.clone())),
             tokio::spawn(ahead::run(core.clone(), stop.clone())),
             tokio::spawn(collect::run(core.clone(), stop.clone())),
+            tokio::spawn(network::run(core.clone(), stop.clone())),
         ];
         let server = tokio::spawn(front::serve(listener, front, stop.clone()));
         tracing::info!(%addr, owner = core.owner, "stasis serves");
@@ -317,6 +346,9 @@ impl Supervisor {
         if tokio::time::timeout(DRAIN, idle).await.is_err() {
             tracing::warn!("operations under way are left to the next start");
         }
+        let core = self.core.clone();
+        // Its result is what it logs.
+        let _ = tokio::task::spawn_blocking(move || core.telemetry.end()).await;
     }
 }
 
@@ -355,8 +387,8 @@ fn take_lock(config: &Config) -> Result<File, Error> {
 async fn detached<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
-    // In the request's span, so that its log has the request's id.
-    match tokio::spawn(operation.in_current_span()).await {
+    // In the request's span, so that its log has the request's id, and in its trace.
+    match tokio::spawn(operation.in_current_span().with_current_context()).await {
         Ok(outcome) => outcome,
         Err(error) => {
             tracing::error!(%error, "an operation did not end");

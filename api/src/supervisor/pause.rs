@@ -108,6 +108,7 @@ async fn prepare(
     let control = core.config.deadlines.control();
     sandbox.set_phase(Some("stop"));
     let begun = Instant::now();
+    core.lower_network(sandbox, vm).await?;
     let report = tokio::time::timeout(control, vm.client.pause())
         .await
         .map_err(|_| Error::Deadline { id: sandbox.id.clone(), what: "stopping the guest", ms: control.as_millis() })?

@@ -1,7 +1,8 @@
 //! What a restarted supervisor does: each sandbox ends in a state of the table, or is reported lost with the reason.
 //!
 //! [`plan`] decides from three facts: the journaled state, whether its VMM lives, and whether a head PUT may have been sent. Which VMMs live
-//! is read from the process table (a VMM names its run directory), so that one that was started just before the kill is found too.
+//! is read from their run directories, where each is written down before it runs, so that one that was started just before the kill is
+//! found too.
 
 use super::Core;
 use super::delete::delete_locked;
@@ -65,7 +66,7 @@ pub(super) async fn run(core: &Arc<Core>) -> Result<(), Error> {
     std::fs::create_dir_all(&root).map_err(local("make the run directory"))?;
     let mut alive = HashMap::new();
     for (identity, dir) in find_under(&root).map_err(local("look for VMMs"))? {
-        if let (Some(vm), Some(id)) = (Vmm::adopt(&identity, &dir), dir.file_name()) {
+        if let (Some(vm), Some(id)) = (Vmm::adopt(&identity, &dir, &core.launcher), dir.file_name()) {
             alive.insert(id.to_string_lossy().into_owned(), Arc::new(vm));
         }
     }
@@ -73,6 +74,7 @@ pub(super) async fn run(core: &Arc<Core>) -> Result<(), Error> {
     for operation in core.journal.interrupted()? {
         interrupted.entry(operation.sandbox.clone()).or_default().push(operation);
     }
+    core.renew_data_keys()?;
     let sandboxes = core.registry.all();
     if sandboxes.is_empty() {
         super::catalogue::recover_at_start(core).await;

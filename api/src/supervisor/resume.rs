@@ -185,11 +185,13 @@ fn claim_of(core: &Core, sandbox: &Sandbox, current: &Current) -> Result<Attempt
 async fn go(core: &Core, sandbox: &Sandbox, vm: &Vmm, timing: &mut Timing) -> Result<(), Error> {
     sandbox.set_phase(Some("wake"));
     let begun = Instant::now();
+    core.raise_network(sandbox, vm).await?;
     vm.client.resume().await.map_err(vmm_error(sandbox, vm, "let it run"))?;
     reach(Point::GuestRuns);
     timing.since("run", begun);
     let begun = Instant::now();
     core.tell_wake(sandbox, vm, None).await?;
+    core.tell_trust(sandbox, vm, false).await?;
     timing.since("wake", begun);
     Ok(())
 }

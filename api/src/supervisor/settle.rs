@@ -114,6 +114,7 @@ fn free(core: &Arc<Core>, sandbox: &Sandbox, ready: &mut ReadyToCommit) {
     if let Some(vm) = sandbox.vm() {
         vm.let_go();
         reach(Point::VmmLetGo);
+        core.disconnect(sandbox, &vm);
         sandbox.set_vm(None);
     }
     if let Some(known) = &ready.known {

@@ -218,6 +218,9 @@ async fn take(
         spec: sandbox.record().spec,
         manifest: published.manifest,
     };
+    if let Some(policy) = &snapshot.spec.network_policy {
+        core.journal.share_secrets(id, policy.secrets())?;
+    }
     commit_head(core, sandbox, &snapshot, commit).await?;
     timing.since("head", begun);
     let unwritten = granted.into_iter().filter(|key| !published.known.names(key)).collect();
@@ -349,8 +352,9 @@ pub async fn delete(core: &Arc<Core>, tenant: &str, id: &str) -> Result<(), Erro
     if let Some(user) = user_of(core, tenant, id) {
         return Err(Error::SnapshotInUse { snapshot: id.to_owned(), sandbox: user });
     }
-    let settle = core.config.deadlines.settle();
+    let (settle, core, id) = (core.config.deadlines.settle(), core.clone(), id.to_owned());
     detached(async move {
+        core.journal.forget_secrets(&id)?;
         reach(Point::HeadSends);
         let outcome = register.commit(&attempt, Sent::Never, &mut Backoff::within(settle)).await;
         reach(Point::HeadSettled);

@@ -15,6 +15,7 @@ use crate::template::Template;
 use crate::timing::Timing;
 use stasis_snapshot::commit::{Attempt, Current, HeadState};
 use stasis_snapshot::manifest::ManifestRef;
+use stasis_snapshot::seal::DataKey;
 use stasis_vmm::control::types::{DisksFrom, FdToken};
 use std::fs::File;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ pub(super) struct StoredDisks {
     manifest: File,
     digest: String,
     grants: Grants,
+    keys: Vec<DataKey>,
     connections: u16,
 }
 
@@ -37,7 +39,13 @@ impl StoredDisks {
         let manifest = core.store.token();
         files.push((manifest, self.manifest));
         files.extend(self.grants.files);
-        DisksFrom { manifest, manifest_digest: self.digest, packs: self.grants.objects, connections: self.connections }
+        DisksFrom {
+            manifest,
+            manifest_digest: self.digest,
+            packs: self.grants.objects,
+            connections: self.connections,
+            keys: self.keys,
+        }
     }
 }
 
@@ -112,12 +120,14 @@ async fn boot(
     sandbox.set_phase(Some("boot"));
     let share = core.shares.join(None);
     let (source, vm) =
-        tokio::join!(materialise::source(core, sandbox, &spec, &manifest, None), core.start_vmm(sandbox));
-    let (Source { manifest: encoded, grants, known, took }, vm) = (source?, vm?);
+        tokio::join!(materialise::source(core, sandbox, &spec, &manifest, None, false), core.start_vmm(sandbox));
+    let (Source { manifest: encoded, grants, known, keys, took }, vm) = (source?, vm?);
     timing.phase("manifest", took);
     let digest = manifest.digest.to_string();
-    let stored = StoredDisks { manifest: encoded, digest, grants, connections: share.connections() };
-    core.boot(sandbox, &vm, &template, Some(stored)).await?;
+    let stored = StoredDisks { manifest: encoded, digest, grants, keys, connections: share.connections() };
+    let tap = core.connect(sandbox, &vm).await?;
+    core.raise_network(sandbox, &vm).await?;
+    core.boot(sandbox, &vm, &template, tap, Some(stored)).await?;
     core.tell_image(sandbox, &template).await?;
     sandbox.set_known_packs(Some(known));
     timing.since("boot", begun);

@@ -5,6 +5,7 @@
 //! before that is looked at for the last time: a create that comes later does not find it, and one that came before is in the registry.
 
 use super::{Core, blocking, detached, snapshots};
+use crate::admission::Scope;
 use crate::error::Error;
 use crate::image::{self, ImageError, Progress, Stand};
 use crate::sources::UnixMs;
@@ -159,9 +160,15 @@ fn reserve(core: &Core, job: &Arc<Job>) -> Result<(), Error> {
     if visible.iter().any(|t| t.name == job.name) || ours.iter().any(|other| other.name == job.name) {
         return Err(Error::TemplateExists(job.name.clone()));
     }
-    let most = core.config.templates.per_tenant;
-    if visible.iter().filter(|t| t.upload.is_some()).count() + ours.len() >= most {
-        return Err(Error::TooManyTemplates { most });
+    let building = jobs.iter().filter(|other| other.failed().is_none()).count();
+    let limits = &core.config.templates;
+    for (scope, most, taken) in [
+        (Scope::Tenant, limits.per_tenant, visible.iter().filter(|t| t.upload.is_some()).count() + ours.len()),
+        (Scope::Host, limits.per_host, core.templates.uploaded()? + building),
+    ] {
+        if taken >= most {
+            return Err(Error::TooManyTemplates { most, scope });
+        }
     }
     // A failure of that name is answered by this try.
     jobs.retain(|other| other.tenant != job.tenant || other.name != job.name);
@@ -180,8 +187,8 @@ async fn build(core: &Arc<Core>, job: &Arc<Job>, asked: &Upload) -> Result<Templ
         };
         let (work, rootfs) = (scratch.work(), scratch.rootfs());
         let limits = &core.config.templates;
-        let built =
-            image::build(&asked.reference, asked.credentials.as_ref(), limits, &work, &rootfs, &job.progress).await?;
+        let (credentials, now) = (asked.credentials.as_ref(), core.sources.now_ms());
+        let built = image::build(&asked.reference, credentials, limits, &work, &rootfs, &job.progress, now).await?;
         let (core, job) = (core.clone(), job.clone());
         blocking(move || publish(&core, &job, &scratch, &boot, built)).await
     };

@@ -33,6 +33,7 @@ pub mod files;
 pub mod git;
 pub mod host;
 pub mod live;
+pub mod network;
 pub mod presigned;
 pub mod process;
 pub mod sandboxes;

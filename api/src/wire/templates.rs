@@ -120,7 +120,7 @@ pub struct RegistryCredentials {
     pub aws_access_key_id: Option<String>,
     /// For `aws`: the key's secret.
     pub aws_secret_access_key: Option<String>,
-    /// For `aws`: where the registry is.
+    /// For `aws`: where the registry is, if its name does not say it.
     pub aws_region: Option<String>,
     /// For `gcp`: a service account's key file, as text.
     pub gcp_service_account_json: Option<String>,
@@ -132,7 +132,7 @@ pub struct RegistryCredentials {
     pub azure_tenant_id: Option<String>,
 }
 
-/// How a registry knows its clients. `aws` is refused: send its token as `basic`.
+/// How a registry knows its clients.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "snake_case", inline)]
 #[expect(missing_docs, reason = "the names say it; a description of each would be no enum in the document")]

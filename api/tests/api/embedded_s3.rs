@@ -152,11 +152,28 @@ async fn each_fault_shows_as_what_it_is() {
         assert!(error.maybe_applied, "{key}: {error}");
         assert_eq!(direct.get(key).await.is_ok(), applied, "{key}");
     }
-    proxy.add(Rule::once(Method::PUT, "late", Fault::ApplyLate(Duration::from_millis(300))));
+    proxy.add(Rule::once(Method::PUT, "late", Fault::ApplyLate(Duration::from_secs(3))));
     assert!(put("late").await.unwrap_err().maybe_applied);
     assert!(direct.get("late").await.is_err(), "not yet");
-    tokio::time::sleep(Duration::from_millis(800)).await;
-    assert!(direct.get("late").await.is_ok(), "it landed");
+    let lands = async {
+        while direct.get("late").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_mins(1), lands).await.expect("it never lands");
+
+    proxy.add(Rule::once(Method::PUT, "held", Fault::Hold));
+    let held = async {
+        while proxy.held() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let before = direct.get("held").await.is_err();
+        proxy.release();
+        before
+    };
+    let (stored, before) = tokio::join!(put("held"), held);
+    assert!(stored.is_ok() && before, "{stored:?} {before}");
+    assert_eq!(proxy.held(), 0);
 
     direct.put("whole", Bytes::from("whole object"), &Precondition::None).await.unwrap();
     proxy.add(Rule::once(Method::GET, "whole", Fault::FlipBit));

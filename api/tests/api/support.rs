@@ -5,7 +5,10 @@ use axum::http::{HeaderMap, Request, Response};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use serde_json::Value;
-use stasis_api::config::{Config, Deadlines, Gc, Invoke, Limits, RunAhead, StoreConfig, Templates, Tls, Warm};
+use stasis_api::config::{
+    Config, Deadlines, Gc, Invoke, Isolation, IsolationConfig, Limits, Network, RunAhead, Seal, StoreConfig, Telemetry,
+    Templates, Tls, Warm,
+};
 use stasis_api::error::Error;
 use stasis_api::record::Spec;
 use stasis_api::sources::Sources;
@@ -59,6 +62,10 @@ impl Place {
             invoke: Invoke::default(),
             tls: Tls::default(),
             templates: Templates::default(),
+            seal: Seal::default(),
+            network: Network::default(),
+            isolation: IsolationConfig { mode: Isolation::Off, warden: None },
+            telemetry: Telemetry::default(),
         }
     }
 
@@ -121,6 +128,8 @@ pub(crate) fn spec() -> Spec {
         env_vars: std::collections::BTreeMap::new(),
         port: None,
         network_policy: None,
+        network: false,
+        authority: None,
         snapshot: None,
         created_at: 1000,
     }

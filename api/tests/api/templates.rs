@@ -2,13 +2,15 @@
 
 use crate::support::{Answer, Place, Served, spec};
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Path as At, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, Request, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use serde_json::{Value, json};
 use stasis_api::config::{Config, Templates};
 use stasis_api::dev::layout::{Entry, Layout, Packing, archive};
+use stasis_api::sources::Sources;
 use stasis_api::supervisor::Supervisor;
 use stasis_snapshot::commit::HeadState;
 use std::net::SocketAddr;
@@ -185,8 +187,25 @@ async fn names_and_numbers_of_templates_are_limited() {
     let over = upload(&served, "third", "oci:app").await;
     assert_eq!(over.status, 409);
     assert!(over.body["message"].as_str().unwrap().contains("limit"), "{}", over.body);
+    assert_eq!(over.headers["retry-after"], "60");
     let id = served.get("/v1/template?query=second").await.body["items"][0]["id"].as_str().unwrap().to_owned();
     assert_eq!(served.call("PATCH", &format!("/v1/template/{id}"), r#"{"name":"app"}"#).await.status, 409);
+}
+
+#[tokio::test]
+async fn a_host_has_room_for_so_many_templates_of_all_together() {
+    let place = place();
+    app().write(&place.path("local/app"), "v1").unwrap();
+    let mut config = config(&place);
+    config.templates.per_host = 1;
+    let served = serve(config).await;
+    assert_eq!(upload(&served, "app", "oci:app").await.status, 201);
+    let (_, other) = served.supervisor.core().journal.create_key("other", "", &Sources::system()).unwrap();
+    let body = Body::from(json!({"name": "theirs", "uri": "oci:app"}).to_string());
+    let request = Request::post("/v1/template").header("authorization", other).body(body).unwrap();
+    let full = served.send(request).await;
+    assert_eq!((full.status, &full.headers["retry-after"]), (503, &"60".parse().unwrap()), "{}", full.body);
+    assert!(!full.body.to_string().contains("app"), "{}", full.body);
 }
 
 #[tokio::test]
@@ -375,4 +394,59 @@ async fn a_registry_that_lies_or_is_gone_is_told_from_a_bad_request() {
     assert!((400..=502).contains(&lied.status) && message.contains(&layer), "{} {message}", lied.status);
     let gone = tokio::time::timeout(Duration::from_mins(2), upload(&served, "app", "127.0.0.1:1/x")).await.unwrap();
     assert_eq!(gone.status, 502, "{}", gone.body);
+}
+
+/// Amazon's API: gives the registry's password for one key.
+async fn amazon() -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
+    let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+    let noted = seen.clone();
+    let answer = move |headers: HeaderMap, body: String| async move {
+        let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        noted.lock().unwrap().push(format!("{headers:?} {body}"));
+        let signed = "SignedHeaders=content-type;host;x-amz-date;x-amz-target, Signature=";
+        assert!(header("authorization").contains(signed), "{}", header("authorization"));
+        assert_eq!(header("x-amz-target"), "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken");
+        if header("authorization").contains("Credential=AKIDGOOD/") {
+            // `stranger:hush`
+            let token = json!({"authorizationToken": "c3RyYW5nZXI6aHVzaA==", "proxyEndpoint": "https://x"});
+            json!({"authorizationData": [token]}).to_string().into_response()
+        } else {
+            let refusal = json!({"__type": "UnrecognizedClientException", "message": "AKIDBAD is not known"});
+            (StatusCode::BAD_REQUEST, refusal.to_string()).into_response()
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let app = Router::new().route("/", axum::routing::post(answer));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    (addr, seen)
+}
+
+#[tokio::test]
+async fn a_key_of_amazons_opens_its_registry() {
+    let place = place();
+    let registry = Registry::start(Guard::Basic, app(), None).await;
+    let (amazon, seen) = amazon().await;
+    let mut config = registry.config(&place);
+    config.templates.ecr_endpoint = Some(format!("http://{amazon}/"));
+    let served = serve(config).await;
+    let ask = async |key: &str, region: Value| {
+        let credentials = json!({
+            "type": "aws", "aws_access_key_id": key, "aws_secret_access_key": "the-secret", "aws_region": region,
+        });
+        let body = json!({"name": "app", "uri": registry.uri(":v1"), "credentials": credentials});
+        served.call("POST", "/v1/template", &body.to_string()).await
+    };
+    let unsaid = ask("AKIDGOOD", Value::Null).await;
+    assert_eq!((unsaid.status, &unsaid.body["errors"][0]["field"]), (400, &json!("credentials.aws_region")));
+    let refused = ask("AKIDBAD", json!("eu-west-1")).await;
+    let message = refused.body["message"].as_str().unwrap();
+    assert_eq!(refused.status, 400, "{message}");
+    assert!(message.contains("UnrecognizedClientException") && !message.contains("AKIDBAD"), "{message}");
+    let made = ask("AKIDGOOD", json!("eu-west-1")).await;
+    assert_eq!(made.status, 201, "{}", made.body);
+    let asked = seen.lock().unwrap().clone();
+    assert_eq!(asked.len(), 2, "once for each pull");
+    assert!(asked.iter().all(|one| one.contains("/eu-west-1/ecr/aws4_request") && !one.contains("the-secret")));
+    assert!(registry.seen.lock().unwrap().iter().all(|line| !line.contains("AKID")), "the key is for Amazon alone");
 }

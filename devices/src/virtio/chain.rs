@@ -9,7 +9,8 @@ use std::collections::VecDeque;
 
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::bitmap::MS;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::DeviceError;
 use crate::GuestMemory;
@@ -124,6 +125,9 @@ fn indirect_table(descriptor: &Descriptor, queue_size: u16) -> Result<Table, Dev
     }
 }
 
+/// A piece of guest memory, as the host's kernel can be given it.
+pub type Slice<'m> = VolatileSlice<'m, MS<'m, GuestMemory>>;
+
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     address: GuestAddress,
@@ -131,7 +135,7 @@ struct Segment {
 }
 
 /// The buffers of one direction, consumed from the front; where one ends and the next begins does not show (virtio 1.2 §2.7.4).
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Buffers {
     segments: VecDeque<Segment>,
     remaining: u64,
@@ -163,6 +167,29 @@ impl Buffers {
             let (address, len) = self.take(data.len() - done);
             memory.write_slice(&data[done..done + len], address).map_err(DeviceError::Memory)?;
             done += len;
+        }
+        Ok(())
+    }
+
+    /// Cuts off the first `len` bytes.
+    pub fn split_front(&mut self, len: usize) -> Result<Self, DeviceError> {
+        self.require("first", len)?;
+        let mut front = Self::default();
+        while front.remaining < len as u64 {
+            let (address, taken) = self.take(len - front.remaining as usize);
+            front.segments.push_back(Segment { address, len: taken as u32 });
+            front.remaining += taken as u64;
+        }
+        Ok(front)
+    }
+
+    /// Appends what is left of the buffers to `slices`, for system calls that take many; nothing is consumed. A write through a slice does
+    /// not mark its pages: whoever makes it does.
+    pub fn slices<'m>(&self, memory: &'m GuestMemory, slices: &mut Vec<Slice<'m>>) -> Result<(), DeviceError> {
+        for segment in self.segments.iter().filter(|segment| segment.len != 0) {
+            for slice in GuestMemoryBackend::get_slices(memory, segment.address, segment.len as usize) {
+                slices.push(slice.map_err(DeviceError::Memory)?);
+            }
         }
         Ok(())
     }
@@ -259,6 +286,21 @@ mod tests {
         let mut written = [0; 10];
         memory.read_slice(&mut written, GuestAddress(0x4_0000)).unwrap();
         assert_eq!(written, [10, 11, 12, 13, 14, 15, 16, 17, 18, 0]);
+    }
+
+    #[test]
+    fn a_front_is_cut_off_and_the_rest_seen_as_slices() {
+        let memory = memory();
+        // The second buffer crosses from one region into the next.
+        let mut chain = walk(&memory, &[(0x100, 8, WRITE), (0x1_0000 - 30, 60, WRITE), (0x2_0000, 5, WRITE)]).unwrap();
+        let mut front = chain.writable.split_front(12).unwrap();
+        assert_eq!((front.remaining(), chain.writable.remaining()), (12, 61));
+        front.write(&memory, &[7; 12]).unwrap();
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1_0000 - 30)).unwrap(), 0x0707_0707);
+        let mut slices = Vec::new();
+        chain.writable.slices(&memory, &mut slices).unwrap();
+        assert_eq!(slices.iter().map(VolatileSlice::len).collect::<Vec<_>>(), [26, 30, 5]);
+        assert!(chain.writable.split_front(62).is_err());
     }
 
     #[test]

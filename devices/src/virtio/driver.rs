@@ -166,12 +166,14 @@ impl Driver {
         self.configure_queue(queue, size.into(), addresses);
     }
 
-    /// The whole initialisation with queues of `size` and all features of `features` that are offered.
+    /// The whole initialisation with queues of `size`, or less where the device has less, and all features of `features` that are offered.
     pub(crate) fn start(&mut self, size: u16, features: u64) {
         let features = features & self.offered() | F_VERSION_1;
         assert!(self.negotiate(features));
         for queue in 0..self.rings.len() {
-            self.set_up_queue(queue, size);
+            self.write(reg::VIRTIO_MMIO_QUEUE_SEL, queue as u32);
+            let most = self.read(reg::VIRTIO_MMIO_QUEUE_NUM_MAX) as u16;
+            self.set_up_queue(queue, size.min(most));
         }
         self.write(reg::VIRTIO_MMIO_STATUS, 15);
         assert_eq!(self.status(), 15);

@@ -311,8 +311,13 @@ impl MmioDevice {
         }
         let mut io = DeviceIo::new(&self.memory, &mut self.queues);
         let result = work(&mut *self.device, &mut io);
-        let (used, again) = (io.used, io.again);
+        let (used, again, config_changed) = (io.used, io.again, io.config_changed);
         self.completed += io.completed;
+        if config_changed {
+            // Before the interrupt: who reads the space because of it must find the new generation.
+            self.config_generation = self.config_generation.wrapping_add(1);
+            self.interrupt.raise(CONFIG_CHANGE);
+        }
         let wanted = (0u32..)
             .zip(&self.queues)
             .any(|(index, queue)| used & 1 << index != 0 && queue.wants_interrupt(&self.memory));

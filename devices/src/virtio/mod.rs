@@ -1,6 +1,6 @@
 //! Virtio 1.2 devices: the contract between a device model and its transport, and what both share.
 //!
-//! [`mmio`] is the transport: it owns registers, queues and the interrupt. [`block`], [`vsock`] and [`rng`] are device models behind
+//! [`mmio`] is the transport: it owns registers, queues and the interrupt. [`block`], [`vsock`], [`rng`] and [`net`] are device models behind
 //! [`VirtioDevice`]. [`chain`] and [`queue`] are the only code that looks at rings, and they trust nothing in them.
 //!
 //! # Faults
@@ -20,9 +20,11 @@ pub mod block;
 pub mod chain;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 mod status;
+mod timer;
 pub mod vsock;
 
 #[cfg(test)]
@@ -155,6 +157,8 @@ pub enum DeviceState {
     Vsock(vsock::VsockState),
     /// Of a [`rng::Rng`].
     Rng(rng::RngState),
+    /// Of a [`net::Net`].
+    Net(net::NetState),
 }
 
 /// A device model behind a transport. All calls come under the transport's lock; those with a [`DeviceIo`] from the I/O thread or,
@@ -213,11 +217,12 @@ pub struct DeviceIo<'a> {
     /// One bit per queue: more work remains.
     again: u32,
     completed: u64,
+    config_changed: bool,
 }
 
 impl<'a> DeviceIo<'a> {
     fn new(memory: &'a GuestMemory, queues: &'a mut [VirtQueue]) -> Self {
-        Self { memory, queues, used: 0, again: 0, completed: 0 }
+        Self { memory, queues, used: 0, again: 0, completed: 0, config_changed: false }
     }
 
     /// Guest memory.
@@ -230,7 +235,8 @@ impl<'a> DeviceIo<'a> {
         self.queues[queue].pop(self.memory)
     }
 
-    /// Gives back the chain taken last from `queue`, untouched: the next [`pop`](Self::pop) answers it again.
+    /// Gives back the chain taken last from `queue`, untouched: the next [`pop`](Self::pop) answers it again. Once for each chain that was
+    /// taken, the last one first.
     pub fn unpop(&mut self, queue: usize) {
         self.queues[queue].unpop();
     }
@@ -252,6 +258,19 @@ impl<'a> DeviceIo<'a> {
         self.used |= 1 << queue;
         self.completed += 1;
         Ok(())
+    }
+
+    /// Returns chains of `queue` that the driver must find together: none of them is in the used ring before all are.
+    pub fn complete_together(&mut self, queue: usize, used: &[(u16, u32)]) -> Result<(), DeviceError> {
+        self.queues[queue].complete_together(self.memory, used)?;
+        self.used |= 1 << queue;
+        self.completed += used.len() as u64;
+        Ok(())
+    }
+
+    /// Tells the driver, when the device's call returns, that the configuration space has another content.
+    pub fn config_changed(&mut self) {
+        self.config_changed = true;
     }
 
     /// Asks for another call of [`VirtioDevice::process_queue`] after other devices had their turn.

@@ -14,6 +14,11 @@ use super::chain::Chain;
 use super::{DeviceError, RestoreError};
 use crate::GuestMemory;
 
+/// Flags and index in front of a used ring's elements.
+const USED_RING_HEADER_BYTES: u64 = 4;
+/// Head and length.
+const USED_ELEMENT_BYTES: u64 = 8;
+
 /// Saved state of a [`VirtQueue`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
@@ -164,6 +169,26 @@ impl VirtQueue {
             }
             None => Ok(()),
         }
+    }
+
+    /// Puts chains in the used ring that the driver must find together: their elements are all there before the index says so.
+    pub fn complete_together(&mut self, memory: &GuestMemory, used: &[(u16, u32)]) -> Result<(), DeviceError> {
+        let index = self.index;
+        let Some(rings) = &mut self.rings else { return Ok(()) };
+        let broken = |source| DeviceError::Ring { queue: index, source };
+        let Some((&(last_head, last_written), before)) = used.split_last() else { return Ok(()) };
+        let first = rings.next_used();
+        for (offset, &(head, written)) in (0_u16..).zip(before) {
+            let slot = u64::from(first.wrapping_add(offset) % rings.size());
+            let at = GuestAddress(rings.used_ring() + USED_RING_HEADER_BYTES + slot * USED_ELEMENT_BYTES);
+            let element = u64::from(written) << 32 | u64::from(head);
+            memory
+                .write_obj(element.to_le(), at)
+                .map_err(|source| broken(virtio_queue::Error::GuestMemory(source.into())))?;
+        }
+        // The last element and the index, in the order that a driver needs.
+        rings.set_next_used(first.wrapping_add(before.len() as u16));
+        rings.add_used(memory, last_head, last_written).map_err(broken)
     }
 
     /// Whether the driver wants to hear of used buffers (virtio 1.2 §2.7.7). In doubt, yes.

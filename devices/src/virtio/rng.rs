@@ -90,7 +90,7 @@ impl VirtioDevice for Rng {
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         match state {
             DeviceState::Rng(RngState {}) => Ok(()),
-            DeviceState::Block(_) | DeviceState::Vsock(_) => Err(RestoreError::Foreign),
+            DeviceState::Block(_) | DeviceState::Vsock(_) | DeviceState::Net(_) => Err(RestoreError::Foreign),
         }
     }
 }

@@ -22,6 +22,7 @@ use tokio::time::{sleep, timeout};
 use crate::accounts::{Account, Accounts};
 use crate::image::{self, Image};
 use crate::reaper::{Process, Reaper};
+use crate::trust;
 
 /// What a command finds in its environment beside its user's variables, unless the request says otherwise.
 const ENVIRONMENT: [(&str, &str); 2] =
@@ -171,7 +172,7 @@ pub(crate) fn command_in(
     let shell = if user.shell.is_empty() { SHELL } else { &user.shell };
     command.current_dir(&directory).env_clear().envs(ENVIRONMENT);
     command.env("HOME", &user.home).env("USER", &user.name).env("LOGNAME", &user.name).env("SHELL", shell);
-    command.envs(image.iter().flat_map(|image| &image.env));
+    command.envs(image.iter().flat_map(|image| &image.env)).envs(trust::variables());
     command.env("PWD", directory).envs(env);
     let switch = (geteuid().as_raw() != user.uid).then(|| Switch::to(user));
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are system calls, and nothing is allocated or freed.

@@ -17,6 +17,8 @@ use rustix::net::{AddressFamily, SocketType, socket};
 use rustix::process::{Resource, Rlimit, Signal, WaitOptions, chdir, chroot, setrlimit, setsid, wait};
 use rustix::system::{RebootCommand, finit_module, reboot, sethostname};
 
+use crate::network::Network;
+
 /// A file system of the kernel's own that a Linux guest expects.
 struct Mount {
     kind: &'static str,
@@ -98,6 +100,12 @@ pub(crate) fn set_up() -> Result<(), InitError> {
     }
     warn(set_host_name());
     warn(loopback_up().map_err(failed("bring up", "lo")));
+    // Nothing that the host needs runs over it: a guest without it can still be asked what is wrong.
+    if let Err(error) =
+        Network::from_command_line(&line).and_then(|network| network.map_or(Ok(()), |n| n.apply(Path::new("/"))))
+    {
+        crate::report(&error);
+    }
     warn(setrlimit(Resource::Nofile, OPEN_FILES).map_err(failed("raise the limit of", "open files")));
     // Already a session leader when the kernel started us; it is the children that must not share the console's.
     let _ = setsid();
@@ -231,7 +239,7 @@ fn set_host_name() -> Result<(), InitError> {
     sethostname(name.trim().as_bytes()).map_err(failed("set the host name", name.trim()))
 }
 
-fn loopback_up() -> io::Result<()> {
+pub(crate) fn loopback_up() -> io::Result<()> {
     let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     // SAFETY: an ifreq is plain data, for which all zeros is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

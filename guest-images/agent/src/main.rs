@@ -7,7 +7,9 @@
 //! - `image`: what a container image says about the processes in it, and its program
 //! - `files`: the guest's files
 //! - `terminals`: shells on pseudo-terminals
+//! - `trust`: the authority of the egress proxy in the trust store, and the variables that name it
 //! - `accounts`: users and groups by name
+//! - `network`: the interface, and the connections of before a restore
 //! - `wake`: clock and random pool after a restore
 //! - `server`: HTTP over vsock
 //! - `forward`: connections to TCP ports of the guest
@@ -22,9 +24,11 @@ mod forward;
 mod git;
 mod image;
 mod init;
+mod network;
 mod reaper;
 mod server;
 mod terminals;
+mod trust;
 mod wake;
 
 use std::error::Error;

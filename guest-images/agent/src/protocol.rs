@@ -10,6 +10,7 @@
 //! | `POST /v1/files/…` | see [`files`] | |
 //! | `POST /v1/git` | [`git::GitRequest`] | [`ExecReply`] |
 //! | `POST /v1/terminals/…` | see [`terminals`] | |
+//! | `POST /v1/trust` | [`trust::TrustRequest`] | [`trust::TrustReply`] |
 //!
 //! Refusals: 400, 403, 404, 409, 413, 500 or 507 with an [`AgentError`].
 //!
@@ -21,6 +22,7 @@
 pub mod files;
 pub mod git;
 pub mod terminals;
+pub mod trust;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

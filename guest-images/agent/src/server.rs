@@ -22,6 +22,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::de::DeserializeOwned;
 use stasis_agent::protocol::git::GitRequest;
+use stasis_agent::protocol::trust::TrustReply;
 use stasis_agent::protocol::{
     AgentError, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, PROTOCOL, System, WakeReply,
 };
@@ -36,6 +37,7 @@ use crate::git;
 use crate::image;
 use crate::reaper::Reaper;
 use crate::terminals::Registry;
+use crate::trust::{self, TrustError};
 use crate::wake::{self, WakeError};
 
 /// Connections served at once; the next one waits in the listener's queue.
@@ -107,6 +109,7 @@ pub(crate) fn router(reaper: Arc<Reaper>) -> Router {
         .route("/v1/git", post(run_git))
         .route("/v1/image", post(tell_image))
         .route("/v1/system", get(system))
+        .route("/v1/trust", post(install_trust))
         .merge(files::routes())
         .merge(terminals::routes(Registry::new(Arc::clone(&reaper))))
         .layer(DefaultBodyLimit::max(JSON_LIMIT))
@@ -161,6 +164,10 @@ async fn tell_image(State(reaper): State<Arc<Reaper>>, body: Bytes) -> Result<Js
     Ok(Json(image::tell(&reaper, request)))
 }
 
+async fn install_trust(body: Bytes) -> Result<Json<TrustReply>, Refusal> {
+    Ok(Json(trust::install(&parse(&body)?)?))
+}
+
 async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
     let received = Instant::now();
     Ok(Json(wake::apply(&parse(&body)?, received)?))
@@ -196,6 +203,16 @@ impl From<ExecError> for Refusal {
             ExecError::Start { .. } => None,
         };
         Self(StatusCode::BAD_REQUEST, AgentError { message: chain(&error), field: field.map(str::to_owned) })
+    }
+}
+
+impl From<TrustError> for Refusal {
+    fn from(error: TrustError) -> Self {
+        let (status, field) = match error {
+            TrustError::Certificate => (StatusCode::BAD_REQUEST, Some("certificate_pem")),
+            TrustError::Write { .. } => (StatusCode::INTERNAL_SERVER_ERROR, None),
+        };
+        Self(status, AgentError { message: chain(&error), field: field.map(str::to_owned) })
     }
 }
 

@@ -15,6 +15,8 @@ use base64::engine::general_purpose::STANDARD;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use stasis_agent::protocol::{Identity, WakeReply, WakeRequest};
 
+use crate::network::connections;
+
 const SEED_BYTES: usize = 32;
 const SEED_BYTES_C: libc::c_int = 32;
 const NANOSECONDS: i128 = 1_000_000_000;
@@ -56,6 +58,13 @@ pub(crate) fn apply(request: &WakeRequest, received: Instant) -> Result<WakeRepl
         check(identity)?;
     }
     reseed(seed)?;
+    // Only of a guest: an agent that is a process among others is on a machine that has not slept. A kernel that cannot leaves them to the
+    // resets of the host.
+    if std::process::id() == 1
+        && let Err(error) = connections::reset_all()
+    {
+        eprintln!("stasis-agent: connections of before the wake: {error}");
+    }
     if let Some(identity) = &request.identity {
         take_on(identity, Path::new("/"))?;
     }

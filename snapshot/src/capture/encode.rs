@@ -77,6 +77,8 @@ struct Bench {
 
 /// Benches and buffers that are free. The allocator would map and unmap such buffers each time, which costs more than to fill them.
 pub(super) struct Workshop {
+    /// Frames get their digests here, and not when they are encrypted.
+    digests: bool,
     /// As many of each as are kept.
     most: usize,
     benches: Mutex<Vec<Bench>>,
@@ -88,8 +90,8 @@ pub(super) struct Workshop {
 
 impl Workshop {
     /// For so many frames at once.
-    pub(super) fn new(most: usize) -> Self {
-        Self { most, benches: Mutex::default(), buffers: Mutex::default(), blocks: Mutex::default() }
+    pub(super) fn new(most: usize, digests: bool) -> Self {
+        Self { digests, most, benches: Mutex::default(), buffers: Mutex::default(), blocks: Mutex::default() }
     }
 
     /// A buffer for the pages of a block.
@@ -139,7 +141,7 @@ impl Workshop {
             Some(pages) => pages,
             None => gather(image, &blocks, &mut bench.gathered)?,
         };
-        let encoded = bench.encoder.encode(codec, pages, take(&self.buffers));
+        let encoded = bench.encoder.encode(codec, pages, take(&self.buffers), self.digests);
         let took = started.elapsed();
         if let Some(permit) = &mut permit {
             drop(permit.split(permit.num_permits().saturating_sub(encoded.bytes.len())));

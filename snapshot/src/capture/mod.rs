@@ -20,7 +20,7 @@
 
 use std::{io, ops::Range, sync::Arc};
 
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 mod block_index;
@@ -44,6 +44,7 @@ use crate::{
     image::{ImageMap, MapError},
     manifest::ImageKind,
     pack::{Codec, PackEntry},
+    seal::DataKey,
     store::StoreError,
 };
 
@@ -128,6 +129,9 @@ pub struct CaptureRequest {
     pub images: Vec<ImageInput>,
     /// The packs that the parents' maps refer to.
     pub parent_packs: Vec<PackEntry>,
+    /// Whose blocking threads scan and compress; the current runtime's otherwise. With threads of a lower priority a guest that runs meanwhile
+    /// comes first.
+    pub threads: Option<Handle>,
     /// Where packs go.
     pub sink: Arc<dyn PackSink>,
     /// How.
@@ -138,6 +142,8 @@ pub struct CaptureRequest {
     pub progress: Option<watch::Sender<Stats>>,
     /// How many PUTs may be in flight from now on, where that changes while the capture runs; [`Options::connections`] otherwise.
     pub connections: Option<watch::Receiver<u16>>,
+    /// Encrypts the packs under this key; the sink must know their keys beforehand.
+    pub seal: Option<DataKey>,
 }
 
 /// What a capture did so far.
@@ -157,6 +163,8 @@ pub struct Stats {
     pub sent_bytes: u64,
     /// Packs that are durable.
     pub packs: u32,
+    /// Processor time of the threads that scanned and compressed, µs.
+    pub cpu_us: u64,
 }
 
 /// Where the pages are now.
@@ -194,6 +202,8 @@ pub enum CaptureError {
     Cancelled,
     #[error("cannot read page {page} of {image}")]
     Read { image: String, page: u64, source: io::Error },
+    #[error("pack {n} cannot be encrypted: its key in the store is not known beforehand")]
+    Nameless { n: u32 },
     #[error("cannot store pack {n} of this capture")]
     Store { n: u32, source: StoreError },
     #[error("{image} cannot be captured")]

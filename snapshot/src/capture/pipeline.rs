@@ -13,13 +13,18 @@ use std::{
     iter::Peekable,
     mem,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use futures::{StreamExt, future::OptionFuture, stream::FuturesOrdered};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::{
+    runtime::Handle,
     sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch},
     task::{JoinError, JoinHandle, JoinSet, spawn_blocking},
 };
@@ -41,6 +46,7 @@ use crate::{
     image::MapError,
     pack::{FRAME_PAGES, HEADER_LEN, MAX_BOOT_PACK, PackBuilder},
     page::{self, PAGE_SIZE},
+    seal::{DataKey, PackCipher, TAG},
 };
 
 /// Pages scanned together: 2 MiB, if memory allows.
@@ -70,8 +76,8 @@ struct Stored {
 }
 
 impl OpenPack {
-    fn new(buffer: Vec<u8>, boot: bool) -> Self {
-        Self { builder: PackBuilder::within(buffer), placed: Vec::new(), boot, permit: None }
+    fn new(buffer: Vec<u8>, boot: bool, sealed: bool) -> Self {
+        Self { builder: PackBuilder::within(buffer, sealed), placed: Vec::new(), boot, permit: None }
     }
 
     /// Adds a frame and returns its buffer.
@@ -98,8 +104,23 @@ impl OpenPack {
         frame.encoded.bytes
     }
 
-    async fn store(self, n: u32, sink: Arc<dyn PackSink>) -> Result<Stored, CaptureError> {
-        let (bytes, mut entry) = self.builder.finish();
+    async fn store(self, n: u32, sink: Arc<dyn PackSink>, seal: Option<DataKey>) -> Result<Stored, CaptureError> {
+        let sealed = seal.as_ref().map(DataKey::id);
+        let builder = match seal {
+            None => self.builder,
+            Some(key) => {
+                // A key of its own for each name, which is never granted twice: what is sent again is the same bytes.
+                let cipher = PackCipher::new(&key, &sink.key(n).ok_or(CaptureError::Nameless { n })?);
+                let mut builder = self.builder;
+                let seal = spawn_blocking(move || {
+                    builder.seal(&cipher);
+                    builder
+                });
+                seal.await.map_err(CaptureError::Thread)?
+            }
+        };
+        let (bytes, mut entry) = builder.finish();
+        entry.sealed = sealed;
         let started = Instant::now();
         // Only the manifest needs the digest: the PUT does not wait for it.
         let digest = {
@@ -167,6 +188,9 @@ struct Pipeline {
 
     // What blocking threads do, in order. The tracker knows of all of them, those without a handle included.
     jobs: TaskTracker,
+    /// Processor time of those that have ended, µs.
+    cpu_us: Arc<AtomicU64>,
+    threads: Handle,
     stop: CancellationToken,
     chunks: Peekable<Chunks>,
     /// Memory for the next chunk.
@@ -215,13 +239,15 @@ impl Pipeline {
             memory: Arc::new(Semaphore::new(permits)),
             looked_at,
             jobs: TaskTracker::new(),
+            cpu_us: Arc::default(),
+            threads: request.threads.clone().unwrap_or_else(Handle::current),
             stop: CancellationToken::new(),
             chunks: Chunks::new(Arc::clone(&images), chunk, boot_pages).peekable(),
             acquire: None,
             scans: FuturesOrdered::new(),
             framer: Framer::default(),
             encodes: FuturesOrdered::new(),
-            workshop: Arc::new(Workshop::new(workers + 2)),
+            workshop: Arc::new(Workshop::new(workers + 2, request.seal.is_none())),
             open: None,
             ready: VecDeque::new(),
             puts: JoinSet::new(),
@@ -254,6 +280,7 @@ impl Pipeline {
         }
         self.jobs.close();
         self.jobs.wait().await;
+        self.stats.cpu_us = self.cpu_us.load(Ordering::Relaxed);
         if result.is_ok() {
             let cancel = self.request.cancel.clone();
             let copied = async { while self.copies.join_next().await.is_some() {} };
@@ -325,7 +352,8 @@ impl Pipeline {
         while self.puts.len() < self.connections
             && let Some(pack) = self.ready.pop_front()
         {
-            self.puts.spawn(pack.store(self.started, Arc::clone(&self.request.sink)));
+            let seal = self.request.seal.clone();
+            self.puts.spawn(pack.store(self.started, Arc::clone(&self.request.sink), seal));
             self.started += 1;
         }
     }
@@ -341,7 +369,8 @@ impl Pipeline {
                 CodecChoice::Adaptive => self.meter.rates().choose(),
             };
             let (workshop, images) = (Arc::clone(&self.workshop), Arc::clone(&self.images));
-            self.encodes.push_back(self.jobs.spawn_blocking(move || workshop.encode(&images, raw, codec)));
+            let job = self.spawn(move || workshop.encode(&images, raw, codec));
+            self.encodes.push_back(job);
         }
         if self.framer.ready.len() < self.workers
             && self.scans.len() <= self.workers
@@ -355,7 +384,21 @@ impl Pipeline {
 
     fn start_scan(&mut self, chunk: Chunk, permit: OwnedSemaphorePermit) {
         let (images, stop, workshop) = (Arc::clone(&self.images), self.stop.clone(), Arc::clone(&self.workshop));
-        self.scans.push_back(self.jobs.spawn_blocking(move || scan(&images, chunk, permit, &workshop, &stop)));
+        let job = self.spawn(move || scan(&images, chunk, permit, &workshop, &stop));
+        self.scans.push_back(job);
+    }
+
+    /// Has a blocking thread do this, and counts its processor time.
+    fn spawn<T: Send + 'static>(&self, job: impl FnOnce() -> Result<T, Stop> + Send + 'static) -> Job<T> {
+        let cpu_us = Arc::clone(&self.cpu_us);
+        let counted = move || {
+            let before = thread_cpu();
+            let done = job();
+            let took = thread_cpu().saturating_sub(before);
+            cpu_us.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            done
+        };
+        self.jobs.spawn_blocking_on(counted, &self.threads)
     }
 
     fn scanned(&mut self, scanned: Scanned) {
@@ -387,7 +430,7 @@ impl Pipeline {
         let boot = frame.boot;
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => OpenPack::new(self.buffers.take(), boot),
+            None => OpenPack::new(self.buffers.take(), boot, self.request.seal.is_some()),
         };
         self.workshop.give_back(open.push(frame));
         let settled = self.stats.zero_pages + self.stats.base_pages + self.stats.unchanged_pages;
@@ -454,9 +497,16 @@ impl Pipeline {
     }
 }
 
+/// Processor time of this thread so far.
+fn thread_cpu() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    // It only grows from zero.
+    Duration::try_from(now).unwrap_or_default()
+}
+
 /// What a pack's buffer has room for.
 fn room(sizing: &Sizing) -> u64 {
-    HEADER_LEN + sizing.full + page::bytes(FRAME_PAGES.into())
+    HEADER_LEN + sizing.full + page::bytes(FRAME_PAGES.into()) + TAG as u64
 }
 
 /// What a job answered. Unwanted only ever follows the end of the capture.

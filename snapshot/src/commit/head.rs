@@ -2,7 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ids::CommitId, manifest::ManifestRef, store::ETag};
+use crate::{
+    ids::CommitId,
+    manifest::ManifestRef,
+    seal::{self, SealError},
+    store::ETag,
+};
 
 /// The head format this build writes and reads.
 const FORMAT: u16 = 1;
@@ -12,6 +17,8 @@ pub const MAX_ANCESTORS: usize = 14;
 const NUMBERS: std::ops::RangeInclusive<u64> = 1..=1 << 53;
 /// Bytes of a head at most.
 const MAX_LEN: usize = 1 << 20;
+/// Bytes that an envelope takes beside the head, generously.
+const ENVELOPE: usize = 4096;
 
 /// What may be done with the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -111,6 +118,8 @@ pub enum HeadError {
     Malformed(#[source] serde_json::Error),
     #[error("head breaks a rule")]
     Rule(#[source] Rule),
+    #[error(transparent)]
+    Seal(#[from] SealError),
 }
 
 impl Head {
@@ -125,16 +134,20 @@ impl Head {
 
     /// Bytes that [`Head::decode`] allocates at most at one time for an input of `len` bytes: the record is a tree of JSON values.
     pub const fn decode_bound(len: usize) -> usize {
-        let read = if len > MAX_LEN { 0 } else { len };
+        let read = if len > MAX_LEN + ENVELOPE { 0 } else { len };
         (16 << 10) + 128 * read
     }
 
-    /// Reads a body.
+    /// Reads a body, out of its envelope if it has one, whose MAC is not looked at: see [`Seals::open_head`](crate::seal::Seals::open_head).
     pub fn decode(bytes: &[u8]) -> Result<Self, HeadError> {
         #[derive(Deserialize)]
         struct Version {
             format: u16,
         }
+        if bytes.len() > MAX_LEN + ENVELOPE {
+            return Err(HeadError::TooLarge(bytes.len()));
+        }
+        let bytes = seal::split_head(bytes)?.map_or(bytes, |split| split.body);
         if bytes.len() > MAX_LEN {
             return Err(HeadError::TooLarge(bytes.len()));
         }

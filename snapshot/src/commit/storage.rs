@@ -6,7 +6,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::plan::Expected;
-use crate::store::{ETag, ErrorKind, Object, ObjectStore, Operation, Precondition, StoreError};
+use crate::{
+    seal::Seals,
+    store::{ETag, ErrorKind, Object, ObjectStore, Operation, Precondition, StoreError},
+};
 
 /// A head's bytes and tag.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,18 +44,34 @@ pub trait HeadStorage: Send + Sync {
     async fn write(&self, body: Bytes, expected: &Expected) -> WriteReply;
 }
 
-/// A head in an object store.
+/// A head in an object store, in its envelope where an operator has keys. A retry under another key than the first attempt's is the same commit:
+/// it is settled by its id, and only one of the two can be applied.
 #[derive(Clone, Debug)]
 pub struct ObjectHead {
     store: Arc<dyn ObjectStore>,
     key: String,
     conditional: bool,
+    seals: Arc<Seals>,
 }
 
 impl ObjectHead {
     /// The head under `key` of a store with conditional writes.
     pub fn new(store: Arc<dyn ObjectStore>, key: impl Into<String>) -> Self {
-        Self { store, key: key.into(), conditional: true }
+        Self { store, key: key.into(), conditional: true, seals: Arc::new(Seals::none()) }
+    }
+
+    /// The same head, sealed and opened with these keys.
+    #[must_use]
+    pub fn sealed(self, seals: &Arc<Seals>) -> Self {
+        Self { seals: Arc::clone(seals), ..self }
+    }
+
+    async fn stored(&self) -> Result<Option<StoredHead>, StoreError> {
+        match self.store.get(&self.key).await {
+            Ok(Object { bytes, etag }) => Ok(Some(StoredHead { bytes, etag })),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The head under `key` of a store without them: compares, then writes. Right only while nobody else writes the head.
@@ -68,11 +87,12 @@ impl HeadStorage for ObjectHead {
     }
 
     async fn read(&self) -> Result<Option<StoredHead>, StoreError> {
-        match self.store.get(&self.key).await {
-            Ok(Object { bytes, etag }) => Ok(Some(StoredHead { bytes, etag })),
-            Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let Some(StoredHead { bytes, etag }) = self.stored().await? else { return Ok(None) };
+        let body = self
+            .seals
+            .open_head(&self.key, &bytes)
+            .map_err(|error| StoreError::new(ErrorKind::Corrupt, Operation::Get, &self.key).because(error))?;
+        Ok(Some(StoredHead { bytes: bytes.slice_ref(body), etag }))
     }
 
     async fn write(&self, body: Bytes, expected: &Expected) -> WriteReply {
@@ -82,7 +102,7 @@ impl HeadStorage for ObjectHead {
                 Expected::Match(etag) => Precondition::IfMatch(etag.clone()),
             }
         } else {
-            let now = match self.read().await {
+            let now = match self.stored().await {
                 Ok(now) => now,
                 Err(error) => return WriteReply::NotApplied(error),
             };
@@ -97,7 +117,8 @@ impl HeadStorage for ObjectHead {
             }
             Precondition::None
         };
-        match self.store.put(&self.key, body, &precondition).await {
+        let object = Bytes::from(self.seals.seal_head(&self.key, &body));
+        match self.store.put(&self.key, object, &precondition).await {
             Ok(etag) => WriteReply::Applied(etag),
             Err(error) if error.maybe_applied => WriteReply::Unclear(error),
             Err(error) => WriteReply::NotApplied(error),

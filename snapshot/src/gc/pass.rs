@@ -13,10 +13,11 @@ use super::{
     plan::{self, HeadSeen, LeaseSeen, Seen},
 };
 use crate::{
-    commit::{Attempt, Current, Head, HeadError, ObjectHead, Outcome, Pacer, Register, Sent},
+    commit::{Attempt, Current, Head, HeadError, HeadStorage, ObjectHead, Outcome, Pacer, Register, Sent},
     ids::CommitId,
     layout::{self, Part, Place},
     manifest::{Manifest, ManifestRef},
+    seal::Seals,
     store::{ErrorKind, Listed, Object, ObjectStore, Precondition, StoreError},
 };
 
@@ -104,8 +105,10 @@ impl<T> Doing<T> for Result<T, StoreError> {
 }
 
 /// One pass. `clock` is wall time in milliseconds; `ids` draws commit ids for purges. Passes may run at the same time: each is safe by itself.
+/// `seals` is only used to write the heads that are purged: what is to be deleted is told from digests.
 pub async fn run(
     store: &Arc<dyn ObjectStore>,
+    seals: &Arc<Seals>,
     options: &Options,
     clock: &(dyn Fn() -> Ms + Send + Sync),
     ids: &(dyn Fn() -> CommitId + Send + Sync),
@@ -121,7 +124,7 @@ pub async fn run(
         for object in page.objects {
             let Some(place) = Place::of(&object.key) else { continue };
             if tenant_of(&objects).is_some_and(|tenant| tenant != place.tenant) {
-                let pass = Pass { store, options, clock, ids, begun };
+                let pass = Pass { store, seals, options, clock, ids, begun };
                 report.tenants.push(pass.tenant(std::mem::take(&mut objects)).await?);
                 begun = clock();
             }
@@ -133,7 +136,7 @@ pub async fn run(
         }
     }
     if !objects.is_empty() {
-        report.tenants.push(Pass { store, options, clock, ids, begun }.tenant(objects).await?);
+        report.tenants.push(Pass { store, seals, options, clock, ids, begun }.tenant(objects).await?);
     }
     Ok(report)
 }
@@ -154,6 +157,7 @@ impl Pacer for Once {
 
 struct Pass<'a> {
     store: &'a Arc<dyn ObjectStore>,
+    seals: &'a Arc<Seals>,
     options: &'a Options,
     clock: &'a (dyn Fn() -> Ms + Send + Sync),
     ids: &'a (dyn Fn() -> CommitId + Send + Sync),
@@ -324,11 +328,18 @@ impl Pass<'_> {
             let attempt =
                 Attempt::purge(current, (self.ids)()).map_err(|source| GcError::Head { key: key.clone(), source })?;
             let objects = Arc::clone(self.store);
-            let register = Register::new(if self.options.conditional {
+            let head = if self.options.conditional {
                 ObjectHead::new(objects, key)
             } else {
                 ObjectHead::unconditional(objects, key)
-            });
+            };
+            // Reads it, which fails for one that cannot be trusted, or could only be written unsealed: it stays.
+            let head = head.sealed(self.seals);
+            if let Err(error) = head.read().await {
+                tracing::warn!(key, error = &error as &dyn std::error::Error, "a tombstone is not purged");
+                continue;
+            }
+            let register = Register::new(head);
             if matches!(register.commit(&attempt, Sent::Never, &mut Once).await, Outcome::Committed { .. }) {
                 purged.insert(key.clone());
             } else if let Some(now) = self.read_head(key).await? {

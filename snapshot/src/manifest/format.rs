@@ -5,7 +5,7 @@
 //!
 //! header (64 bytes; this layout never changes)
 //!    0  magic "stasismf"
-//!    8  format version u16
+//!    8  format version u16                1; of a sealed manifest 2 (`seal`, "object")
 //!   10  architecture u16                   1 = x86-64
 //!   12  number of sections u32
 //!   16  bytes of the whole manifest u64
@@ -50,8 +50,12 @@ pub(super) static PACKS: Kind = kind(5, "packs", true);
 pub(super) static IMAGES: Kind = kind(6, "images", true);
 pub(super) static STATE: Kind = kind(7, "state", true);
 pub(super) static BOOT: Kind = kind(8, "boot", false);
+/// Only where something is encrypted: a reader that does not know it must not take ciphertext for pages.
+pub(super) static KEYS: Kind = kind(9, "keys", true);
+/// Likewise.
+pub(super) static SEALED_STATE: Kind = kind(10, "sealed state", true);
 
-static KINDS: [&Kind; 8] = [&PLATFORM, &SPEC, &RECORD, &LINEAGE, &PACKS, &IMAGES, &STATE, &BOOT];
+static KINDS: [&Kind; 10] = [&PLATFORM, &SPEC, &RECORD, &LINEAGE, &PACKS, &IMAGES, &STATE, &BOOT, &KEYS, &SEALED_STATE];
 
 /// Puts header, table and sections together.
 pub(super) fn write(arch: Arch, sections: &[(&'static Kind, Vec<u8>)]) -> Result<Vec<u8>, ManifestError> {
@@ -71,25 +75,30 @@ pub(super) fn write(arch: Arch, sections: &[(&'static Kind, Vec<u8>)]) -> Result
         table.extend_from_slice(&Digest::of(body).0);
         offset += body.len();
     }
+    let arch = match arch {
+        Arch::X86_64 => 1,
+    };
     let mut bytes = Vec::with_capacity(len);
-    bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
-    bytes.extend_from_slice(
-        &match arch {
-            Arch::X86_64 => 1u16,
-        }
-        .to_le_bytes(),
-    );
-    bytes.extend_from_slice(&(sections.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&(len as u64).to_le_bytes());
-    bytes.extend_from_slice(&Digest::of(&table).0);
-    let check = header_check(&bytes);
-    bytes.extend_from_slice(&check);
+    bytes.extend_from_slice(&header(FORMAT_VERSION, arch, sections.len() as u32, len as u64, Digest::of(&table)));
     bytes.extend_from_slice(&table);
     for (_, body) in sections {
         bytes.extend_from_slice(body);
     }
     Ok(bytes)
+}
+
+/// A header: what `parts` counts and `digest` covers is the version's to say.
+pub(super) fn header(version: u16, arch: u16, parts: u32, len: u64, digest: Digest) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_LEN);
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&version.to_le_bytes());
+    bytes.extend_from_slice(&arch.to_le_bytes());
+    bytes.extend_from_slice(&parts.to_le_bytes());
+    bytes.extend_from_slice(&len.to_le_bytes());
+    bytes.extend_from_slice(&digest.0);
+    let check = header_check(&bytes);
+    bytes.extend_from_slice(&check);
+    bytes
 }
 
 fn header_check(covered: &[u8]) -> [u8; 8] {

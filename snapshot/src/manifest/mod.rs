@@ -8,7 +8,10 @@ mod format;
 mod sections;
 mod wire;
 
-use std::{collections::HashSet, fmt};
+use std::{
+    collections::{BTreeSet, HashSet},
+    fmt,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +20,7 @@ use crate::{
     image::{ImageMap, MapError, PageRef},
     pack::{self, Codec, PackEntry},
     page,
+    seal::{self, DataKey, DataKeyId, DataKeys, SealError, SealedState, Seals, TAG, WrappedKey},
 };
 
 /// The format version this build writes and reads.
@@ -159,8 +163,10 @@ pub struct Manifest {
     pub packs: Vec<PackEntry>,
     /// Memory, then disks in order.
     pub images: Vec<Image>,
-    /// VM, vCPU and device state.
+    /// VM, vCPU and device state. Empty while it is sealed.
     pub state: Vec<StateBlob>,
+    /// The same, encrypted.
+    pub sealed_state: Option<SealedState>,
     /// What to fetch first.
     pub boot: Boot,
 }
@@ -172,7 +178,7 @@ pub struct Header {
     pub version: u16,
     /// Architecture, as a number: 1 is x86-64.
     pub arch: u16,
-    /// Sections in the table.
+    /// Sections in the table; bytes of the seal, of a sealed manifest.
     pub sections: u32,
     /// Bytes of the whole manifest.
     pub len: u64,
@@ -219,6 +225,8 @@ pub enum ManifestError {
     Pack { key: String, what: &'static str },
     #[error("{0}")]
     Images(&'static str),
+    #[error(transparent)]
+    Seal(#[from] SealError),
 }
 
 impl fmt::Display for ImageKind {
@@ -261,6 +269,12 @@ impl Manifest {
             (&format::STATE, sections::put_small("state", &self.state)?),
             (&format::BOOT, sections::put_small("boot", &self.boot)?),
         ]);
+        if self.packs.iter().any(|pack| pack.sealed.is_some()) {
+            sections.push((&format::KEYS, sections::put_keys(&self.packs)));
+        }
+        if let Some(state) = &self.sealed_state {
+            sections.push((&format::SEALED_STATE, sections::put_small("sealed state", state)?));
+        }
         format::write(self.arch, &sections)
     }
 
@@ -270,10 +284,18 @@ impl Manifest {
         (4 << 20) + 96 * len
     }
 
-    /// Reads a manifest. Every digest is checked before what it covers is decoded.
+    /// Reads a manifest, out of its envelope if it has one, whose MAC is not looked at: see [`Manifest::open`]. Every digest is checked before
+    /// what it covers is decoded.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        match seal::split_manifest(bytes)? {
+            Some(split) => Self::decode_plain(split.manifest),
+            None => Self::decode_plain(bytes),
+        }
+    }
+
+    fn decode_plain(bytes: &[u8]) -> Result<Self, ManifestError> {
         let found = format::Sections::read(bytes)?;
-        let manifest = Self {
+        let mut manifest = Self {
             arch: found.arch,
             platform: sections::small("platform", found.need(&format::PLATFORM)?)?,
             spec: sections::small("spec", found.need(&format::SPEC)?)?,
@@ -287,10 +309,64 @@ impl Manifest {
                 .map_err(|error| ManifestError::Malformed { section: "packs", what: error.to_string() })?,
             images: sections::images(found.need(&format::IMAGES)?)?,
             state: sections::small("state", found.need(&format::STATE)?)?,
+            sealed_state: found
+                .get(&format::SEALED_STATE)
+                .map(|body| sections::small("sealed state", body))
+                .transpose()?,
             boot: found.get(&format::BOOT).map(|body| sections::small("boot", body)).transpose()?.unwrap_or_default(),
         };
+        if let Some(body) = found.get(&format::KEYS) {
+            sections::keys(body, &mut manifest.packs)
+                .map_err(|error| ManifestError::Malformed { section: "keys", what: error.to_string() })?;
+        }
         manifest.check()?;
         Ok(manifest)
+    }
+
+    /// Reads the manifest that a head names, once its digest is right and it is known to be what was sealed for its place; and the data keys
+    /// that came with it.
+    pub fn open(named: &ManifestRef, bytes: &[u8], seals: &Seals) -> Result<(Self, Vec<WrappedKey>), ManifestError> {
+        let opened = seals.open_manifest(&named.key, bytes)?;
+        let got = Digest::of(bytes);
+        if got != named.digest {
+            return Err(ManifestError::WholeDigest { expected: named.digest, got });
+        }
+        let manifest = Self::decode_plain(opened.manifest)?;
+        if let Some(missing) =
+            manifest.keys_needed().into_iter().find(|id| opened.keys.iter().all(|wrapped| wrapped.id != *id))
+        {
+            return Err(SealError::NoDataKey(missing).into());
+        }
+        Ok((manifest, opened.keys))
+    }
+
+    /// The data keys that its packs and its state need.
+    pub fn keys_needed(&self) -> BTreeSet<DataKeyId> {
+        let state = self.sealed_state.iter().map(|state| state.key);
+        self.packs.iter().filter_map(|pack| pack.sealed).chain(state).collect()
+    }
+
+    /// Whether there is no state to go on from: it is of a stop.
+    pub fn is_disks_only(&self) -> bool {
+        self.state.is_empty() && self.sealed_state.is_none()
+    }
+
+    /// Encrypts the state. `salt` is random.
+    pub fn seal_state(&mut self, key: &DataKey, salt: [u8; 32]) -> Result<(), ManifestError> {
+        if !self.state.is_empty() {
+            self.sealed_state = Some(key.seal_state(salt, sections::put_small("state", &self.state)?));
+            self.state.clear();
+        }
+        Ok(())
+    }
+
+    /// Decrypts the state, where it is encrypted.
+    pub fn open_state(&mut self, keys: &DataKeys) -> Result<(), ManifestError> {
+        let Some(sealed) = &self.sealed_state else { return Ok(()) };
+        let key = keys.get(sealed.key).ok_or(SealError::NoDataKey(sealed.key))?;
+        self.state = sections::small("state", &key.open_state(sealed)?)?;
+        self.sealed_state = None;
+        self.check()
     }
 
     /// Reads a manifest whose digest is known from elsewhere (the head): checks that first.
@@ -363,6 +439,10 @@ impl Manifest {
                 .check(&self.packs, blocks)
                 .map_err(|source| ManifestError::Map { image: image.kind.to_string(), source })?;
         }
+        if self.sealed_state.is_some() && !self.state.is_empty() {
+            let what = "there is one that is not".to_owned();
+            return Err(ManifestError::Malformed { section: "sealed state", what });
+        }
         let mut kinds = HashSet::new();
         for blob in &self.state {
             if !kinds.insert(blob.kind.as_str()) {
@@ -401,10 +481,16 @@ impl Manifest {
     }
 }
 
+/// The header of a sealed manifest, with the bytes of its seal, of the whole, and the seal's digest.
+pub(crate) fn sealed_header(seal: u32, len: u64, digest: Digest) -> Vec<u8> {
+    format::header(seal::SEALED_VERSION, 1, seal, len, digest)
+}
+
 fn check_pack(entry: &PackEntry) -> Result<(), &'static str> {
     if entry.key.is_empty() || entry.key.len() > MAX_KEY {
         return Err("its key is empty or longer than 1024 bytes");
     }
+    let tag = if entry.sealed.is_some() { TAG as u64 } else { 0 };
     let mut offset = pack::HEADER_LEN;
     for frame in &entry.frames {
         if frame.pages == 0 || frame.pages > pack::FRAME_PAGES {
@@ -413,8 +499,8 @@ fn check_pack(entry: &PackEntry) -> Result<(), &'static str> {
         let raw = page::bytes(frame.pages.into());
         let stored = u64::from(frame.stored_len);
         let fits = match frame.codec {
-            Codec::Raw => stored == raw,
-            Codec::Lz4 | Codec::Zstd => 0 < stored && stored < raw,
+            Codec::Raw => stored == raw + tag,
+            Codec::Lz4 | Codec::Zstd => tag < stored && stored < raw + tag,
         };
         if !fits {
             return Err("a frame's stored length does not fit its pages and codec");

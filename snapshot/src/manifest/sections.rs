@@ -12,6 +12,7 @@ use super::{
 use crate::{
     image::{ImageMap, MapError, PageRef, Run},
     pack::{self, Codec, FrameEntry, PackEntry},
+    seal::DataKeyId,
 };
 
 pub(super) fn put_small<T: Serialize>(section: &'static str, value: &T) -> Result<Vec<u8>, ManifestError> {
@@ -55,7 +56,7 @@ pub(super) fn packs(bytes: &[u8]) -> Result<Vec<PackEntry>, WireError> {
         let size = reader.varint32()?;
         let digest = reader.digest()?;
         let frames = reader.count(1 + 1 + 1 + 32)?;
-        let mut entry = PackEntry { key, size, digest, frames: Vec::with_capacity(frames) };
+        let mut entry = PackEntry { key, size, digest, frames: Vec::with_capacity(frames), sealed: None };
         let mut offset = pack::HEADER_LEN as u32;
         for _ in 0..frames {
             let stored_len = reader.varint32()?;
@@ -73,6 +74,34 @@ pub(super) fn packs(bytes: &[u8]) -> Result<Vec<PackEntry>, WireError> {
     }
     reader.end()?;
     Ok(packs)
+}
+
+/// The data keys, each once; then for each pack 0, or which of them counted from 1.
+pub(super) fn put_keys(packs: &[PackEntry]) -> Vec<u8> {
+    let mut ids: Vec<DataKeyId> = packs.iter().filter_map(|pack| pack.sealed).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let mut bytes = Vec::new();
+    put_varint(&mut bytes, ids.len() as u64);
+    ids.iter().for_each(|id| bytes.extend_from_slice(&id.0));
+    for pack in packs {
+        let at = pack.sealed.and_then(|id| ids.binary_search(&id).ok());
+        put_varint(&mut bytes, at.map_or(0, |at| at as u64 + 1));
+    }
+    bytes
+}
+
+pub(super) fn keys(bytes: &[u8], packs: &mut [PackEntry]) -> Result<(), WireError> {
+    let mut reader = Reader::new(bytes);
+    let count = reader.count(16)?;
+    let ids = (0..count).map(|_| reader.id().map(DataKeyId)).collect::<Result<Vec<_>, _>>()?;
+    for pack in packs {
+        pack.sealed = match reader.varint()? {
+            0 => None,
+            n => Some(*usize::try_from(n - 1).ok().and_then(|n| ids.get(n)).ok_or(WireError::Number)?),
+        };
+    }
+    reader.end()
 }
 
 // A run is a number that holds its length and kind, then the place. Where it starts follows from those before it.

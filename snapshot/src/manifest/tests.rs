@@ -44,6 +44,7 @@ fn example() -> Manifest {
             },
         ],
         state: vec![state("vm", &[1]), state("vcpu/0", &[2; 300])],
+        sealed_state: None,
         boot: Boot { pack: Some(2), first_touch: vec![Touch { image: 0, start: 900, pages: 64 }] },
     }
 }

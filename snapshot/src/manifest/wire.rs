@@ -91,6 +91,12 @@ impl<'a> Reader<'a> {
         Ok(Digest(digest))
     }
 
+    pub(super) fn id(&mut self) -> Result<[u8; 16], WireError> {
+        let (&id, rest) = self.rest.split_first_chunk().ok_or(WireError::End)?;
+        self.rest = rest;
+        Ok(id)
+    }
+
     pub(super) fn end(self) -> Result<(), WireError> {
         match self.rest.len() {
             0 => Ok(()),

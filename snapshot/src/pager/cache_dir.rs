@@ -94,14 +94,27 @@ impl CacheDir {
         &self.root
     }
 
-    /// The file of the pack with this key, made if it does not exist; for reading and writing. Now and then evicts others, see
-    /// [`CacheDir::trim`].
+    /// The file of the pack with this key, made if it does not exist; for reading and writing. Evicts nothing: that takes a look at every
+    /// file, and who opens is in a hurry. See [`CacheDir::trim_if_due`].
     pub fn open(&self, key: &str) -> io::Result<File> {
+        self.open_with(key, true)
+    }
+
+    /// The same, if there is one.
+    pub fn open_existing(&self, key: &str) -> io::Result<Option<File>> {
+        match self.open_with(key, false) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open_with(&self, key: &str, make: bool) -> io::Result<File> {
         let name = name_of(key);
         let mut entries = self.entries();
         let path = self.path(name);
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.read(true).write(true).create(make).truncate(false).mode(0o600);
         options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
         let file = options.open(path)?;
         if !file.metadata()?.is_file() {
@@ -109,10 +122,16 @@ impl CacheDir {
         }
         entries.touch(name);
         entries.since_trim += 1;
+        Ok(file)
+    }
+
+    /// [`CacheDir::trim`], if many files were opened since the last time.
+    pub fn trim_if_due(&self) -> io::Result<()> {
+        let mut entries = self.entries();
         if entries.since_trim >= OPENS_BETWEEN_TRIMS {
             self.trim_locked(&mut entries)?;
         }
-        Ok(file)
+        Ok(())
     }
 
     /// Evicts the least recently opened files until the allocated bytes are within the budget. Files grow after they were opened,
@@ -295,6 +314,23 @@ mod tests {
         assert!(dir.open("link").is_err());
         dir.remove("link").unwrap();
         assert_eq!(fs::read_to_string(&outside).unwrap(), "untouched");
+    }
+
+    #[test]
+    fn what_is_not_there_is_made_only_when_asked_for_and_many_opens_lead_to_a_trim() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = CacheDir::open_root(root.path(), MIB).unwrap();
+        assert!(dir.open_existing("a").unwrap().is_none());
+        fill(&dir.open("a").unwrap(), MIB);
+        fill(&dir.open("b").unwrap(), MIB);
+        dir.trim_if_due().unwrap();
+        assert_eq!(dir.usage().unwrap().files, 2);
+        for _ in 0..OPENS_BETWEEN_TRIMS {
+            assert!(dir.open_existing("b").unwrap().is_some());
+        }
+        dir.trim_if_due().unwrap();
+        assert!(dir.open_existing("a").unwrap().is_none());
+        assert!(dir.open_existing("b").unwrap().is_some());
     }
 
     #[test]

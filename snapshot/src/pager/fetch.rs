@@ -213,7 +213,12 @@ impl Shared {
             }
             let start = (frame.range().start - offset) as usize;
             let stored = bytes.get(start..start + frame.entry.stored_len as usize).unwrap_or_default();
-            let decoded = match pack::decode_frame(&frame.entry, stored) {
+            let decoded = match pack::decode_frame(
+                &frame.entry,
+                frame.number,
+                stored,
+                self.table.cipher(self.table.pack_of(claim.unit())),
+            ) {
                 Ok(decoded) => decoded,
                 Err(error) => {
                     bad.push((claim, error));

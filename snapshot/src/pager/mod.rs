@@ -50,6 +50,7 @@ use crate::{
     granted::PackSource,
     manifest::{Manifest, Touch},
     pack::PackError,
+    seal::{DataKeyId, DataKeys},
     store::StoreError,
 };
 
@@ -77,8 +78,10 @@ pub trait PageTarget: Send + Sync {
 pub struct Sources {
     /// Has everything. Tries again and hedges by itself.
     pub store: Arc<dyn PackSource>,
-    /// Asked first.
+    /// Asked first. Has what the store has: of encrypted packs ciphertext.
     pub cache: Option<Arc<PackCache>>,
+    /// The data keys of encrypted packs.
+    pub keys: DataKeys,
 }
 
 /// Where a pager's work runs.
@@ -160,6 +163,8 @@ pub enum PagerError {
     Targets { targets: usize, images: usize },
     #[error("manifest cannot be paged: {0}")]
     Manifest(&'static str),
+    #[error("pack {key:?} is encrypted under data key {id}, which was not given")]
+    NoKey { key: String, id: DataKeyId },
     #[error("image {image} has no pages {start}..{end}")]
     NoSuchPages { image: usize, start: u64, end: u64 },
     #[error("cannot fetch from pack {key:?}")]
@@ -207,7 +212,7 @@ impl Pager {
         if targets.len() != manifest.images.len() {
             return Err(PagerError::Targets { targets: targets.len(), images: manifest.images.len() });
         }
-        let table = Table::new(manifest)?;
+        let table = Table::new(manifest, &sources.keys)?;
         let threads = threads.into();
         let all = usize::from(options.connections.max(1));
         let background = all.saturating_sub(options.demand_connections.into()).max(1);

@@ -4,12 +4,13 @@
 //! equal base blocks. Frames are numbered first, in the order of packs and of their places in them, so that neighbours in a pack
 //! are neighbours in number. 16 bytes a run and 60 a frame: a few thousandths of a byte per guest page for runs of the usual length.
 
-use std::ops::Range;
+use std::{ops::Range, sync::OnceLock};
 
 use crate::{
     image::PageRef,
     manifest::{ImageKind, Manifest},
     pack::FrameEntry,
+    seal::{DataKey, DataKeys, PackCipher},
 };
 
 use super::PagerError;
@@ -58,6 +59,8 @@ struct Pack {
     key: String,
     /// Its first frame's unit; the next pack's is its end.
     first: u32,
+    /// What its frames are encrypted with.
+    sealed: Option<(DataKey, OnceLock<PackCipher>)>,
 }
 
 #[derive(Debug)]
@@ -89,7 +92,7 @@ fn too_large<T>(_: T) -> PagerError {
 }
 
 impl Table {
-    pub(super) fn new(manifest: &Manifest) -> Result<Self, PagerError> {
+    pub(super) fn new(manifest: &Manifest, keys: &DataKeys) -> Result<Self, PagerError> {
         // Position of each pack's first frame in `unit_of`.
         let mut first_frame = Vec::with_capacity(manifest.packs.len());
         let mut count = 0;
@@ -115,7 +118,15 @@ impl Table {
         let mut packs = Vec::with_capacity(manifest.packs.len());
         let mut frames = Vec::new();
         for (pack, at) in manifest.packs.iter().zip(&first_frame) {
-            packs.push(Pack { key: pack.key.clone(), first: u32::try_from(frames.len()).map_err(too_large)? });
+            let sealed = match pack.sealed {
+                None => None,
+                Some(id) => {
+                    let missing = || PagerError::NoKey { key: pack.key.clone(), id };
+                    Some((keys.get(id).ok_or_else(missing)?.clone(), OnceLock::new()))
+                }
+            };
+            let first = u32::try_from(frames.len()).map_err(too_large)?;
+            packs.push(Pack { key: pack.key.clone(), first, sealed });
             for (number, entry) in (0..).zip(&pack.frames) {
                 let unit = &mut unit_of[at + number as usize];
                 if *unit != UNUSED {
@@ -224,6 +235,13 @@ impl Table {
 
     pub(super) fn key(&self, pack: u32) -> &str {
         self.packs.get(pack as usize).map_or("", |pack| &pack.key)
+    }
+
+    /// What opens the pack's frames, where they are encrypted.
+    pub(super) fn cipher(&self, pack: u32) -> Option<&PackCipher> {
+        let pack = self.packs.get(pack as usize)?;
+        let (key, cipher) = pack.sealed.as_ref()?;
+        Some(cipher.get_or_init(|| PackCipher::new(key, &pack.key)))
     }
 
     /// The units of a pack's frames.

@@ -168,6 +168,7 @@ impl World {
             packs,
             images: kinds.into_iter().zip(maps).map(|(kind, map)| Image { kind, map, base: base_of }).collect(),
             state: Vec::new(),
+            sealed_state: None,
             boot: Boot::default(),
         };
         manifest.check().unwrap();
@@ -216,7 +217,7 @@ impl World {
         let pager = Pager::new(
             &self.manifest,
             targets.iter().map(|target| target.clone() as Arc<dyn PageTarget>).collect(),
-            Sources { store: source.clone(), cache: cache.map(Arc::new) },
+            Sources { store: source.clone(), cache: cache.map(Arc::new), keys: DataKeys::default() },
             options,
             runtime.handle().clone(),
         );
@@ -781,7 +782,7 @@ fn a_page_that_cannot_be_placed_ends_the_pager() {
     let mut targets = world.targets();
     let full = Target { bad_page: Some(page), ..Arc::into_inner(targets.remove(0)).unwrap() };
     let targets: Vec<Arc<dyn PageTarget>> = vec![Arc::new(full), targets.remove(0)];
-    let sources = Sources { store: world.source(), cache: None };
+    let sources = Sources { store: world.source(), cache: None, keys: DataKeys::default() };
     let pager = Pager::new(&world.manifest, targets, sources, hasty(), runtime.handle().clone()).unwrap();
     let error = runtime.block_on(pager.fill(&[], true, &CancellationToken::new())).unwrap_err();
     assert!(matches!(&error, PagerError::Place { image, .. } if image == "memory"), "{error:?}");
@@ -803,7 +804,7 @@ fn a_target_that_panics_leaves_nobody_waiting() {
     let world = World::new(12, 500, 100, 1);
     let (page, _) = world.some_pack_page();
     let targets: Vec<Arc<dyn PageTarget>> = vec![Arc::new(Panics), Arc::new(Panics)];
-    let sources = Sources { store: world.source(), cache: None };
+    let sources = Sources { store: world.source(), cache: None, keys: DataKeys::default() };
     let pager = Pager::new(&world.manifest, targets, sources, hasty(), runtime.handle().clone()).unwrap();
     let error = pager.fetch_blocking(0, page..page + 1, Urgency::Demand).unwrap_err();
     assert!(matches!(error, PagerError::Ended), "{error:?}");
@@ -828,7 +829,7 @@ fn what_makes_no_sense_is_refused() {
     assert_eq!(pager.absent(9), []);
     assert!(pager.failure().is_none());
 
-    let sources = Sources { store: source, cache: None };
+    let sources = Sources { store: source, cache: None, keys: DataKeys::default() };
     let new = |manifest: &Manifest, targets: &[Arc<Target>]| {
         let targets = targets.iter().map(|target| target.clone() as Arc<dyn PageTarget>).collect();
         Pager::new(manifest, targets, sources.clone(), hasty(), runtime.handle().clone()).err().unwrap()

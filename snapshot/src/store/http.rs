@@ -31,18 +31,35 @@ pub(crate) fn refused(operation: Operation, key: &str, status: u16, body: &[u8])
     StoreError::new(kind, operation, key).applied(maybe && writes(operation)).because(Refusal { status, code })
 }
 
+/// How far a request came that got no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Without a connection nothing was sent.
+    Connecting,
+    /// Some of it may have arrived.
+    Sent,
+}
+
 /// The error for a request that got no answer.
-pub(crate) fn unanswered(operation: Operation, key: &str, error: reqwest::Error) -> StoreError {
-    let (kind, maybe) = if error.is_builder() {
-        (ErrorKind::Other, false)
-    } else {
-        // Without a connection nothing was sent; anything later may have arrived.
-        (ErrorKind::Unavailable, !error.is_connect())
-    };
-    StoreError::new(kind, operation, key)
-        .applied(maybe && writes(operation))
-        // A presigned URL is a credential: it must not get into a log.
-        .because(error.without_url())
+pub(crate) fn unanswered(
+    operation: Operation,
+    key: &str,
+    phase: Phase,
+    error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> StoreError {
+    StoreError::new(ErrorKind::Unavailable, operation, key)
+        .applied(phase == Phase::Sent && writes(operation))
+        .because(error)
+}
+
+/// The same for a request of rust-s3's client.
+pub(crate) fn unanswered_by_bucket(operation: Operation, key: &str, error: reqwest::Error) -> StoreError {
+    if error.is_builder() {
+        return StoreError::new(ErrorKind::Other, operation, key).because(error.without_url());
+    }
+    let phase = if error.is_connect() { Phase::Connecting } else { Phase::Sent };
+    // A signed URL is a credential: it must not get into a log.
+    unanswered(operation, key, phase, error.without_url())
 }
 
 /// The error for an answer that is shorter or longer than what was asked for.

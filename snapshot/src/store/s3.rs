@@ -99,7 +99,7 @@ impl S3Store {
 fn failure(operation: Operation, key: &str, error: S3Error) -> StoreError {
     match error {
         S3Error::HttpFailWithBody(status, body) => http::refused(operation, key, status, body.as_bytes()),
-        S3Error::Reqwest(error) => http::unanswered(operation, key, error),
+        S3Error::Reqwest(error) => http::unanswered_by_bucket(operation, key, error),
         other => StoreError::new(ErrorKind::Other, operation, key).because(other),
     }
 }

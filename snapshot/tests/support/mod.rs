@@ -201,6 +201,10 @@ impl PackSink for Packs {
         self.store(&key, bytes);
         Ok(key)
     }
+
+    fn key(&self, n: u32) -> Option<String> {
+        Some(format!("{}{n}", self.prefix.lock().unwrap()))
+    }
 }
 
 #[async_trait]
@@ -266,6 +270,7 @@ pub(crate) fn manifest(packs: &[PackEntry], maps: &[ImageMap], kinds: &[ImageKin
         packs: packs.to_vec(),
         images,
         state: Vec::new(),
+        sealed_state: None,
         boot: Boot::default(),
     };
     Manifest::decode(&manifest.encode().unwrap()).unwrap()

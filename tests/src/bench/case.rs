@@ -93,6 +93,8 @@ pub struct Case {
     pub measures: Measures,
     /// Peers to measure in the same run.
     pub peers: Vec<Peer>,
+    /// Snapshots are sealed; what is not sealed is measured in turn with it, as a peer.
+    pub encrypt: bool,
 }
 
 impl Case {
@@ -110,6 +112,7 @@ impl Case {
             runs: 5,
             measures: Measures { wakes: vec![Wake::Hot, Wake::Warm, Wake::Cold], snapshot: true, residue: true },
             peers: Vec::new(),
+            encrypt: false,
         }
     }
 
@@ -153,14 +156,15 @@ impl Case {
     /// In one line.
     pub fn describe(&self) -> String {
         format!(
-            "{}, {} MiB of memory, {} used, {} changing, {}, {}, {} runs",
+            "{}, {} MiB of memory, {} used, {} changing, {}, {}, {} runs{}",
             self.guest_word(),
             self.memory_mib,
             self.used_mib,
             self.changed_mib,
             self.store_word(),
             if self.sandboxes == 1 { "1 sandbox".to_owned() } else { format!("{} sandboxes", self.sandboxes) },
-            self.runs
+            self.runs,
+            if self.encrypt { ", sealed" } else { "" }
         )
     }
 }

@@ -55,7 +55,7 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
             run(&home, &id, "true").await?;
             // The request wakes the sandbox: its answer is the agent's first.
             samples.time(format!("resume_{}", wake.word()), begun.elapsed());
-            samples.add("overhead", "KiB", home.overhead_kib(&id).await? as f64);
+            home.overhead(&id).await?.note(&mut samples);
             home.delete(&id).await?;
         }
     }

@@ -43,12 +43,19 @@ pub struct Verdict {
     pub measured: f64,
     /// Its unit.
     pub unit: &'static str,
+    /// Why no figure below one that is known can be had on this machine, where that is known.
+    pub floor: Option<String>,
 }
 
 impl Verdict {
     /// Whether it is met.
     pub fn met(&self) -> bool {
         self.measured <= self.limit
+    }
+
+    /// What is to be said of a missed one beside its limit, if anything.
+    pub fn floor_if_missed(&self) -> String {
+        self.floor.as_ref().filter(|_| !self.met()).map_or_else(String::new, |floor| format!("; {floor}"))
     }
 }
 
@@ -73,6 +80,8 @@ const REFERENCE_PASS: f64 = 0.1;
 
 struct Judge<'a> {
     result: &'a Result,
+    /// CPU time that a capture takes for a GiB of pulse's content beside sending it, ms.
+    capture_cpu: Option<f64>,
     verdicts: Vec<Verdict>,
 }
 
@@ -80,7 +89,7 @@ impl Judge<'_> {
     fn add(&mut self, goal: &str, metric: &str, unit: &'static str, limit: Option<f64>, because: String) {
         if let (Some(measured), Some(limit)) = (self.result.ours(metric), limit) {
             let goal = format!("{goal} [{}]", place(&self.result.case));
-            self.verdicts.push(Verdict { goal, limit, because, measured, unit });
+            self.verdicts.push(Verdict { goal, limit, because, measured, unit, floor: None });
         }
     }
 
@@ -105,6 +114,25 @@ impl Judge<'_> {
         let limit = self.result.ours(bare).map(|ms| 1.3 * ms + plus);
         self.add(goal, metric, "ms", limit, format!("1.3 × {bare}{what}"));
     }
+
+    /// Says of the last verdict, a pause's, what it cannot fall below: all processors busy with nothing but what must be done.
+    fn floor(&mut self, changed: &str, bare: &str) {
+        let Some(verdict) = self.verdicts.last_mut() else { return };
+        let result = self.result;
+        if let (Some(per_gib), Some(changed), Some(moving)) =
+            (self.capture_cpu, result.ours(changed), result.ours(&format!("{bare}.cpu")))
+        {
+            let processors = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
+            let content = per_gib * changed / f64::from(1 << 30);
+            verdict.floor = Some(format!(
+                "not below {}: scan, compression and digests take {} of processor time, moving the packs bare {}, on {processors} processors \
+                 that store and VMM share",
+                figure((content + moving) / processors, "ms"),
+                figure(content, "ms"),
+                figure(moving, "ms"),
+            ));
+        }
+    }
 }
 
 fn place(case: &Case) -> String {
@@ -121,8 +149,9 @@ fn place(case: &Case) -> String {
 /// Each goal that the results say something about.
 pub fn judge(results: &[Result]) -> Vec<Verdict> {
     let mut all = Vec::new();
+    let capture_cpu = results.iter().find_map(|result| result.ours("capture_cpu.gib"));
     for result in results {
-        let mut judge = Judge { result, verdicts: Vec::new() };
+        let mut judge = Judge { result, capture_cpu, verdicts: Vec::new() };
         match result.part {
             Part::Goals | Part::Case => standard(&mut judge),
             Part::Link => link(&mut judge),
@@ -170,10 +199,12 @@ fn standard(judge: &mut Judge<'_>) {
         judge.against_peer("guest stop for a named snapshot", "guest_stop", ".128", 0.5);
     }
     judge.against_bare("first pause to durable", "first_pause", "bare_upload.first", 0.0, "");
+    judge.floor("bytes_changed.first", "bare_upload.first");
     let small = judge.result.ours("bare_small_put").unwrap_or(0.0);
     let each = figure(small, "ms");
     let two = format!(" + 2 small PUTs of {each}");
     judge.against_bare("repeat pause to durable", "repeat_pause", "bare_upload", 2.0 * small, &two);
+    judge.floor("bytes_changed", "bare_upload");
     judge.add(
         "repeat pause after run-ahead",
         "repeat_pause.after_run_ahead",
@@ -263,6 +294,7 @@ fn flat(results: &[Result]) -> Vec<Verdict> {
                     because: format!("flat: 1.25 × {} + {slack} ms of noise", figure(base, "ms")),
                     measured,
                     unit: "ms",
+                    floor: None,
                 });
             }
         }
@@ -277,12 +309,13 @@ pub fn lines(verdicts: &[Verdict]) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
-            "  {}  {}: {} (goal: at most {}, {})",
+            "  {}  {}: {} (goal: at most {}, {}{})",
             if verdict.met() { "met   " } else { "MISSED" },
             verdict.goal,
             figure(verdict.measured, verdict.unit),
             figure(verdict.limit, verdict.unit),
-            verdict.because
+            verdict.because,
+            verdict.floor_if_missed()
         );
     }
     out
@@ -308,6 +341,21 @@ mod tests {
             judge(&[result(Part::Goals, Case::standard(), &[("first_pause", 600.0), ("bare_upload.first", 400.0)])]);
         let limits: Vec<_> = found.iter().map(|v| (v.limit.round(), v.met())).collect();
         assert_eq!(limits, [(633.0, true), (520.0, false)], "{found:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_said_of_a_missed_pause() {
+        let figures = [
+            ("first_pause", 600.0),
+            ("bare_upload.first", 100.0),
+            ("bare_upload.first.cpu", 150.0),
+            ("bytes_changed.first", 268_435_456.0),
+            ("capture_cpu.gib", 1000.0),
+        ];
+        let found = judge(&[result(Part::Goals, Case::standard(), &figures)]);
+        let said: Vec<_> = found.iter().map(Verdict::floor_if_missed).collect();
+        assert_eq!(said[0], "", "{found:?}");
+        assert!(said[1].contains("250 ms of processor time") && said[1].contains("bare 150 ms"), "{said:?}");
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
 
 /// How long it took, sizes of all packs, bytes sent.
 async fn all_at_once(home: &Home, ids: &[String], samples: &mut Samples) -> Result<(Duration, Vec<u64>, u64), Error> {
-    let cpu = home.cpu();
+    let (cpu, vmms) = (home.cpu(), home.service.vmm_pids());
     let begun = Instant::now();
     let pauses = ids.iter().map(|id| async move {
         let reply = home.service.pause(id).await;
@@ -48,6 +48,7 @@ async fn all_at_once(home: &Home, ids: &[String], samples: &mut Samples) -> Resu
     });
     let pauses = futures::future::join_all(pauses).await;
     let total = begun.elapsed();
+    home.ended(&vmms).await?;
     samples.add("cpu", "s", home.cpu().saturating_sub(cpu).as_secs_f64());
     let (mut all_sizes, mut all_sent, mut latencies) = (Vec::new(), 0, Vec::new());
     for (id, (reply, took)) in ids.iter().zip(pauses) {

@@ -3,18 +3,17 @@
 use std::fmt::Write as _;
 
 use super::goals::{Result, Verdict};
-use super::process;
 use super::profile::Profile;
 use super::samples::{Row, figure};
 
 /// What a report says besides its figures.
 pub struct About {
-    /// The command that made it.
-    pub command: String,
-    /// When, UTC.
-    pub date: String,
-    /// How long it took, s.
-    pub seconds: u64,
+    /// Where it was measured.
+    pub machine: String,
+    /// Version and Cargo profile of what was measured.
+    pub build: String,
+    /// The commands that made it: each with when it ended (UTC) and how long it took, s.
+    pub commands: Vec<(String, String, u64)>,
     /// Names of plots and the folder they are in, as the report links to them.
     pub plots: Vec<String>,
     /// Where the time goes.
@@ -41,10 +40,11 @@ pub fn date(unix: u64) -> String {
 pub fn report(results: &[Result], verdicts: &[Verdict], about: &About) -> String {
     let mut out = String::from("# Benchmarks\n\nMade by the benchmark itself; nothing here is typed by hand. ");
     let _ = writeln!(out, "`make bench` repeats it, `make bench ARGS=--help` shows what can be chosen.\n");
-    let _ = writeln!(out, "- Machine: {}", process::machine());
-    let _ = writeln!(out, "- Command: `{}`", about.command);
-    let _ = writeln!(out, "- Date: {}, {} s", about.date, about.seconds);
-    let _ = writeln!(out, "- Version: {}", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(out, "- Machine: {}", about.machine);
+    for (command, date, seconds) in &about.commands {
+        let _ = writeln!(out, "- Command: `{command}`, {date}, {seconds} s");
+    }
+    let _ = writeln!(out, "- Version: {}", about.build);
     out += HOW;
     if !verdicts.is_empty() {
         out += "\n## Goals\n\n| | goal | measured (p50) | at most | which is |\n| --- | --- | ---: | ---: | --- |\n";
@@ -52,7 +52,8 @@ pub fn report(results: &[Result], verdicts: &[Verdict], about: &About) -> String
             let word = if verdict.met() { "met" } else { "**missed**" };
             let shown = |value| figure(value, verdict.unit);
             let (measured, limit) = (shown(verdict.measured), shown(verdict.limit));
-            let _ = writeln!(out, "| {word} | {} | {measured} | {limit} | {} |", verdict.goal, verdict.because);
+            let (because, floor) = (&verdict.because, verdict.floor_if_missed());
+            let _ = writeln!(out, "| {word} | {} | {measured} | {limit} | {because}{floor} |", verdict.goal);
         }
     }
     profiled(&mut out, &about.profiles);
@@ -105,7 +106,8 @@ The S3 server, the supervisor, the VMM and, in a wake, the guest share them.\n";
 const HOW: &str = "\nTimes are taken from outside. A pause is from the request to its 201, a wake (`resume_…`) from the request to the first byte \
 that the guest prints, its `hot_set` to the end of the first pass over the hot set, `resident` to the last absent page. A pass is what pulse \
 does without a break: rewriting its hot set. `bare_upload` and `bare_download` move objects of the same number and size as the repeat \
-pause stored, by as many connections, and do nothing else. `cpu` is that of supervisor and VMM during a repeat pause. Details of a \
+pause stored, by as many connections, and do nothing else. `cpu` is that of supervisor and VMM during a repeat pause; `bare_upload.cpu` \
+that of a bare upload with the embedded server's part, `capture_cpu.gib` that of a capture of a GiB of pulse's content beside sending it. Details of a \
 metric stand behind a dot: `.first` is of first pauses, phases are those of `Server-Timing`. A console is looked at every 0.1 ms.\n\n\
 Peers are driven as their pipeline with an object store is today: a snapshot to a local file, then zstd-1 parts of 8 MiB uploaded in \
 parallel; downloaded and unpacked to a file, then loaded. Their processes are started before the clock runs, and their guests stand still \

@@ -7,7 +7,7 @@ use stasis_api::dev::LinkShape;
 use super::case::{Case, Measures, Peer, Wake};
 
 /// A part of the matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 pub enum Part {
     /// The case that the command line describes.
     #[value(skip)]

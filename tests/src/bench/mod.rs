@@ -12,6 +12,7 @@
 //! | [`bare`] | the same bytes moved by nothing but parallel PUTs and GETs |
 //! | [`profile`] | where the time of a pause and a wake goes |
 //! | [`console`], [`process`] | when the guest printed what; CPU time and memory of processes |
+//! | [`record`] | a run as a file, for a report of several |
 //! | [`samples`], [`goals`], [`markdown`], [`plot`] | percentiles and rows; measured figures beside the goals; the report; its pictures |
 //!
 //! Everything but the console watch, which is a thread of its own, runs in one tokio runtime, the S3 server included.
@@ -36,6 +37,7 @@ pub mod peer;
 pub mod plot;
 pub mod process;
 pub mod profile;
+pub mod record;
 pub mod run;
 pub mod samples;
 pub mod scan;

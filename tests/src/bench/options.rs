@@ -44,6 +44,9 @@ pub struct Arguments {
     /// Runs of each case.
     #[arg(long)]
     pub runs: Option<u32>,
+    /// Seal snapshots (MACs, AES-256-GCM), and measure the same without seals in turn with it.
+    #[arg(long)]
+    pub encrypt: bool,
     /// `firecracker=PATH`, `qemu` or `qemu=PATH`; may be given several times.
     #[arg(long)]
     pub peer: Vec<String>,
@@ -59,6 +62,12 @@ pub struct Arguments {
     /// The report as Markdown goes here.
     #[arg(long)]
     pub markdown: Option<PathBuf>,
+    /// The whole run goes here, for a later --report-of.
+    #[arg(long)]
+    pub record: Option<PathBuf>,
+    /// Measures nothing: reports recorded runs as one. May be given several times.
+    #[arg(long)]
+    pub report_of: Vec<PathBuf>,
 }
 
 const MIXES: &[&str] = &["real", "rand", "comp", "zero", "dup"];
@@ -94,6 +103,7 @@ impl Arguments {
             sandboxes: self.sandboxes.unwrap_or(1).max(1),
             runs: self.runs.unwrap_or(standard.runs),
             peers,
+            encrypt: self.encrypt,
             ..Case::standard()
         };
         check(&case)?;
@@ -105,6 +115,7 @@ impl Arguments {
         let words = [&self.guest, &self.mix, &self.store];
         numbers.iter().any(Option::is_some)
             || words.iter().any(|word| word.is_some())
+            || self.encrypt
             || self.rtt_ms.is_some()
             || self.gbps.is_some()
     }

@@ -3,6 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
+
+use super::samples::Samples;
+
 /// Name of the memory file of our VMM's guests.
 const GUEST_MEMORY: &str = "/memfd:guest-memory";
 
@@ -18,23 +22,52 @@ pub fn cpu(pid: u32) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
 }
 
-/// Resident memory of a process outside guest memory, KiB. Guest memory is what is mapped of our memory file, or for other VMMs every mapping
-/// of at least `guest_bytes`.
-pub fn overhead_kib(pid: u32, guest_bytes: u64) -> Option<u64> {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    Some(resident_outside(&smaps, guest_bytes))
+/// User and system time of this process, to the nanosecond.
+pub fn own_cpu() -> Duration {
+    let now = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0))
 }
 
-fn resident_outside(smaps: &str, guest_bytes: u64) -> u64 {
-    let (mut total, mut guest) = (0, false);
+/// Resident memory of a process outside guest memory, KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Overhead {
+    /// All of it, the pages of programs and libraries included that all processes of a kind share.
+    pub resident: u64,
+    /// What is this process's alone.
+    pub private: u64,
+}
+
+impl Overhead {
+    /// Adds it to the samples.
+    pub fn note(self, samples: &mut Samples) {
+        samples.add("overhead", "KiB", self.resident as f64);
+        samples.add("overhead.private", "KiB", self.private as f64);
+    }
+}
+
+/// What a process has resident. Guest memory is what is mapped of our memory file, or for other VMMs every mapping of at least `guest_bytes`.
+/// `None` when it is gone.
+pub fn overhead(pid: u32, guest_bytes: u64) -> Option<Overhead> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    Some(outside(&smaps, guest_bytes))
+}
+
+fn outside(smaps: &str, guest_bytes: u64) -> Overhead {
+    let (mut total, mut guest) = (Overhead::default(), false);
     for line in smaps.lines() {
-        let first = line.split_whitespace().next().unwrap_or_default();
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
         if let Some((from, to)) = first.split_once('-')
             && let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16))
         {
             guest = to - from >= guest_bytes || line.contains(GUEST_MEMORY);
-        } else if first == "Rss:" && !guest {
-            total += line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        } else if !guest {
+            let kib = words.next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+            match first {
+                "Rss:" => total.resident += kib,
+                "Private_Clean:" | "Private_Dirty:" => total.private += kib,
+                _ => {}
+            }
         }
     }
     total
@@ -69,10 +102,10 @@ mod tests {
 
     #[test]
     fn guest_memory_is_left_out() {
-        let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 12 kB\nPss: 3 kB\n10000-20000 rw-s 0 00:00 0 /dev/zero\nRss: 64 kB\n\
-                     30000-31000 r--p 0 00:00 0\nRss: 4 kB\n40000-41000 rw-s 0 00:00 0 /memfd:guest-memory (deleted)\nRss: 4 kB\n";
-        assert_eq!(resident_outside(smaps, 0x10000), 16);
-        assert_eq!(resident_outside(smaps, 0x100_000), 80);
+        let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 12 kB\nPss: 3 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 4 kB\n10000-20000 rw-s 0 00:00 0 /dev/zero\nRss: 64 kB\n\
+                     30000-31000 r--p 0 00:00 0\nRss: 4 kB\n40000-41000 rw-s 0 00:00 0 /memfd:guest-memory (deleted)\nRss: 4 kB\nPrivate_Dirty: 9 kB\n";
+        assert_eq!(outside(smaps, 0x10000), Overhead { resident: 16, private: 5 });
+        assert_eq!(outside(smaps, 0x100_000), Overhead { resident: 80, private: 5 });
     }
 
     #[test]

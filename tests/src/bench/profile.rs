@@ -19,13 +19,14 @@ use crate::vmm::Error;
 const RATE: &str = "2999";
 /// From its start until it samples.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// Sampled after the answer of a wake: the guest's first pages come then.
-const AFTER_WAKE: Duration = Duration::from_millis(30);
+/// Sampled after the answer of a wake: the guest's hot set comes then.
+const AFTER_WAKE: Duration = Duration::from_millis(50);
 
 /// Shares of one operation.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Profile {
     /// What ran.
-    pub what: &'static str,
+    pub what: String,
     /// How long it took, ms.
     pub took_ms: f64,
     /// What the processors did, per cent of their time, the largest first.
@@ -112,7 +113,11 @@ impl Recorder {
         if shares.is_empty() {
             return Err(format!("perf has no samples: {}", String::from_utf8_lossy(&script.stderr)).into());
         }
-        Ok(Profile { what, took_ms: ended.saturating_sub(begun).saturating_sub(after).as_secs_f64() * 1000.0, shares })
+        Ok(Profile {
+            what: what.to_owned(),
+            took_ms: ended.saturating_sub(begun).saturating_sub(after).as_secs_f64() * 1000.0,
+            shares,
+        })
     }
 
     fn stop(&mut self) {

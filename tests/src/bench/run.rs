@@ -6,9 +6,9 @@ use super::case::{Case, Guest};
 use super::goals::{self, Result as Shown};
 use super::matrix::Part;
 use super::options::Arguments;
-use super::profile::Profile;
+use super::record::{Measured, Record};
 use super::samples::{Row, table};
-use super::{debian, many, markdown, peer, plot, profile, stasis};
+use super::{debian, many, markdown, peer, plot, process, profile, stasis};
 use crate::vmm::{Error, no_pulse};
 
 /// A case that takes longer hangs.
@@ -17,6 +17,10 @@ const CASE: Duration = Duration::from_mins(10);
 /// Measures what the arguments ask for and reports it on standard output and into the files they name. A case that fails fails the run, after
 /// the others were measured and reported.
 pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
+    if !arguments.report_of.is_empty() {
+        let records = arguments.report_of.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
+        return report(arguments, &records);
+    }
     let begun = Instant::now();
     let cases = arguments.cases(|name| std::env::var(name).ok())?;
     let (mut results, mut notes, mut failed) = (Vec::new(), Vec::new(), Vec::new());
@@ -42,14 +46,29 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
         failed.extend(errors);
         results.push(Shown { part: *part, case: case.clone(), rows });
     }
+    let kept = arguments.markdown.is_some() || arguments.record.is_some();
     let profiles = match cases.iter().find(|(part, case)| *part == Part::Goals && case.guest == Guest::Pulse) {
-        Some((_, case)) if arguments.markdown.is_some() => profile::measure(case).await.unwrap_or_else(|error| {
+        Some((_, case)) if kept => profile::measure(case).await.unwrap_or_else(|error| {
             notes.push(format!("where the time goes: {error}"));
             Vec::new()
         }),
         _ => Vec::new(),
     };
-    report(arguments, command, begun, &results, profiles, notes, &failed)?;
+    notes.extend(failed.iter().map(|error| format!("failed: {error}")));
+    let record = Record {
+        command: command.to_owned(),
+        date: markdown::date(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs()),
+        seconds: begun.elapsed().as_secs(),
+        machine: process::machine(),
+        build: build(),
+        results: results.iter().map(Measured::from).collect(),
+        profiles,
+        notes,
+    };
+    if let Some(path) = &arguments.record {
+        record.write(path)?;
+    }
+    report(arguments, &[record])?;
     if failed.is_empty() { Ok(()) } else { Err(format!("{} failed: {}", failed.len(), failed.join("; ")).into()) }
 }
 
@@ -57,37 +76,39 @@ async fn measure(case: &Case, notes: &mut Vec<String>) -> (Vec<Row>, Vec<String>
     let (mut rows, mut errors) = (Vec::new(), Vec::new());
     let ours = async {
         match case.guest {
-            Guest::Debian => debian::measure(case).await,
-            Guest::Pulse if case.sandboxes > 1 => many::measure(case).await,
+            Guest::Debian => debian::measure(case).await.map(|samples| (samples, None)),
+            Guest::Pulse if case.sandboxes > 1 => many::measure(case).await.map(|samples| (samples, None)),
             Guest::Pulse => stasis::measure(case, notes).await,
         }
+    };
+    let (ours, unsealed) = match tokio::time::timeout(CASE, ours).await {
+        Ok(Ok((ours, unsealed))) => (Ok(Ok(ours)), unsealed),
+        Ok(Err(error)) => (Ok(Err(error)), None),
+        Err(late) => (Err(late), None),
     };
     let mut take = |who: &str, done| match done {
         Ok(Ok(samples)) => rows.extend(super::samples::Samples::rows(&samples, who, case)),
         Ok(Err(error)) => errors.push(format!("{who}, {}: {error}", case.describe())),
         Err(_) => errors.push(format!("{who}, {}: it takes longer than {} s", case.describe(), CASE.as_secs())),
     };
-    take("stasis", tokio::time::timeout(CASE, ours).await);
+    take("stasis", ours);
+    if let Some(unsealed) = unsealed {
+        take("stasis without seals", Ok(Ok(unsealed)));
+    }
     for peer in &case.peers {
         take(peer.word(), tokio::time::timeout(CASE, peer::measure(peer, case)).await);
     }
     (rows, errors)
 }
 
-fn report(
-    arguments: &Arguments,
-    command: &str,
-    begun: Instant,
-    results: &[Shown],
-    profiles: Vec<Profile>,
-    mut notes: Vec<String>,
-    failed: &[String],
-) -> Result<(), Error> {
+fn report(arguments: &Arguments, records: &[Record]) -> Result<(), Error> {
+    let results: Vec<Shown> = records.iter().flat_map(Record::shown).collect();
     let rows: Vec<Row> = results.iter().flat_map(|result| result.rows.clone()).collect();
-    let verdicts = goals::judge(results);
+    let verdicts = goals::judge(&results);
     if !verdicts.is_empty() {
         println!("goals (design §9; p50):\n{}", goals::lines(&verdicts));
     }
+    let mut notes: Vec<String> = records.iter().flat_map(|record| record.notes.clone()).collect();
     notes.dedup();
     for note in &notes {
         println!("left out: {note}");
@@ -100,13 +121,27 @@ fn report(
         plots = plot::write(&rows, dir)?.into_iter().map(|name| dir.join(name).display().to_string()).collect();
     }
     if let Some(path) = &arguments.markdown {
-        notes.extend(failed.iter().map(|error| format!("failed: {error}")));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-        let seconds = begun.elapsed().as_secs();
-        let about =
-            markdown::About { command: command.to_owned(), date: markdown::date(now), seconds, plots, profiles, notes };
-        std::fs::write(path, markdown::report(results, &verdicts, &about))?;
+        let all = |of: fn(&Record) -> &String| {
+            let mut all: Vec<_> = records.iter().map(|record| of(record).as_str()).collect();
+            all.dedup();
+            all.join("; ")
+        };
+        let about = markdown::About {
+            machine: all(|record| &record.machine),
+            build: all(|record| &record.build),
+            commands: records.iter().map(|r| (r.command.clone(), r.date.clone(), r.seconds)).collect(),
+            plots,
+            profiles: records.iter().flat_map(|record| record.profiles.clone()).collect(),
+            notes,
+        };
+        std::fs::write(path, markdown::report(&results, &verdicts, &about))?;
     }
-    println!("{} rows in {} s", rows.len(), begun.elapsed().as_secs());
+    println!("{} rows in {} s", rows.len(), records.iter().map(|record| record.seconds).sum::<u64>());
     Ok(())
+}
+
+/// Version and Cargo profile of the programs that are measured, which lie beside this one.
+fn build() -> String {
+    let folder = crate::host::profile().unwrap_or_default();
+    format!("{}, profile {}", env!("CARGO_PKG_VERSION"), folder.file_name().unwrap_or_default().to_string_lossy())
 }

@@ -1,6 +1,6 @@
 //! Samples, their percentiles, and the rows that a run reports.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ pub const METRICS: &[&str] = &[
 ];
 
 /// One line of the result: a metric's percentiles over its samples.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Who was measured.
     pub vmm: String,

@@ -4,10 +4,14 @@
 //! own, all of them up at once, and a run goes through each in turn.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use stasis_snapshot::seal::OperatorKey;
 use stasis_snapshot::store::ObjectStore;
 
 use super::bare::Bare;
@@ -28,8 +32,13 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const RESIDENT: Duration = Duration::from_secs(20);
 /// Passes that a guest runs undisturbed before something is measured.
 const SETTLED: usize = 8;
-/// Pages that run-ahead may leave: 1 MiB.
-const RESIDUE: u64 = 256;
+/// Bytes that run-ahead may leave to a pause for it to be measured.
+const RESIDUE: u64 = 1 << 20;
+/// Dirty pages at most once run-ahead has sent what it can. Writes are tracked by granules of 2 MiB, and a guest that stands still goes on writing
+/// a word or two of its stack: how much differs shows only when the pause has looked.
+const SENT_AHEAD: u64 = 4 * 512;
+/// How long a sandbox is left alone before the memory of its VMM is looked at, which is that of an idle one in the reference measurement, too.
+const IDLE: Duration = Duration::from_secs(2);
 /// How long after its end a snapshot's first pass may come.
 const AFTER: Duration = Duration::from_secs(2);
 /// Scratch of the embedded S3 server: memory, so that no disk writes back while something is measured.
@@ -144,7 +153,14 @@ impl Home {
             Guest::Pulse => images(dir.path(), case)?,
             Guest::Debian => host::built("images"),
         };
-        let options = Options { images: Some(images), environment: setting.environment() };
+        let mut environment = setting.environment();
+        if case.encrypt {
+            let key = dir.path().join("operator.key");
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&key)?;
+            file.write_all(OperatorKey::file_text(&rand::random()).as_bytes())?;
+            environment.push(("STASIS_SEAL_KEY_FILE".to_owned(), key.display().to_string()));
+        }
+        let options = Options { images: Some(images), environment };
         let sleep = match (&case.store, case.link) {
             (Store::Directory, _) => Sleep::Directory,
             (Store::Embedded, None) => Sleep::Direct,
@@ -204,9 +220,16 @@ impl Home {
     }
 
     /// Memory of a sandbox's VMM beyond guest memory.
-    pub async fn overhead_kib(&self, id: &str) -> Result<u64, Error> {
-        let pid = self.service.vmm(id).status().await?.pid;
-        process::overhead_kib(pid, u64::MAX).ok_or_else(|| format!("the VMM of {id} is gone").into())
+    pub async fn overhead(&self, id: &str) -> Result<process::Overhead, Error> {
+        // Not what the VMM says: it is 1 in its own namespace.
+        let pid = self.service.vmms_of(id).first().copied().ok_or_else(|| format!("{id} has no VMM"))?;
+        process::overhead(pid, u64::MAX).ok_or_else(|| format!("the VMM of {id} is gone").into())
+    }
+
+    /// Waits for the end of paused VMMs. They are taken apart after the answer; their time counts once they were waited for.
+    pub async fn ended(&self, vmms: &[u32]) -> Result<(), Error> {
+        let gone = || vmms.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        until("the end of a paused VMM", || Ok(gone().then_some(()))).await
     }
 
     /// Pauses and looks at everything that this cost.
@@ -220,9 +243,7 @@ impl Home {
         let took = begun.elapsed();
         let requests = self.service.s3.take_exchanges().len();
         let reply = reply.expect(201)?;
-        // Its VMM is taken apart after the answer; its time counts once it was waited for.
-        let gone = || vmms.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists());
-        until("the end of a paused VMM", || Ok(gone().then_some(()))).await?;
+        self.ended(&vmms).await?;
         let cpu = self.cpu().saturating_sub(cpu);
         let after = self.objects(id).await?;
         let (packs, sent) = stored(&before, &after);
@@ -239,18 +260,27 @@ pub fn stored(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> 
     (packs, sent)
 }
 
-/// Everything of a case that one service after the other shows.
-pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<Samples, Error> {
+/// Everything of a case that one service after the other shows; and of a case that is sealed, the same without seals.
+pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<(Samples, Option<Samples>), Error> {
     let mut samples = Samples::default();
+    let mut unsealed = case.encrypt.then(|| (Case { encrypt: false, ..case.clone() }, Samples::default()));
     let bare = Bare::new(CONNECTIONS)?;
     let wakes = if case.measures.wakes.is_empty() { vec![Wake::Cold] } else { case.measures.wakes.clone() };
     let mut homes = Vec::new();
     for wake in wakes {
-        homes.push((wake, Home::start(case, Setting::Wakes(wake)).await?));
+        let other = match &unsealed {
+            Some((other, _)) => Some(Home::start(other, Setting::Wakes(wake)).await?),
+            None => None,
+        };
+        homes.push((wake, Home::start(case, Setting::Wakes(wake)).await?, other));
     }
     let ahead = if case.measures.residue { Some(Home::start(case, Setting::Ahead).await?) } else { None };
     for run in 0..case.runs {
-        for (wake, home) in &homes {
+        for (wake, home, other) in &homes {
+            if let (Some(home), Some((case, samples))) = (other, &mut unsealed) {
+                let mut cycle = Cycle { case, home, bare: &bare, samples, notes };
+                cycle.run(*wake, run).await.map_err(|e| context(home, *wake, &e))?;
+            }
             let mut cycle = Cycle { case, home, bare: &bare, samples: &mut samples, notes };
             cycle.run(*wake, run).await.map_err(|e| context(home, *wake, &e))?;
         }
@@ -263,7 +293,7 @@ pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<Samples, Er
     if case.measures.residue {
         scan::measure(case.runs, &mut samples).await?;
     }
-    Ok(samples)
+    Ok((samples, unsealed.map(|(_, samples)| samples)))
 }
 
 fn context(home: &Home, wake: Wake, error: &Error) -> Error {
@@ -300,7 +330,8 @@ impl Cycle<'_> {
 
         self.resume(wake, &id).await?;
         self.home.settle(&id).await?;
-        self.samples.add("overhead", "KiB", self.home.overhead_kib(&id).await? as f64);
+        tokio::time::sleep(IDLE).await;
+        self.home.overhead(&id).await?.note(self.samples);
         if self.case.measures.snapshot {
             self.snapshot(&id, run).await?;
         }
@@ -332,7 +363,10 @@ impl Cycle<'_> {
 
     async fn bare_transfer(&mut self, up: &str, down: Option<&str>, sizes: &[u64]) -> Result<(), Error> {
         let store = self.home.store.as_ref();
+        let cpu = process::own_cpu();
         self.samples.time(up, self.bare.upload(store, "bare", sizes).await?);
+        // Client and embedded server are in this process.
+        self.samples.time(format!("{up}.cpu"), process::own_cpu().saturating_sub(cpu));
         if let Some(down) = down {
             self.samples.time(down, self.bare.download(store, "bare", sizes.len()).await?);
         }
@@ -458,7 +492,7 @@ impl Cycle<'_> {
         let ahead = loop {
             // Refused while a round runs.
             let dirty = self.home.service.vmm(&id).dirty().await;
-            if dirty.is_ok_and(|dirty| dirty.memory_pages <= RESIDUE) {
+            if dirty.is_ok_and(|dirty| dirty.memory_pages <= SENT_AHEAD) {
                 break true;
             }
             if Instant::now() > deadline {
@@ -468,7 +502,15 @@ impl Cycle<'_> {
         };
         if ahead {
             let paused = self.home.pause(&id).await?;
+            let left: u64 = paused.packs.iter().sum();
+            if left > RESIDUE {
+                self.note(format!("repeat_pause.after_run_ahead: {} KiB were left once", left >> 10));
+                return self.home.delete(&id).await;
+            }
             self.samples.time("repeat_pause.after_run_ahead", paused.took);
+            for (phase, took) in server_timing(&paused.reply.timing).0 {
+                self.samples.time(format!("repeat_pause.after_run_ahead.{phase}"), took);
+            }
             self.samples.bytes("bytes_sent.after_run_ahead", paused.sent);
         } else {
             self.note("repeat_pause.after_run_ahead: nothing was sent ahead".to_owned());

@@ -2,6 +2,7 @@
 //! `127.0.0.1` of the "guest" is this machine's. Pulse guests have no vsock, so the socket in their run directory is ours to make; it is made
 //! anew after every wake, and all connections break when the VMM goes.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -51,7 +52,7 @@ impl Guest {
         until("the agent's forwarder", || Ok(forwarder.exists().then_some(()))).await?;
         let seen = Arc::new(Seen::default());
         let task = tokio::spawn(live(run_dir.clone(), forwarder, seen.clone()));
-        until("the guest's vsock", || Ok(run_dir.join(VSOCK_SOCKET).exists().then_some(()))).await?;
+        until("the guest's vsock", || Ok((seen.lives.load(Ordering::SeqCst) > 0).then_some(()))).await?;
         Ok(Self { agent, _dir: dir, task, seen })
     }
 
@@ -90,7 +91,9 @@ async fn live(run_dir: PathBuf, forwarder: PathBuf, seen: Arc<Seen>) {
         let Ok(listener) = UnixListener::bind(&vsock) else { continue };
         seen.lives.fetch_add(1, Ordering::SeqCst);
         let mut connections = JoinSet::new();
-        while vsock.exists() {
+        let Ok(ours) = vsock.metadata() else { continue };
+        // The next VMM's directory comes with a socket of its own.
+        while vsock.metadata().is_ok_and(|now| now.ino() == ours.ino()) {
             tokio::select! {
                 accepted = listener.accept() => if let Ok((host, _)) = accepted {
                     connections.spawn(connection(host, forwarder.clone(), seen.clone()));

@@ -55,9 +55,9 @@ impl Run {
     pub async fn start() -> Result<Self, Error> {
         let mut options = Options::default();
         let ours = [
-            ("STASIS_DEADLINES_STORE_MS", "1500"),
-            ("STASIS_DEADLINES_COMMIT_MS", "1500"),
-            ("STASIS_DEADLINES_SETTLE_MS", "3000"),
+            ("STASIS_DEADLINES_STORE_MS", "4000"),
+            ("STASIS_DEADLINES_COMMIT_MS", "4000"),
+            ("STASIS_DEADLINES_SETTLE_MS", "8000"),
             ("STASIS_DEADLINES_CONNECT_MS", "200"),
             ("STASIS_DEADLINES_PAUSE_RETRY_MS", "300"),
             ("STASIS_DOMAIN", DOMAIN),

@@ -19,6 +19,7 @@ use rustix::net::{
 };
 
 use super::types::FdToken;
+use crate::seccomp::{self, Role};
 
 /// Descriptors in one message; Linux takes 253 at most.
 pub const MAX_PER_MESSAGE: usize = 64;
@@ -63,6 +64,7 @@ impl Inbox {
     pub fn listen(&self, listener: UnixListener) -> std::io::Result<()> {
         let inbox = self.clone();
         std::thread::Builder::new().name("fds".to_owned()).spawn(move || {
+            seccomp::enter(Role::Receiver);
             for stream in listener.incoming() {
                 // One sender at a time: it is the supervisor, and its deadline bounds the wait of the next.
                 if let Err(error) = stream.and_then(|s| inbox.receive(&s)) {

@@ -6,9 +6,9 @@
 
 use std::collections::HashMap;
 use std::io::Read;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,10 +21,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stasis_snapshot::capture::Options;
 use stasis_snapshot::grant::{Access, GrantedObject};
-use stasis_snapshot::granted::{GrantedPacks, Patience};
+use stasis_snapshot::granted::{GrantedPacks, Patience, StoreClient};
 use stasis_snapshot::ids::Digest;
 use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::pager::PackCache;
+use stasis_snapshot::seal::DataKeys;
 use stasis_snapshot::store::{ErrorKind, StoreError};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, mpsc, watch};
@@ -35,12 +36,14 @@ use super::types::{
     BootRequest, CaptureMode, CaptureReport, CaptureRequest, Connections, DirtyReport, DiskConfig, ErrorBody, FdToken,
     KeepRequest, Metrics, PauseReport, PrepareRequest, RestoreReport, RestoreRequest, VmState, VmStatus,
 };
+use crate::inherited::HostFiles;
+use crate::limits::Limits;
 use crate::machine::capture::{Content, Order};
 use crate::machine::kept::Kept;
 use crate::machine::reboot::{Stored, reboot};
 use crate::machine::restore::{self, RestoreFailed};
 use crate::machine::staging::Staging;
-use crate::machine::{self, Bare, BaseGiven, BootFiles, Disk, Host, Machine, MachineError};
+use crate::machine::{self, Backends, Bare, BaseGiven, BootFiles, Disk, Host, Machine, MachineError};
 use crate::vcpu::Ended;
 
 /// Longest request body: a capture with a grant for each pack of the largest machine.
@@ -143,14 +146,20 @@ fn store_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a S
 pub struct Settings {
     /// Id of the sandbox, for its answers.
     pub id: String,
-    /// Directory of sockets and logs.
-    pub run_dir: PathBuf,
+    /// Opened files of the host.
+    pub host: Arc<HostFiles>,
     /// MSRs that a restore may leave out.
     pub allowed_msrs: Vec<u32>,
+    /// The client for granted URLs.
+    pub store: StoreClient,
+    /// What the guest may ask of the host.
+    pub limits: Limits,
 }
 
 struct Server {
     settings: Settings,
+    /// The sandbox, where the process was started before there was one.
+    sandbox: OnceLock<String>,
     files: Inbox,
     machine: Mutex<Option<Box<Machine>>>,
     /// What was made ahead of the machine. Locked after `machine`.
@@ -169,6 +178,12 @@ struct Running {
     mode: CaptureMode,
     /// PUTs in flight at most.
     share: watch::Sender<u16>,
+}
+
+impl Running {
+    fn is_round(&self) -> bool {
+        self.mode == CaptureMode::Round
+    }
 }
 
 /// A capture about to start.
@@ -193,6 +208,7 @@ pub async fn serve(listener: UnixListener, files: Inbox, settings: Settings) -> 
     // Never dropped: a vCPU that waits for a page that cannot be had would keep its thread, and whoever joins it, for ever.
     let server = std::mem::ManuallyDrop::new(Arc::new(Server {
         settings,
+        sandbox: OnceLock::new(),
         files,
         machine: Mutex::new(None),
         ready: Mutex::new(None),
@@ -322,8 +338,9 @@ impl Server {
     fn host(&self) -> Host {
         let ended = self.ended.clone();
         Host {
-            run_dir: self.settings.run_dir.clone(),
+            files: self.settings.host.clone(),
             allowed_msrs: self.settings.allowed_msrs.clone(),
+            limits: self.settings.limits,
             // The first end decides; a queue full of others loses nothing.
             ended: Arc::new(move |why| drop(ended.try_send(why))),
         }
@@ -345,7 +362,7 @@ impl Server {
 
     async fn describe(&self, machine: Option<&Machine>) -> VmStatus {
         VmStatus {
-            id: self.settings.id.clone(),
+            id: self.sandbox.get().unwrap_or(&self.settings.id).clone(),
             pid: std::process::id(),
             vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
             state: self.state(machine).await,
@@ -395,10 +412,9 @@ impl Server {
     async fn prepare_for(&self, request: PrepareRequest) -> Result<(), Refusal> {
         let slot = self.machine.lock().await;
         self.only_in(VmState::Empty, slot.as_deref(), "a preparation").await?;
-        let bare = tokio::task::block_in_place(|| machine::make_ready(request.vcpus, request.memory_mib));
+        let bare =
+            tokio::task::block_in_place(|| machine::make_ready(request.vcpus, request.memory_mib, &self.settings.host));
         *self.ready.lock().await = Some(bare.map_err(failed)?);
-        // The first request to a store needs a client, whose making takes a millisecond, too.
-        GrantedPacks::new(Vec::new(), &mut HashMap::new(), Patience::default()).map_err(failed)?;
         Ok(())
     }
 
@@ -411,26 +427,40 @@ impl Server {
             cmdline: request.cmdline,
             memory: request.memory.map(|token| self.take("memory", token)).transpose()?,
         };
-        let disks = self.disks(request.disks)?;
+        let backends = Backends {
+            disks: self.disks(request.disks)?,
+            tap: request.tap.map(|token| self.take("tap", token)).transpose()?.map(OwnedFd::from),
+        };
         let ready = self.ready.lock().await.take();
         let machine = match request.disks_from {
-            None => tokio::task::block_in_place(|| Machine::boot(&request.machine, ready, files, disks, self.host()))
-                .map_err(failed)?,
+            None => {
+                tokio::task::block_in_place(|| Machine::boot(&request.machine, ready, files, backends, self.host()))
+                    .map_err(failed)?
+            }
             Some(from) => {
                 let manifest = self.manifest(from.manifest, &from.manifest_digest)?;
                 let packs = self.granted(from.packs)?;
                 let cache_files = packs.cache_files();
                 let stored = Stored {
                     manifest,
+                    keys: DataKeys::new(from.keys),
                     packs: Arc::new(packs),
                     cache: (!cache_files.is_empty()).then(|| Arc::new(PackCache::new(cache_files))),
                     connections: from.connections,
                 };
-                reboot(&request.machine, ready, files, disks, self.host(), stored).await.map_err(failed)?
+                reboot(&request.machine, ready, files, backends, self.host(), stored).await.map_err(failed)?
             }
         };
         *slot = Some(Box::new(machine));
+        self.belongs_to(request.id);
         Ok(self.describe(slot.as_deref()).await)
+    }
+
+    /// There is one machine in a life, so the first answer stays.
+    fn belongs_to(&self, sandbox: Option<String>) {
+        if let Some(id) = sandbox {
+            self.sandbox.get_or_init(|| id);
+        }
     }
 
     async fn only_in(&self, wanted: VmState, machine: Option<&Machine>, what: &'static str) -> Result<(), Refusal> {
@@ -442,7 +472,9 @@ impl Server {
         let mut slot = self.machine.lock().await;
         self.only_in(VmState::Empty, slot.as_deref(), "a restore").await?;
         let started = Instant::now();
-        let manifest = self.manifest(request.manifest, &request.manifest_digest)?;
+        let mut manifest = self.manifest(request.manifest, &request.manifest_digest)?;
+        let keys = DataKeys::new(request.keys);
+        manifest.open_state(&keys).map_err(failed)?;
         let packs = self.granted(request.packs)?;
         let cache_files = packs.cache_files();
         let kept = match request.kept {
@@ -452,17 +484,22 @@ impl Server {
         let input = restore::Input {
             ready: self.ready.lock().await.take(),
             packs: Arc::new(packs),
+            keys,
             cache: (!cache_files.is_empty()).then(|| Arc::new(PackCache::new(cache_files))),
             memory: request.memory.map(|token| self.take("memory", token)).transpose()?,
             kept,
             paging: request.paging,
-            disks: self.disks(request.disks)?,
+            backends: Backends {
+                disks: self.disks(request.disks)?,
+                tap: request.tap.map(|token| self.take("tap", token)).transpose()?.map(OwnedFd::from),
+            },
             generation_id: generation_id(&request.generation_id)?,
             host: self.host(),
         };
         let manifest_us = started.elapsed().as_micros() as u64;
         let (machine, report) = restore::restore(manifest, input).await.map_err(|e: RestoreFailed| failed(e))?;
         *slot = Some(Box::new(machine));
+        self.belongs_to(request.id);
         Ok(RestoreReport { manifest_us, ..report })
     }
 
@@ -488,12 +525,18 @@ impl Server {
                 files.insert(token, file);
             }
         }
-        GrantedPacks::new(objects, &mut files, Patience::default()).map_err(failed)
+        GrantedPacks::new(self.settings.store.clone(), objects, &mut files, Patience::default()).map_err(failed)
     }
 
     async fn pause(&self) -> Result<PauseReport, Refusal> {
-        self.end_round().await;
-        let mut slot = self.machine.lock().await;
+        let mut slot = loop {
+            self.end_round().await;
+            let slot = self.machine.lock().await;
+            // One that began in between is ended, too; none begins while this is held.
+            if !self.capture.lock().await.as_ref().is_some_and(Running::is_round) {
+                break slot;
+            }
+        };
         // What a staged capture sends must not be collected once more before it is settled.
         let staged = self.capture.lock().await.is_some();
         let state = if staged { VmState::Capturing } else { self.state(slot.as_deref()).await };
@@ -516,7 +559,7 @@ impl Server {
     async fn end_round(&self) {
         loop {
             let done = match &*self.capture.lock().await {
-                Some(running) if running.mode == CaptureMode::Round => {
+                Some(running) if running.is_round() => {
                     running.cancel.cancel();
                     running.done.clone()
                 }
@@ -621,7 +664,8 @@ impl Server {
             let (Some(machine), None) = (slot.as_deref_mut(), &*current) else {
                 return Err(Refusal::WrongState { state: VmState::Capturing, what: "a capture" });
             };
-            let order = Order { sink, options, connections: share_changes, cancel: cancel.clone() };
+            let order =
+                Order { sink, options, connections: share_changes, cancel: cancel.clone(), seal: request.seal.clone() };
             let prepared = tokio::task::block_in_place(|| {
                 // Made before the guest stops.
                 let staging = match request.mode {
@@ -655,12 +699,11 @@ impl Server {
         };
         let stats = outcome.as_ref().map(|c| c.stats).unwrap_or_default();
         let state_us = prepared.content.micros();
-        let draft = tokio::task::block_in_place(|| machine.finish_capture(prepared.content, outcome)).map_err(|e| {
-            match (late, cancel.is_cancelled()) {
-                (true, _) => Refusal::TooSlow,
-                (false, true) => Refusal::Cancelled,
-                (false, false) => failed(e),
-            }
+        let finish = || machine.finish_capture(prepared.content, outcome, request.seal.as_ref());
+        let draft = tokio::task::block_in_place(finish).map_err(|e| match (late, cancel.is_cancelled()) {
+            (true, _) => Refusal::TooSlow,
+            (false, true) => Refusal::Cancelled,
+            (false, false) => failed(e),
         })?;
         if request.mode != CaptureMode::Stopped {
             tokio::task::spawn_blocking(crate::heap::give_back);
@@ -676,6 +719,7 @@ impl Server {
             sent_pages: stats.sent_pages,
             sent_bytes: stats.sent_bytes,
             packs: stats.packs,
+            cpu_us: stats.cpu_us,
         };
         Ok((draft, report))
     }
@@ -695,7 +739,8 @@ impl Server {
 fn generation_id(hex: &str) -> Result<[u8; 16], Refusal> {
     u128::from_str_radix(hex, 16)
         .ok()
-        .filter(|_| hex.len() == 32)
+        // `from_str_radix` alone would take a sign.
+        .filter(|_| hex.len() == 32 && hex.bytes().all(|digit| digit.is_ascii_hexdigit()))
         .map(u128::to_be_bytes)
         .ok_or_else(|| Refusal::BadRequest("generation_id must be 32 hexadecimal digits".to_owned()))
 }
@@ -707,7 +752,7 @@ mod tests {
     #[test]
     fn generation_ids_are_16_bytes_of_hex() {
         assert_eq!(generation_id("000102030405060708090a0b0c0d0e0f").unwrap()[..3], [0, 1, 2]);
-        for bad in ["", "00", "zz0102030405060708090a0b0c0d0e0f", "+00102030405060708090a0b0c0d0e0f0"] {
+        for bad in ["", "00", "zz0102030405060708090a0b0c0d0e0f", "+00102030405060708090a0b0c0d0e0f"] {
             assert!(generation_id(bad).is_err(), "{bad}");
         }
     }

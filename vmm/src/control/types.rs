@@ -20,8 +20,13 @@
 //! Errors are [`ErrorBody`] with a 4xx or 5xx status. Files never travel as paths: the sender opens them and passes the descriptors over
 //! `fds.sock` under a token of its choice ([`FdToken`]), before the request that names the token. A token is used once.
 
+mod network;
+
 use serde::{Deserialize, Serialize};
 use stasis_snapshot::grant::GrantedObject;
+use stasis_snapshot::seal::DataKey;
+
+pub use network::{BadMacAddress, MacAddress, NetworkConfig, NetworkMetrics, RateLimit, Traffic};
 
 /// Names a descriptor that was sent over `fds.sock` beforehand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +45,9 @@ pub struct MachineConfig {
     /// Attach the exit-counting port device that tests use.
     #[serde(default)]
     pub exit_counter: bool,
+    /// The network device; none when absent.
+    #[serde(default)]
+    pub network: Option<NetworkConfig>,
 }
 
 /// One virtio block device: private writes over a shared read-only base.
@@ -98,6 +106,10 @@ pub struct BootRequest {
     /// The memory file: an empty memfd that the sender may keep beyond the life of this VMM. The VMM makes its own when absent.
     #[serde(default)]
     pub memory: Option<FdToken>,
+    /// What the network device is connected to: a tap that is attached to its interface, with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`. The
+    /// guest's link is down without it. Only for a machine with a network device.
+    #[serde(default)]
+    pub tap: Option<FdToken>,
     /// What the disks hold, where that is not what their bases hold.
     #[serde(default)]
     pub disks_from: Option<DisksFrom>,
@@ -118,6 +130,9 @@ pub struct DisksFrom {
     pub packs: Vec<GrantedObject>,
     /// GETs in flight at most.
     pub connections: u16,
+    /// The data keys of packs that are encrypted.
+    #[serde(default)]
+    pub keys: Vec<DataKey>,
 }
 
 /// Body of `PUT /v1/vm/restore`. The machine's shape comes from the manifest.
@@ -141,6 +156,12 @@ pub struct RestoreRequest {
     /// The notes that `PUT /v1/vm/keep` wrote for `memory`. Without them `memory` must be empty.
     #[serde(default)]
     pub kept: Option<FdToken>,
+    /// The data keys of packs, and of a state, that are encrypted.
+    #[serde(default)]
+    pub keys: Vec<DataKey>,
+    /// As in [`BootRequest`]. The guest is told to announce itself on it.
+    #[serde(default)]
+    pub tap: Option<FdToken>,
     /// How pages arrive.
     #[serde(default)]
     pub paging: Paging,
@@ -217,6 +238,9 @@ pub struct CaptureRequest {
     /// Bytes of pages and packs in this process's memory at most; the VMM's default when absent.
     #[serde(default)]
     pub memory_bytes: Option<u64>,
+    /// Packs and state are encrypted under this data key; as they are when absent.
+    #[serde(default)]
+    pub seal: Option<DataKey>,
 }
 
 /// What the VM is doing.
@@ -286,6 +310,9 @@ pub struct CaptureReport {
     pub sent_bytes: u64,
     /// Packs stored by this capture.
     pub packs: u32,
+    /// Processor time of the threads that scanned and compressed, µs.
+    #[serde(default)]
+    pub cpu_us: u64,
 }
 
 /// Answer of `PUT /v1/vm/restore`.
@@ -335,6 +362,9 @@ pub struct Metrics {
     pub exits: std::collections::BTreeMap<String, u64>,
     /// Bytes the guest wrote to its console.
     pub console_bytes: u64,
+    /// Of them lost, because they came faster than the host takes them.
+    #[serde(default)]
+    pub console_lost: u64,
     /// Block requests served.
     pub block_requests: u64,
     /// Resident memory of the VMM beyond guest memory, KiB.
@@ -347,6 +377,9 @@ pub struct Metrics {
     /// Guest memory mapped by huge pages, KiB.
     #[serde(default)]
     pub huge_kib: u64,
+    /// The network device's, where there is one.
+    #[serde(default)]
+    pub network: Option<NetworkMetrics>,
 }
 
 /// What the exit-counting device saw (`devices::exit_counter`).
@@ -372,11 +405,14 @@ pub struct ErrorBody {
     pub store: Option<stasis_snapshot::store::ErrorKind>,
 }
 
+/// [`ExitNote::status`] of a VMM one of whose threads made a system call that its role does not have.
+pub const EXIT_SECCOMP: i32 = 5;
+
 /// Written to `exit.json` in the run directory before the process ends for any reason it knows of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitNote {
     /// Exit status: 0 shutdown asked for, 1 start-up failed, 2 the guest ended its machine, 3 the VM failed, 4 a page of the snapshot
-    /// could not be had.
+    /// could not be had, [`EXIT_SECCOMP`] a thread asked the kernel for what it may not.
     pub status: i32,
     /// Why, in one sentence.
     pub reason: String,

@@ -15,6 +15,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::MachineError;
 use crate::dirty;
+use crate::inherited::HostFiles;
 use crate::kvm::{self, During, KvmError};
 use crate::layout;
 use crate::memory::{GuestRam, ReservedRam};
@@ -47,8 +48,9 @@ pub(crate) struct BareMachine {
 
 impl Bare {
     /// Makes one.
-    pub(crate) fn new(size: Size) -> Result<Self, MachineError> {
-        let kvm = kvm::open()?;
+    pub(crate) fn new(size: Size, files: &HostFiles) -> Result<Self, MachineError> {
+        let device = HostFiles::duplicate(&files.kvm).during("have /dev/kvm once more")?;
+        let kvm = kvm::checked(device)?;
         let supported = cpuid::supported(&kvm)?;
         let vm = create_vm(&kvm)?;
         vm.set_tss_address(layout::KVM_TSS as usize).during("place the TSS")?;
@@ -79,9 +81,13 @@ impl Bare {
     }
 
     /// Maps the memory file (a new one when absent) where the memslots say. vCPUs apart, each for its thread.
-    pub(crate) fn with_memory(self, file: Option<File>) -> Result<(BareMachine, Vec<VcpuFd>), MachineError> {
+    pub(crate) fn with_memory(
+        self,
+        file: Option<File>,
+        files: &HostFiles,
+    ) -> Result<(BareMachine, Vec<VcpuFd>), MachineError> {
         let ram = Arc::new(self.ram.map(file)?);
-        let presence = Arc::new(Presence::new(ram.clone()));
+        let presence = Arc::new(Presence::new(ram.clone(), files));
         Ok((BareMachine { kvm: self.kvm, vm: self.vm, ram, presence }, self.vcpus))
     }
 }

@@ -21,6 +21,7 @@ use stasis_snapshot::granted::PackSink;
 use stasis_snapshot::image::ImageMap;
 use stasis_snapshot::manifest::{Arch, Base, Boot, Image, ImageKind, Manifest, Platform, StateBlob, Versioned};
 use stasis_snapshot::pack::PackEntry;
+use stasis_snapshot::seal::DataKey;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +31,7 @@ use super::staging::Staging;
 use super::{Machine, MachineError, spec};
 use crate::memory::{GuestRam, RunningRam, StoppedRam};
 use crate::pages::PageSet;
-use crate::paging::MEMORY;
+use crate::paging::{self, MEMORY};
 use crate::vcpu::{cpuid, state as vcpu_state};
 use crate::vm_state;
 
@@ -100,6 +101,8 @@ pub(crate) struct Order {
     pub(crate) options: Options,
     pub(crate) connections: watch::Receiver<u16>,
     pub(crate) cancel: CancellationToken,
+    /// Packs are encrypted under it.
+    pub(crate) seal: Option<DataKey>,
 }
 
 /// What the draft of a manifest holds.
@@ -186,11 +189,12 @@ impl Machine {
         Ok(request)
     }
 
-    /// A round: pages are sent while the guest runs on.
+    /// A round: pages are sent while the guest runs on, which comes before it.
     pub(crate) fn prepare_round(&mut self, order: Order) -> Result<CaptureRequest, MachineError> {
+        let threads = Some(paging::background()?);
         self.collect_dirty(&order.options)?;
         let memory: Arc<dyn PageReader> = Arc::new(RunningRam(self.ram.clone()));
-        Ok(self.request(order, memory, &[]))
+        Ok(CaptureRequest { threads, ..self.request(order, memory, &[]) })
     }
 
     /// For each image, pages to write anew so that old packs fall out of use. What is absent cannot be: it is not here.
@@ -215,6 +219,7 @@ impl Machine {
         order: Order,
         mut staging: Staging,
     ) -> Result<(CaptureRequest, SavedState, u64), MachineError> {
+        let threads = Some(paging::background()?);
         let began = Instant::now();
         self.pause()?;
         let copied = self.save_state().and_then(|state| {
@@ -230,7 +235,7 @@ impl Machine {
         self.resume()?;
         let stop_us = began.elapsed().as_micros() as u64;
         let (state, disks) = copied?;
-        let mut request = self.request(order, Arc::new(staging), &[]);
+        let mut request = CaptureRequest { threads, ..self.request(order, Arc::new(staging), &[]) };
         for (image, copy) in request.images.iter_mut().skip(1).zip(disks) {
             image.reader = copy;
         }
@@ -285,11 +290,13 @@ impl Machine {
         CaptureRequest {
             images,
             parent_packs: self.base.packs.clone(),
+            threads: None,
             sink: order.sink,
             options,
             cancel: order.cancel,
             progress: None,
             connections: Some(order.connections),
+            seal: order.seal,
         }
     }
 
@@ -322,11 +329,13 @@ impl Machine {
     }
 
     /// Moves the parent on to what is durable now and, when a capture with state succeeded, answers the encoded draft of its manifest.
-    /// What was written since the capture looked is in the trackers, not in the carry-over that is settled here.
+    /// What was written since the capture looked is in the trackers, not in the carry-over that is settled here. The state in the draft is
+    /// encrypted under `seal`.
     pub(crate) fn finish_capture(
         &mut self,
         content: Content,
         outcome: Result<Captured, CaptureFailed>,
+        seal: Option<&DataKey>,
     ) -> Result<Vec<u8>, FinishError> {
         match outcome {
             Ok(captured) => {
@@ -345,7 +354,14 @@ impl Machine {
                     }
                     Content::Machine(state) => {
                         let boot = Boot { pack: captured.boot_pack, first_touch: self.working_set.order() };
-                        Ok(self.draft(state.blobs, boot)?.encode()?)
+                        let mut draft = self.draft(state.blobs, boot)?;
+                        if let Some(key) = seal {
+                            let mut salt = [0; 32];
+                            rustix::rand::getrandom(&mut salt, rustix::rand::GetRandomFlags::empty())
+                                .map_err(FinishError::Random)?;
+                            draft.seal_state(key, salt)?;
+                        }
+                        Ok(draft.encode()?)
                     }
                 }
             }
@@ -393,6 +409,7 @@ impl Machine {
             packs: self.base.packs.clone(),
             images,
             state,
+            sealed_state: None,
             boot,
         })
     }
@@ -413,6 +430,8 @@ fn counts(memory_pages: u64, disk_blocks: u64, options: &Options) -> DirtyCounts
 pub(crate) enum FinishError {
     #[error(transparent)]
     Capture(#[from] stasis_snapshot::capture::CaptureError),
+    #[error("the kernel has no random numbers")]
+    Random(#[source] rustix::io::Errno),
     #[error("cannot write the draft of the manifest")]
     Spec(#[from] spec::SpecError),
     #[error("cannot write the draft of the manifest")]

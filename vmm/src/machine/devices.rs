@@ -1,9 +1,8 @@
 //! The machine's devices: made or restored in window order, put on the bus, wired to their interrupt lines and doorbells.
 //!
-//! Windows: disks first, then vsock, then rng. The order is part of the machine's shape, so a restored guest finds each where it was.
+//! Windows: disks first, then vsock, then rng, then net. The order is part of the machine's shape, so a restored guest finds each where it was.
 
-use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -13,6 +12,7 @@ use stasis_devices::serial::{Serial, SerialState};
 use stasis_devices::virtio::VirtioDevice;
 use stasis_devices::virtio::block::{Block, ID_BYTES};
 use stasis_devices::virtio::mmio::{MmioDevice, MmioState, QUEUE_NOTIFY};
+use stasis_devices::virtio::net::{Net, NetCounters};
 use stasis_devices::virtio::rng::Rng;
 use stasis_devices::virtio::vsock::{Vsock, VsockConfig};
 use stasis_devices::vmgenid::{VmGenId, VmGenIdState};
@@ -22,9 +22,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::Disk;
 use super::spec::{self, MachineSpec, SpecError};
+use super::{Backends, Host};
 use crate::bus::{Bus, lock};
 use crate::console::ConsoleLog;
-use crate::control::{CONSOLE_LOG, VSOCK_SOCKET};
+use crate::control::types::{NetworkMetrics, Traffic};
 use crate::kvm::{During, KvmError};
 use crate::layout;
 use crate::memory::GuestRam;
@@ -72,8 +73,10 @@ fn bad_state<E: Into<Box<dyn std::error::Error + Send + Sync>>>(kind: &str) -> i
 pub(crate) struct DeviceSet {
     serial: Arc<Mutex<Serial>>,
     console_bytes: Arc<AtomicU64>,
+    console_lost: Arc<AtomicU64>,
     exit_counter: Option<Arc<Mutex<ExitCounter>>>,
     virtio: Vec<Arc<Mutex<MmioDevice>>>,
+    network: Option<Arc<NetCounters>>,
     generation: VmGenId,
     pub(crate) disks: Vec<Disk>,
     /// The interrupt of a new generation id is still owed: it may go out only when the vCPUs are restored.
@@ -87,12 +90,20 @@ fn irq(vm: &VmFd, gsi: u32) -> Result<EventFd, DeviceError> {
     Ok(event)
 }
 
-fn console(run_dir: &Path) -> Result<Box<ConsoleLog>, DeviceError> {
-    Ok(Box::new(ConsoleLog::open(run_dir.join(CONSOLE_LOG)).map_err(host("open the console log"))?))
+fn console(place: &Host) -> Result<ConsoleLog, DeviceError> {
+    let [log, older] = &place.files.console;
+    let rate = place.limits.console_bytes_per_second;
+    let opened = log.try_clone().and_then(|log| ConsoleLog::new(log, older.try_clone()?, rate));
+    opened.map_err(host("begin the console log"))
 }
 
-/// The virtio models in window order.
-fn models(machine: &MachineSpec, disks: &[Disk], run_dir: &Path) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError> {
+/// The virtio models in window order, and the counters of the network device.
+fn models(
+    machine: &MachineSpec,
+    disks: &[Disk],
+    tap: Option<OwnedFd>,
+    place: &Host,
+) -> Result<(Vec<Box<dyn VirtioDevice>>, Option<Arc<NetCounters>>), DeviceError> {
     let mut models: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for (n, disk) in disks.iter().enumerate() {
         let mut id = [0; ID_BYTES];
@@ -102,48 +113,66 @@ fn models(machine: &MachineSpec, disks: &[Disk], run_dir: &Path) -> Result<Vec<B
         models.push(Box::new(Block::new(disk.overlay.clone(), id)));
     }
     if let Some(cid) = machine.vsock_cid {
-        let path = run_dir.join(VSOCK_SOCKET);
-        let listener = UnixListener::bind(&path).map_err(host(format!("listen on {}", path.display())))?;
-        let vsock = Vsock::new(VsockConfig::new(cid, path), listener).map_err(host("create the vsock device"))?;
+        let listener = place.files.take_vsock().map_err(host("listen for the vsock device"))?;
+        let config =
+            VsockConfig { connects_per_second: place.limits.vsock_connects_per_second, ..VsockConfig::new(cid) };
+        let vsock = Vsock::new(config, listener).map_err(host("create the vsock device"))?;
         models.push(Box::new(vsock));
     }
     models.push(Box::new(Rng::new()));
-    Ok(models)
+    let counters = match &machine.network {
+        Some(network) => {
+            let net = Net::new(network.device(), tap).map_err(host("create the network device"))?;
+            let counters = net.counters();
+            models.push(Box::new(net));
+            Some(counters)
+        }
+        None if tap.is_some() => return Err(SpecError::TapWithoutNetwork.into()),
+        None => None,
+    };
+    Ok((models, counters))
 }
 
 impl DeviceSet {
     /// Devices after power-on.
     pub(crate) fn new(
         machine: &MachineSpec,
-        disks: Vec<Disk>,
+        backends: Backends,
         ram: &GuestRam,
         vm: &VmFd,
-        run_dir: &Path,
+        place: &Host,
     ) -> Result<Self, DeviceError> {
-        let serial = Serial::new(irq(vm, layout::SERIAL_GSI)?, console(run_dir)?);
+        let Backends { disks, tap } = backends;
+        let console = console(place)?;
+        let console_lost = console.lost();
+        let serial = Serial::new(irq(vm, layout::SERIAL_GSI)?, Box::new(console));
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| host("draw a generation id")(e.into()))?;
         let generation = VmGenId::new(ram.guest_memory(), GuestAddress(layout::VMGENID), irq(vm, layout::GED_GSI)?, id)
             .map_err(bad_state("vmgenid"))?;
         let exit_counter = machine.exit_counter.then(ExitCounter::new);
-        let virtio = Self::place(models(machine, &disks, run_dir)?, ram, vm)?;
-        Ok(Self::from_parts(serial, exit_counter, virtio, generation, disks, false))
+        let (models, network) = models(machine, &disks, tap, place)?;
+        let virtio = Self::place(models, ram, vm)?;
+        Ok(Self::from_parts((serial, console_lost), exit_counter, virtio, network, generation, disks, false))
     }
 
     /// Devices in their saved state, over restored memory, with a generation id that no other restore has.
     pub(crate) fn restore(
         machine: &MachineSpec,
         state: &[StateBlob],
-        disks: Vec<Disk>,
+        backends: Backends,
         ram: &GuestRam,
         vm: &VmFd,
-        run_dir: &Path,
+        place: &Host,
         generation_id: [u8; 16],
     ) -> Result<Self, DeviceError> {
+        let Backends { disks, tap } = backends;
         let saved: SerialState = spec::unblob(state, SERIAL, SerialState::VERSION)?;
+        let console = console(place)?;
+        let console_lost = console.lost();
         let serial =
-            Serial::restore(&saved, irq(vm, layout::SERIAL_GSI)?, console(run_dir)?).map_err(bad_state(SERIAL))?;
+            Serial::restore(&saved, irq(vm, layout::SERIAL_GSI)?, Box::new(console)).map_err(bad_state(SERIAL))?;
         let exit_counter = if machine.exit_counter {
             Some(ExitCounter::restore(&spec::unblob(state, EXIT_COUNTER, ExitCounterState::VERSION)?))
         } else {
@@ -152,28 +181,32 @@ impl DeviceSet {
         let saved: VmGenIdState = spec::unblob(state, VMGENID, VmGenIdState::VERSION)?;
         let generation = VmGenId::restore(ram.guest_memory(), &saved, irq(vm, layout::GED_GSI)?, generation_id)
             .map_err(bad_state(VMGENID))?;
-        let virtio = Self::place(models(machine, &disks, run_dir)?, ram, vm)?;
+        let (models, network) = models(machine, &disks, tap, place)?;
+        let virtio = Self::place(models, ram, vm)?;
         for (window, device) in virtio.iter().enumerate() {
             let kind = virtio_kind(window);
             let saved: MmioState = spec::unblob(state, &kind, MmioState::VERSION)?;
             lock(device).restore(&saved).map_err(bad_state(&kind))?;
         }
-        Ok(Self::from_parts(serial, exit_counter, virtio, generation, disks, true))
+        Ok(Self::from_parts((serial, console_lost), exit_counter, virtio, network, generation, disks, true))
     }
 
     fn from_parts(
-        serial: Serial,
+        (serial, console_lost): (Serial, Arc<AtomicU64>),
         exit_counter: Option<ExitCounter>,
         virtio: Vec<Arc<Mutex<MmioDevice>>>,
+        network: Option<Arc<NetCounters>>,
         generation: VmGenId,
         disks: Vec<Disk>,
         new_generation: bool,
     ) -> Self {
         Self {
             console_bytes: serial.bytes_written(),
+            console_lost,
             serial: Arc::new(Mutex::new(serial)),
             exit_counter: exit_counter.map(|c| Arc::new(Mutex::new(c))),
             virtio,
+            network,
             generation,
             disks,
             new_generation,
@@ -247,8 +280,25 @@ impl DeviceSet {
         self.console_bytes.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn console_lost(&self) -> u64 {
+        self.console_lost.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn exit_counts(&self) -> Option<ExitCounterState> {
         self.exit_counter.as_ref().map(|c| lock(c).counts().clone())
+    }
+
+    /// What the network device did.
+    pub(crate) fn network(&self) -> Option<NetworkMetrics> {
+        let traffic = |of: &stasis_devices::virtio::net::counters::Traffic| Traffic {
+            packets: of.packets(),
+            bytes: of.bytes(),
+            dropped: of.dropped(),
+        };
+        self.network.as_ref().map(|counters| NetworkMetrics {
+            to_guest: traffic(&counters.to_guest),
+            from_guest: traffic(&counters.from_guest),
+        })
     }
 
     /// Requests that the disks answered.

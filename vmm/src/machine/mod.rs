@@ -26,7 +26,8 @@ mod spec;
 pub(crate) mod staging;
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::io::{Read as _, Seek as _};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,8 +36,10 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use crate::boot::{self, BootError};
 use crate::control::types::{ExitCounts, MachineConfig, Metrics};
 use crate::dirty::{DirtyError, DirtyTracker};
+use crate::inherited::HostFiles;
 use crate::io_thread::{Closed, IoThread, IoThreadError};
 use crate::kvm::{self, KvmError};
+use crate::limits::Limits;
 use crate::memory::{GuestRam, MemoryError};
 use crate::paging::{Paging, PagingError, WorkingSet};
 use crate::presence::Presence;
@@ -80,12 +83,22 @@ pub enum MachineError {
 
 /// What a machine needs from the process around it.
 pub struct Host {
-    /// Directory of sockets and logs.
-    pub run_dir: PathBuf,
+    /// Opened files of the host.
+    pub files: Arc<HostFiles>,
     /// MSRs that a restore may leave out.
     pub allowed_msrs: Vec<u32>,
+    /// What the guest may ask of the host.
+    pub limits: Limits,
     /// Told when a vCPU ends for good.
     pub ended: Arc<dyn Fn(Ended) + Send + Sync>,
+}
+
+/// What the machine's devices stand on.
+pub struct Backends {
+    /// In window order.
+    pub disks: Vec<Disk>,
+    /// Of the network device, if there is one and it is connected.
+    pub tap: Option<OwnedFd>,
 }
 
 /// Files to boot from.
@@ -121,6 +134,7 @@ pub struct Machine {
     spec: MachineSpec,
     /// CPUID as this host gives it to guests.
     offered: Vec<CpuidLeaf>,
+    files: Arc<HostFiles>,
 }
 
 /// What a machine goes on from.
@@ -132,8 +146,8 @@ struct Origin {
 }
 
 /// Makes what a machine of this size needs before anything else of it is known.
-pub(crate) fn make_ready(vcpus: u8, memory_mib: u32) -> Result<Bare, MachineError> {
-    Bare::new(MachineSpec::size(vcpus, memory_mib)?)
+pub(crate) fn make_ready(vcpus: u8, memory_mib: u32, files: &HostFiles) -> Result<Bare, MachineError> {
+    Bare::new(MachineSpec::size(vcpus, memory_mib)?, files)
 }
 
 impl Machine {
@@ -142,12 +156,12 @@ impl Machine {
         config: &MachineConfig,
         ready: Option<Bare>,
         mut files: BootFiles,
-        disks: Vec<Disk>,
+        backends: Backends,
         host: Host,
     ) -> Result<Self, MachineError> {
-        let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
-        let (bare, fds) = spec.bare(ready)?.with_memory(files.memory.take())?;
-        Self::boot_on(spec, (bare, fds), files, disks, host, capture::Parent::none)
+        let spec = MachineSpec::new(config, backends.disks.iter().map(Disk::spec).collect())?;
+        let (bare, fds) = spec.bare(ready, &host.files)?.with_memory(files.memory.take(), &host.files)?;
+        Self::boot_on(spec, (bare, fds), files, backends, host, capture::Parent::none)
     }
 
     /// Boots on `bare`; `base` says what the pages are compared with.
@@ -155,11 +169,11 @@ impl Machine {
         spec: MachineSpec,
         (bare, fds): (BareMachine, Vec<VcpuFd>),
         files: BootFiles,
-        disks: Vec<Disk>,
+        backends: Backends,
         host: Host,
         base: impl FnOnce(&GuestRam, &DeviceSet) -> Result<capture::Parent, MachineError>,
     ) -> Result<Self, MachineError> {
-        let devices = DeviceSet::new(&spec, disks, &bare.ram, &bare.vm, &host.run_dir)?;
+        let devices = DeviceSet::new(&spec, backends, &bare.ram, &bare.vm, &host)?;
         let memory = bare.ram.guest_memory();
         crate::acpi::write(memory, spec.vcpus, devices.windows())
             .map_err(|e| BootError::Write { what: "ACPI tables", source: Box::new(e) })?;
@@ -219,6 +233,7 @@ impl Machine {
             base,
             spec,
             offered,
+            files: host.files,
         })
     }
 
@@ -293,28 +308,44 @@ impl Machine {
         Metrics {
             exits: self.shared.exits.snapshot(),
             console_bytes: self.devices.console_bytes(),
+            console_lost: self.devices.console_lost(),
             block_requests: self.devices.block_requests(),
-            overhead_kib: overhead_kib(Path::new("/proc/self/smaps")),
+            overhead_kib: self.files.status.as_ref().map_or(0, overhead_kib),
             exit_counter,
             paging: self.paging.as_ref().map(|paging| paging.metrics()),
             huge_kib: self.presence.huge_kib(),
+            network: self.devices.network(),
         }
     }
 }
 
-/// Resident memory of this process outside the guest memory file, KiB. 0 where the kernel does not tell.
-fn overhead_kib(smaps: &Path) -> u64 {
-    let Ok(text) = std::fs::read_to_string(smaps) else { return 0 };
-    let mut guest = false;
-    let mut total = 0;
-    for line in text.lines() {
-        if let Some(rss) = line.strip_prefix("Rss:") {
-            if !guest {
-                total += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
-            }
-        } else if line.split_whitespace().next().is_some_and(|range| range.contains('-') && !range.ends_with(':')) {
-            guest = line.contains("/memfd:guest-memory");
-        }
+/// Resident memory of this process outside guest memory, KiB. 0 where the kernel does not tell.
+fn overhead_kib(mut status: &File) -> u64 {
+    let mut text = String::new();
+    if status.rewind().and_then(|()| status.read_to_string(&mut text)).is_err() {
+        return 0;
     }
-    total
+    outside_guest_memory(&text)
+}
+
+/// Guest memory is the only shared memory, so the totals do: to add up mappings the kernel walks their page tables, which takes longer than a
+/// scrape is worth.
+fn outside_guest_memory(status: &str) -> u64 {
+    let parts =
+        status.lines().filter_map(|line| line.strip_prefix("RssAnon:").or_else(|| line.strip_prefix("RssFile:")));
+    parts.filter_map(|size| size.trim().trim_end_matches(" kB").parse::<u64>().ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{outside_guest_memory, overhead_kib};
+    use std::fs::File;
+
+    #[test]
+    fn guest_memory_is_no_overhead() {
+        let status = "VmRSS:\t  412 kB\nRssAnon:\t     8 kB\nRssFile:\t     4 kB\nRssShmem:\t   400 kB\n";
+        assert_eq!(outside_guest_memory(status), 12);
+        assert_eq!(outside_guest_memory(""), 0);
+        assert!(overhead_kib(&File::open("/proc/self/status").unwrap()) > 0);
+    }
 }

@@ -9,13 +9,14 @@ use stasis_snapshot::granted::PackSource;
 use stasis_snapshot::image::ImageMap;
 use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::pager::{PackCache, PageTarget, Pager, Sources};
+use stasis_snapshot::seal::DataKeys;
 use tokio_util::sync::CancellationToken;
 
 use super::capture::{Parent, new_digests};
 use super::disk::Disk;
 use super::restore::{RestoreFailed, check_images, hide_base, pager_options};
 use super::spec::MachineSpec;
-use super::{Bare, BootFiles, Host, Machine, MachineError};
+use super::{Backends, Bare, BootFiles, Host, Machine, MachineError};
 use crate::control::types::{MachineConfig, Paging};
 use crate::paging::targets::{DiskTarget, MemoryTarget};
 use crate::paging::{MEMORY, PagingError};
@@ -24,6 +25,8 @@ use crate::paging::{MEMORY, PagingError};
 pub(crate) struct Stored {
     pub(crate) manifest: Manifest,
     pub(crate) packs: Arc<dyn PackSource>,
+    /// Of encrypted packs.
+    pub(crate) keys: DataKeys,
     pub(crate) cache: Option<Arc<PackCache>>,
     pub(crate) connections: u16,
 }
@@ -33,14 +36,15 @@ pub(crate) async fn reboot(
     config: &MachineConfig,
     ready: Option<Bare>,
     mut files: BootFiles,
-    disks: Vec<Disk>,
+    backends: Backends,
     host: Host,
     stored: Stored,
 ) -> Result<Machine, RestoreFailed> {
+    let disks = backends.disks.clone();
     let spec = MachineSpec::new(config, disks.iter().map(Disk::spec).collect())?;
     let mut manifest = stored.manifest;
     check_images(&manifest, &spec, &disks)?;
-    let (bare, vcpus) = spec.bare(ready)?.with_memory(files.memory.take())?;
+    let (bare, vcpus) = spec.bare(ready, &host.files)?.with_memory(files.memory.take(), &host.files)?;
     manifest.images[MEMORY].map = ImageMap::zero(bare.ram.pages());
     for (disk, image) in disks.iter().zip(manifest.images.iter().skip(1)) {
         hide_base(disk, &image.map).map_err(RestoreFailed::Disk)?;
@@ -53,14 +57,14 @@ pub(crate) async fn reboot(
         targets.push(Arc::new(DiskTarget { disk: disk.clone(), digests: digests.clone() }));
     }
     let options = pager_options(Paging { eager: true, connections: stored.connections, sweep_mib_per_second: 0 });
-    let sources = Sources { store: stored.packs, cache: stored.cache };
+    let sources = Sources { store: stored.packs, cache: stored.cache, keys: stored.keys };
     let pager = Pager::new(&manifest, targets, sources, options, tokio::runtime::Handle::current())
         .map_err(PagingError::from)
         .map_err(MachineError::from)?;
     pager.fill(&[], true, &CancellationToken::new()).await.map_err(PagingError::from).map_err(MachineError::from)?;
     drop(pager);
     let machine = tokio::task::block_in_place(|| {
-        Machine::boot_on(spec, (bare, vcpus), files, disks, host, |ram, devices| {
+        Machine::boot_on(spec, (bare, vcpus), files, backends, host, |ram, devices| {
             Ok(Parent::stored(&manifest, digests, ram, devices))
         })
     })?;

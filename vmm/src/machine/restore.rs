@@ -14,6 +14,7 @@ use stasis_snapshot::ids::Digest;
 use stasis_snapshot::image::{PageRef, Run};
 use stasis_snapshot::manifest::{ImageKind, Manifest};
 use stasis_snapshot::pager::{Options, PackCache, PageTarget, Pager, Sources, Threads};
+use stasis_snapshot::seal::DataKeys;
 use tokio_util::sync::CancellationToken;
 
 use super::bare::{Bare, BareMachine};
@@ -22,7 +23,7 @@ use super::devices::DeviceSet;
 use super::disk::Disk;
 use super::kept::Kept;
 use super::spec::{self, MachineSpec, SpecError};
-use super::{Host, Machine, MachineError, Origin};
+use super::{Backends, Host, Machine, MachineError, Origin};
 use crate::control::types::{Paging as PagingOptions, RestoreReport};
 use crate::dirty::DirtyTracker;
 use crate::kvm;
@@ -66,8 +67,10 @@ pub(crate) struct Input {
     /// Made before; used if it fits.
     pub(crate) ready: Option<Bare>,
     pub(crate) packs: Arc<dyn PackSource>,
+    /// Of encrypted packs.
+    pub(crate) keys: DataKeys,
     pub(crate) cache: Option<Arc<PackCache>>,
-    pub(crate) disks: Vec<Disk>,
+    pub(crate) backends: Backends,
     pub(crate) generation_id: [u8; 16],
     pub(crate) host: Host,
     /// The memory file; a new one when absent.
@@ -80,13 +83,13 @@ pub(crate) struct Input {
 /// Makes the machine, paused. Its pages arrive later, unless that is asked for or the host cannot.
 pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine, RestoreReport), RestoreFailed> {
     let spec = MachineSpec::decode(&manifest.spec)?;
-    check_images(&manifest, &spec, &input.disks)?;
-    let (bare, fds) = spec.bare(input.ready)?.with_memory(input.memory)?;
+    check_images(&manifest, &spec, &input.backends.disks)?;
+    let (bare, fds) = spec.bare(input.ready, &input.host.files)?.with_memory(input.memory, &input.host.files)?;
     check_cpu(&manifest, &fds)?;
     let mut report = RestoreReport::default();
 
     let started = Instant::now();
-    for (disk, image) in input.disks.iter().zip(manifest.images.iter().skip(1)) {
+    for (disk, image) in input.backends.disks.iter().zip(manifest.images.iter().skip(1)) {
         hide_base(disk, &image.map).map_err(RestoreFailed::Disk)?;
     }
     let maps: Vec<_> = manifest.images.iter().map(|image| image.map.clone()).collect();
@@ -110,14 +113,14 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
     to_fetch.images[MEMORY].map = maps[MEMORY].overlay(&in_place).map_err(|e| RestoreFailed::Images(e.to_string()))?;
     let mut targets: Vec<Arc<dyn PageTarget>> = vec![Arc::new(MemoryTarget {
         ram: bare.ram.clone(),
-        base: input.disks.first().and_then(|d| d.base.clone()),
+        base: input.backends.disks.first().and_then(|d| d.base.clone()),
         digests: digests[MEMORY].clone(),
     })];
-    for (disk, digests) in input.disks.iter().zip(&digests[1..]) {
+    for (disk, digests) in input.backends.disks.iter().zip(&digests[1..]) {
         targets.push(Arc::new(DiskTarget { disk: disk.clone(), digests: digests.clone() }));
     }
     let options = pager_options(input.paging);
-    let sources = Sources { store: input.packs, cache: input.cache };
+    let sources = Sources { store: input.packs, cache: input.cache, keys: input.keys };
     let threads = Threads {
         runtime: tokio::runtime::Handle::current(),
         background: paging::background().map_err(MachineError::from)?,
@@ -152,7 +155,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
         input.host.ended.clone(),
     )
     .map_err(MachineError::from)?;
-    for (n, disk) in input.disks.iter().enumerate() {
+    for (n, disk) in input.backends.disks.iter().enumerate() {
         paging.attach_disk(n, disk);
     }
     let paging = Arc::new(paging);
@@ -174,7 +177,7 @@ pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine
         paging: Some(paging),
     };
     let machine = tokio::task::block_in_place(|| {
-        place(&manifest, spec, bare, fds, input.disks, input.generation_id, input.host, origin)
+        place(&manifest, spec, bare, fds, input.backends, input.generation_id, input.host, origin)
     })?;
     report.state_us = started.elapsed().as_micros() as u64;
     Ok((machine, report))
@@ -197,7 +200,7 @@ fn place(
     spec: MachineSpec,
     bare: BareMachine,
     fds: Vec<VcpuFd>,
-    disks: Vec<Disk>,
+    backends: Backends,
     generation_id: [u8; 16],
     host: Host,
     origin: impl FnOnce(&DeviceSet, DirtyTracker) -> Origin,
@@ -217,7 +220,7 @@ fn place(
     }
     vm_state::restore(&bare.vm, &vm_saved, wall_ns())?;
     // After the VM: a device that raises its line now must find the controllers restored.
-    let devices = DeviceSet::restore(&spec, &manifest.state, disks, &bare.ram, &bare.vm, &host.run_dir, generation_id)?;
+    let devices = DeviceSet::restore(&spec, &manifest.state, backends, &bare.ram, &bare.vm, &host, generation_id)?;
     let origin = origin(&devices, dirty);
     let mut machine = Machine::assemble(bare, spec, fds, devices, origin, host)?;
     machine.hold()?;

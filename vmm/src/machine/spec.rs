@@ -7,19 +7,26 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stasis_snapshot::manifest::{StateBlob, Versioned};
 
+use stasis_devices::virtio::net;
+
 use super::MachineError;
 use super::bare::{Bare, Size};
-use crate::control::types::MachineConfig;
+use crate::control::types::{MacAddress, MachineConfig, NetworkConfig, RateLimit};
+use crate::inherited::HostFiles;
 use crate::layout::LAYOUT_VERSION;
 
 /// Version of [`MachineSpec`].
-const SPEC_VERSION: u16 = 1;
+const SPEC_VERSION: u16 = 2;
+/// Version of [`WithoutNetwork`].
+const WITHOUT_NETWORK: u16 = 1;
 /// Bounds that a spec from a snapshot must keep, as a boot request must.
 const MAX_VCPUS: u8 = 8;
 const MIN_MEMORY_MIB: u32 = 16;
 const MAX_MEMORY_MIB: u32 = 8192;
 /// More disks than this have no window.
 const MAX_DISKS: usize = 8;
+/// What every host takes (RFC 791).
+const MIN_MTU: u16 = 68;
 
 /// A machine or a part of it in a snapshot is not one that this VMM can make.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +38,14 @@ pub enum SpecError {
     Memory(u32),
     #[error("a machine has at most {MAX_DISKS} disks, not {0}")]
     Disks(usize),
+    #[error("network.mac: the address of a group or of nobody")]
+    Mac,
+    #[error("network.mtu must be at least {MIN_MTU}, not {0}")]
+    Mtu(u16),
+    #[error("network: a limit must be at least 1 a second")]
+    RateLimit,
+    #[error("a tap was given for a machine without a network device")]
+    TapWithoutNetwork,
     #[error("{what} is version {version}; this VMM reads {reads}")]
     Version { what: String, version: u16, reads: u16 },
     #[error("{0} is missing from the snapshot")]
@@ -59,6 +74,79 @@ pub(crate) struct DiskSpec {
     pub(crate) read_only: bool,
 }
 
+/// Limits of one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RateLimitSpec {
+    bytes_per_second: Option<u64>,
+    packets_per_second: Option<u64>,
+}
+
+impl RateLimitSpec {
+    fn new(limit: RateLimit) -> Self {
+        Self { bytes_per_second: limit.bytes_per_second, packets_per_second: limit.packets_per_second }
+    }
+
+    fn config(self) -> RateLimit {
+        RateLimit { bytes_per_second: self.bytes_per_second, packets_per_second: self.packets_per_second }
+    }
+
+    fn device(self) -> net::RateLimit {
+        net::RateLimit { bytes_per_second: self.bytes_per_second, packets_per_second: self.packets_per_second }
+    }
+
+    fn is_possible(self) -> bool {
+        self.bytes_per_second != Some(0) && self.packets_per_second != Some(0)
+    }
+}
+
+/// The network device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NetworkSpec {
+    mac: [u8; 6],
+    mtu: u16,
+    to_guest: RateLimitSpec,
+    from_guest: RateLimitSpec,
+}
+
+impl NetworkSpec {
+    fn new(config: &NetworkConfig) -> Self {
+        Self {
+            mac: config.mac.bytes(),
+            mtu: config.mtu,
+            to_guest: RateLimitSpec::new(config.to_guest),
+            from_guest: RateLimitSpec::new(config.from_guest),
+        }
+    }
+
+    fn check(&self) -> Result<(), SpecError> {
+        if MacAddress::new(self.mac).is_none() {
+            return Err(SpecError::Mac);
+        }
+        if self.mtu < MIN_MTU {
+            return Err(SpecError::Mtu(self.mtu));
+        }
+        if !self.to_guest.is_possible() || !self.from_guest.is_possible() {
+            return Err(SpecError::RateLimit);
+        }
+        Ok(())
+    }
+
+    fn config(&self) -> Option<NetworkConfig> {
+        let (to_guest, from_guest) = (self.to_guest.config(), self.from_guest.config());
+        Some(NetworkConfig { mac: MacAddress::new(self.mac)?, mtu: self.mtu, to_guest, from_guest })
+    }
+
+    /// What the device model is made with.
+    pub(super) fn device(&self) -> net::NetConfig {
+        net::NetConfig {
+            mac: self.mac,
+            mtu: self.mtu,
+            to_guest: self.to_guest.device(),
+            from_guest: self.from_guest.device(),
+        }
+    }
+}
+
 /// The machine's shape.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MachineSpec {
@@ -68,6 +156,25 @@ pub(crate) struct MachineSpec {
     pub(crate) vsock_cid: Option<u32>,
     pub(crate) exit_counter: bool,
     pub(crate) disks: Vec<DiskSpec>,
+    pub(crate) network: Option<NetworkSpec>,
+}
+
+/// The machine's shape in snapshots that were made before there was a network device.
+#[derive(Serialize, Deserialize)]
+struct WithoutNetwork {
+    layout: u16,
+    vcpus: u8,
+    memory_mib: u32,
+    vsock_cid: Option<u32>,
+    exit_counter: bool,
+    disks: Vec<DiskSpec>,
+}
+
+impl From<WithoutNetwork> for MachineSpec {
+    fn from(old: WithoutNetwork) -> Self {
+        let WithoutNetwork { layout, vcpus, memory_mib, vsock_cid, exit_counter, disks } = old;
+        Self { layout, vcpus, memory_mib, vsock_cid, exit_counter, disks, network: None }
+    }
 }
 
 impl MachineSpec {
@@ -79,6 +186,7 @@ impl MachineSpec {
             vsock_cid: config.vsock_cid,
             exit_counter: config.exit_counter,
             disks,
+            network: config.network.as_ref().map(NetworkSpec::new),
         };
         spec.check()?;
         Ok(spec)
@@ -98,7 +206,7 @@ impl MachineSpec {
         if self.disks.len() > MAX_DISKS {
             return Err(SpecError::Disks(self.disks.len()));
         }
-        Ok(())
+        self.network.as_ref().map_or(Ok(()), NetworkSpec::check)
     }
 
     pub(crate) fn config(&self) -> MachineConfig {
@@ -107,25 +215,26 @@ impl MachineSpec {
             memory_mib: self.memory_mib,
             vsock_cid: self.vsock_cid,
             exit_counter: self.exit_counter,
+            network: self.network.as_ref().and_then(NetworkSpec::config),
         }
     }
 
     /// The bare machine that this one is made of: `ready`, if that is of its size.
-    pub(super) fn bare(&self, ready: Option<Bare>) -> Result<Bare, MachineError> {
+    pub(super) fn bare(&self, ready: Option<Bare>, files: &HostFiles) -> Result<Bare, MachineError> {
         let size = Size { vcpus: self.vcpus, memory_bytes: self.memory_bytes() };
         match ready {
             Some(ready) if ready.size() == size => Ok(ready),
             other => {
                 // Its end takes the kernel some milliseconds that nobody has to wait for.
                 drop(std::thread::Builder::new().name("discard".to_owned()).spawn(move || drop(other)));
-                Bare::new(size)
+                Bare::new(size, files)
             }
         }
     }
 
     /// The size of a machine that is not known further.
     pub(super) fn size(vcpus: u8, memory_mib: u32) -> Result<Size, SpecError> {
-        let config = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: false };
+        let config = MachineConfig { vcpus, memory_mib, vsock_cid: None, exit_counter: false, network: None };
         let spec = Self::new(&config, Vec::new())?;
         Ok(Size { vcpus: spec.vcpus, memory_bytes: spec.memory_bytes() })
     }
@@ -139,7 +248,12 @@ impl MachineSpec {
     }
 
     pub(crate) fn decode(spec: &Versioned) -> Result<Self, SpecError> {
-        let decoded: Self = decode("the machine's shape", spec.version, SPEC_VERSION, &spec.bytes)?;
+        let what = "the machine's shape";
+        let decoded: Self = if spec.version == WITHOUT_NETWORK {
+            decode::<WithoutNetwork>(what, spec.version, WITHOUT_NETWORK, &spec.bytes)?.into()
+        } else {
+            decode(what, spec.version, SPEC_VERSION, &spec.bytes)?
+        };
         decoded.check()?;
         Ok(decoded)
     }
@@ -174,7 +288,7 @@ mod tests {
     use super::*;
 
     fn config() -> MachineConfig {
-        MachineConfig { vcpus: 2, memory_mib: 512, vsock_cid: Some(3), exit_counter: false }
+        MachineConfig { vcpus: 2, memory_mib: 512, vsock_cid: Some(3), exit_counter: false, network: None }
     }
 
     #[test]
@@ -185,6 +299,51 @@ mod tests {
             let bad = MachineConfig { vcpus, memory_mib, ..config() };
             assert!(MachineSpec::new(&bad, vec![]).unwrap_err().to_string().contains(part));
         }
+    }
+
+    fn network() -> NetworkConfig {
+        NetworkConfig {
+            mac: MacAddress::new([2, 0, 0, 0, 0, 1]).unwrap(),
+            mtu: 1500,
+            to_guest: RateLimit { bytes_per_second: Some(1 << 20), packets_per_second: None },
+            from_guest: RateLimit::default(),
+        }
+    }
+
+    #[test]
+    fn a_network_device_survives_and_an_impossible_one_is_refused_by_name() {
+        let with = |network| MachineConfig { network: Some(network), ..config() };
+        let spec = MachineSpec::new(&with(network()), vec![]).unwrap();
+        let decoded = MachineSpec::decode(&spec.encode().unwrap()).unwrap();
+        assert_eq!(decoded.config(), with(network()));
+        let nothing = RateLimit { bytes_per_second: None, packets_per_second: Some(0) };
+        let bad = [
+            (NetworkConfig { mtu: 67, ..network() }, "mtu"),
+            (NetworkConfig { from_guest: nothing, ..network() }, "limit"),
+        ];
+        for (bad, part) in bad {
+            assert!(MachineSpec::new(&with(bad), vec![]).unwrap_err().to_string().contains(part));
+        }
+        // What no request can say, a snapshot can.
+        let mut spec = spec;
+        spec.network.as_mut().unwrap().mac = [0xff; 6];
+        assert!(matches!(MachineSpec::decode(&spec.encode().unwrap()), Err(SpecError::Mac)));
+    }
+
+    #[test]
+    fn a_shape_of_before_the_network_device_is_read() {
+        let disks = vec![DiskSpec { blocks: 9, read_only: false }];
+        let old = WithoutNetwork {
+            layout: LAYOUT_VERSION,
+            vcpus: 2,
+            memory_mib: 512,
+            vsock_cid: Some(3),
+            exit_counter: false,
+            disks: disks.clone(),
+        };
+        let bytes = postcard::to_stdvec(&old).unwrap();
+        let decoded = MachineSpec::decode(&Versioned { version: 1, bytes }).unwrap();
+        assert_eq!(decoded, MachineSpec::new(&config(), disks).unwrap());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Shared;
+use crate::seccomp::{self, Role};
 
 /// Running threads; dropping this ends them, which waits for the faults that are being served.
 pub(super) struct FaultThreads {
@@ -22,7 +23,10 @@ impl FaultThreads {
         let mut threads = Vec::new();
         for n in 0..count.max(1) {
             let (shared, stop) = (shared.clone(), stop.try_clone()?);
-            let thread = std::thread::Builder::new().name(format!("faults{n}")).spawn(move || run(&shared, &stop))?;
+            let thread = std::thread::Builder::new().name(format!("faults{n}")).spawn(move || {
+                seccomp::enter(Role::Faults);
+                run(&shared, &stop);
+            })?;
             threads.push(thread);
         }
         Ok(Self { stop, threads })

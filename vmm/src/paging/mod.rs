@@ -23,7 +23,7 @@ mod working_set;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use stasis_devices::overlay::BlockSource;
 use stasis_snapshot::manifest::Touch;
@@ -36,6 +36,7 @@ use crate::control::types::PagingMetrics;
 use crate::machine::disk::Disk;
 use crate::pages::PageSet;
 use crate::presence::{Presence, PresenceError};
+use crate::seccomp::{self, Role};
 use crate::vcpu::Ended;
 use faults::FaultThreads;
 pub(crate) use working_set::WorkingSet;
@@ -44,6 +45,9 @@ pub(crate) use working_set::WorkingSet;
 pub(crate) const MEMORY: usize = 0;
 /// What is fetched of the recorded order before the vCPUs run, pages: 4 MiB.
 const EARLY_PAGES: u64 = 1024;
+/// From the last page in place until freed memory is given back: what was fetched is still on its way to the local packs, and the threads that did
+/// it end once they have been idle for [`IDLE_THREAD`](crate::heap::IDLE_THREAD).
+const QUIET: Duration = Duration::from_secs(1);
 /// Nothing is known of the time until all is resident.
 const NOT_YET: u64 = u64::MAX;
 
@@ -73,7 +77,9 @@ pub(crate) fn background() -> Result<Handle, PagingError> {
     }
     let made = tokio::runtime::Builder::new_current_thread()
         .thread_name("background")
+        .thread_keep_alive(crate::heap::IDLE_THREAD)
         .on_thread_start(|| {
+            seccomp::enter(Role::Worker);
             if let Err(error) = rustix::process::nice(BACKGROUND_NICE) {
                 tracing::debug!(%error, "the background keeps its priority");
             }
@@ -151,7 +157,8 @@ impl Paging {
         let image = n + 1;
         let absent = self.shared.pager.absent(image);
         if !absent.is_empty() {
-            disk.overlay.set_lazy(Arc::new(Blocks { pager: self.shared.pager.clone(), image }), &absent);
+            let blocks = Blocks { pager: self.shared.pager.clone(), image, runtime: self.runtime.clone() };
+            disk.overlay.set_lazy(Arc::new(blocks), &absent);
         }
     }
 
@@ -193,11 +200,10 @@ impl Paging {
                     if let Some(paging) = paging.upgrade() {
                         // Their threads end by themselves; joined on a thread that may wait.
                         let threads = lock(&paging.faults).take();
-                        let end = move || {
-                            drop(threads);
-                            crate::heap::give_back();
-                        };
-                        drop(tokio::task::spawn_blocking(end).await);
+                        drop(paging);
+                        drop(tokio::task::spawn_blocking(move || drop(threads)).await);
+                        tokio::time::sleep(QUIET).await;
+                        drop(tokio::task::spawn_blocking(crate::heap::give_back).await);
                     }
                 }
                 Ok(()) | Err(PagerError::Cancelled | PagerError::Stopped) => {}
@@ -238,11 +244,16 @@ impl Paging {
 struct Blocks {
     pager: Pager,
     image: usize,
+    runtime: Handle,
 }
 
 impl BlockSource for Blocks {
     fn fetch(&self, blocks: Range<u64>) -> std::io::Result<()> {
-        self.pager.fetch_blocking(self.image, blocks, Urgency::Demand).map_err(std::io::Error::other)
+        // On the runtime's threads: a device's thread may not do what fetching takes, such as start threads. The pager bounds the wait.
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let (pager, image) = (self.pager.clone(), self.image);
+        self.runtime.spawn(async move { drop(tell.send(pager.fetch(image, blocks, Urgency::Demand).await)) });
+        told.recv().map_err(std::io::Error::other)?.map_err(std::io::Error::other)
     }
 }
 

@@ -28,6 +28,7 @@ use state::{Context, VcpuState};
 
 use crate::bus::{Bus, Outcome, lock};
 use crate::kvm::KvmError;
+use crate::seccomp::{self, Role};
 
 /// How long a vCPU may take to answer a command or a kick. It only has to leave the guest and finish one exit.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -148,7 +149,10 @@ impl Vcpu {
         let own_byte = ImmediateExit(byte.cast());
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
-            .spawn(move || Thread { index, fd, shared, immediate_exit: own_byte }.serve(&inbox, &parked_tx))
+            .spawn(move || {
+                seccomp::enter(Role::Vcpu);
+                Thread { index, fd, shared, immediate_exit: own_byte }.serve(&inbox, &parked_tx);
+            })
             .map_err(|source| VcpuError::Start { index, source })?;
         Ok(Self { index, commands, parked: Mutex::new(parked), immediate_exit, thread: Some(thread) })
     }

@@ -8,7 +8,8 @@
 //!
 //! # Bounds
 //!
-//! At most [`VsockConfig::max_connections`] sockets, each with at most 128 KiB that wait for the host; towards the guest nothing waits
+//! A guest that asks for connections faster than [`VsockConfig::connects_per_second`] is refused without a look at the host's sockets. At most
+//! [`VsockConfig::max_connections`] sockets, each with at most 128 KiB that wait for the host; towards the guest nothing waits
 //! but at most one reset per packet received or connection. The transmit queue is not read while 256 resets wait for a
 //! receive buffer, as virtio 1.2 §5.10.6.1.2 allows. Clients beyond the bound wait in the listener's backlog.
 //!
@@ -75,18 +76,26 @@ impl VsockState {
 pub struct VsockConfig {
     /// Context id of the guest, 3 or more.
     pub guest_cid: u32,
-    /// A guest's connection to port P of the host goes to the unix socket at this path followed by `_P`.
-    pub path: PathBuf,
+    /// A guest's connection to port P of the host goes to the unix socket at this path followed by `_P`; without it they are refused.
+    pub services: Option<PathBuf>,
     /// Connections at one time, the ones being set up included.
     pub max_connections: usize,
     /// How long a connection may take to be set up.
     pub connect_timeout: Duration,
+    /// Connections to the host that the guest may ask for a second, and as many at once; more are refused.
+    pub connects_per_second: u64,
 }
 
 impl VsockConfig {
-    /// The defaults: 256 connections, 5 s.
-    pub fn new(guest_cid: u32, path: PathBuf) -> Self {
-        Self { guest_cid, path, max_connections: 256, connect_timeout: Duration::from_secs(5) }
+    /// The defaults: 256 connections, 5 s, 500 a second.
+    pub fn new(guest_cid: u32) -> Self {
+        Self {
+            guest_cid,
+            services: None,
+            max_connections: 256,
+            connect_timeout: Duration::from_secs(5),
+            connects_per_second: 500,
+        }
     }
 }
 

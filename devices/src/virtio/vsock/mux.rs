@@ -16,6 +16,7 @@ use super::connection::{Connection, Verdict};
 use super::greeting::{Greeting, Progress};
 use super::packet::{HOST_CID, Header, Ports, STREAM, op};
 use super::sockets::{self, FIRST_SOCKET, LISTENER, Sockets, TIMER, Token};
+use crate::token_bucket::TokenBucket;
 
 /// Resets that may wait before no packet of the guest is taken.
 pub(super) const REPLIES: usize = 256;
@@ -44,11 +45,15 @@ pub(super) struct Mux {
     ready: VecDeque<Token>,
     /// Resets for the guest. They go first. At most one for each packet taken and each connection that ended.
     replies: VecDeque<Header>,
+    /// What the guest may still ask for.
+    connects: TokenBucket,
 }
 
 impl Mux {
     pub(super) fn new(config: VsockConfig, listener: UnixListener) -> io::Result<Self> {
+        let rate = config.connects_per_second;
         Ok(Self {
+            connects: TokenBucket::new(rate, rate, Instant::now()),
             config,
             sockets: Sockets::new(listener)?,
             active: false,
@@ -138,15 +143,20 @@ impl Mux {
                 };
                 self.settle(token, verdict);
             }
-            None if !refused && header.op == op::REQUEST => self.connect_to_host(header, ports),
+            None if !refused && header.op == op::REQUEST => self.connect_to_host(header, ports, now),
             _ if header.op == op::RST => {}
             _ => self.replies.push_back(header.reset_reply()),
         }
     }
 
     /// A guest program connects to a port of the host.
-    fn connect_to_host(&mut self, request: &Header, ports: Ports) {
-        let mut path = self.config.path.clone().into_os_string();
+    fn connect_to_host(&mut self, request: &Header, ports: Ports, now: Instant) {
+        if self.connects.opens(now).is_some() {
+            return self.replies.push_back(request.reset_reply());
+        }
+        self.connects.take(1);
+        let Some(services) = &self.config.services else { return self.replies.push_back(request.reset_reply()) };
+        let mut path = services.clone().into_os_string();
         path.push(format!("_{}", ports.host));
         if self.is_full() {
             tracing::debug!(port = ports.host, "guest connection refused: too many");

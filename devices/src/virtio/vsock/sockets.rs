@@ -5,15 +5,16 @@
 //! of waking the loop again and again.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use event_manager::EventSet;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
+
+use super::super::timer::Timer;
 
 /// Names a watched descriptor.
 pub(super) type Token = u64;
@@ -31,19 +32,14 @@ const EVENTS: usize = 64;
 pub(super) struct Sockets {
     epoll: Epoll,
     listener: UnixListener,
-    timer: OwnedFd,
-    /// When the timer reports next.
-    deadline: Option<Instant>,
+    timer: Timer,
 }
 
 impl Sockets {
     /// Watches nothing yet.
     pub(super) fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let timer =
-            rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        let epoll = Epoll::new()?;
-        let sockets = Self { epoll, listener, timer, deadline: None };
+        let sockets = Self { epoll: Epoll::new()?, listener, timer: Timer::new()? };
         sockets.epoll.ctl(ControlOperation::Add, sockets.timer.as_raw_fd(), EpollEvent::new(EventSet::IN, TIMER))?;
         // Silent: a one-shot that has had its shot. Hang-ups and errors do not happen to a listener.
         sockets.epoll.ctl(
@@ -106,24 +102,12 @@ impl Sockets {
 
     /// Lets the timer report at `deadline`, or not at all.
     pub(super) fn wake_at(&mut self, deadline: Option<Instant>, now: Instant) -> io::Result<()> {
-        if self.deadline == deadline {
-            return Ok(());
-        }
-        // A value of zero would stop the timer.
-        let wait = deadline.map_or(Duration::ZERO, |at| at.saturating_duration_since(now).max(Duration::from_nanos(1)));
-        let it_value = Timespec { tv_sec: wait.as_secs().cast_signed(), tv_nsec: wait.subsec_nanos().into() };
-        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value })?;
-        self.deadline = deadline;
-        Ok(())
+        self.timer.wake_at(deadline, now)
     }
 
     /// Takes note that the timer has reported; it is silent until [`wake_at`](Self::wake_at) is called again.
     pub(super) fn acknowledge_timer(&mut self) {
-        let mut expirations = [0; 8];
-        // Fails when the timer was set anew meanwhile.
-        let _ = rustix::io::read(&self.timer, &mut expirations);
-        self.deadline = None;
+        self.timer.acknowledge();
     }
 }
 

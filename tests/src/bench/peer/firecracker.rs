@@ -100,8 +100,8 @@ pub async fn cycle(program: &Path, ground: &Ground<'_>, samples: &mut Samples) -
     vmm.boot(ground).await?;
     settle(&vmm.console).await?;
     let guest = (u64::from(ground.case.memory_mib) << 20) / 2;
-    if let Some(kib) = process::overhead_kib(vmm.process.0.id(), guest) {
-        samples.add("overhead", "KiB", kib as f64);
+    if let Some(overhead) = process::overhead(vmm.process.0.id(), guest) {
+        overhead.note(samples);
     }
     for (metric, kind, detail) in [("first_pause", "Full", ".first"), ("repeat_pause", "Diff", "")] {
         let (state, memory) = (ground.dir.join(format!("{kind}.state")), ground.dir.join(format!("{kind}.memory")));

@@ -109,8 +109,8 @@ pub async fn cycle(program: &Path, ground: &Ground<'_>, samples: &mut Samples) -
     let mut qemu = Qemu::start(program, ground, "first", false).await?;
     settle(&qemu.console).await?;
     let guest = (u64::from(ground.case.memory_mib) << 20) / 2;
-    if let Some(kib) = process::overhead_kib(qemu.process.0.id(), guest) {
-        samples.add("overhead", "KiB", kib as f64);
+    if let Some(overhead) = process::overhead(qemu.process.0.id(), guest) {
+        overhead.note(samples);
     }
     for (metric, name, detail) in [("first_pause", "full", ".first"), ("repeat_pause", "again", "")] {
         let file = ground.dir.join(name);

@@ -28,6 +28,22 @@ fn packets_that_belong_nowhere_are_reset_or_dropped() {
 }
 
 #[test]
+fn connections_beyond_the_rate_are_refused_unseen() {
+    let mut guest = Guest::with(|config| config.connects_per_second = 3);
+    guest.give_all();
+    let service = guest.service(1);
+    service.set_nonblocking(true).unwrap();
+    for n in 0..20 {
+        let ports = Ports { host: 1, guest: 1000 + n };
+        guest.send(ports, op::REQUEST);
+    }
+    guest.settle();
+    let accepted = std::iter::from_fn(|| service.accept().ok()).count();
+    assert!((3..=5).contains(&accepted), "{accepted} of 20");
+    assert!(!guest.driver.needs_reset());
+}
+
+#[test]
 fn resets_are_bounded_when_the_guest_takes_none() {
     let mut guest = Guest::new();
     let nowhere = Ports { host: 1, guest: 2 };

@@ -49,7 +49,8 @@ fn model(directory: &Path, change: impl FnOnce(&mut VsockConfig)) -> Vsock {
     let path = directory.join("v.sock");
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
-    let mut config = VsockConfig::new(CID, path);
+    let mut config = VsockConfig::new(CID);
+    config.services = Some(path);
     change(&mut config);
     Vsock::new(config, listener).unwrap()
 }

@@ -52,14 +52,15 @@ fn a_restored_device_resets_the_transport_before_anything_else() {
 #[test]
 fn the_reset_event_waits_for_a_buffer_but_connections_do_not_wait_for_ever() {
     let mut guest = Guest::ready();
+    // Before the hold begins, however long a busy machine takes until then.
+    let start = Instant::now();
     let next = guest.driver.migrate(model(guest.directory.path(), |_| {}));
     guest.driver = next;
     guest.driver.device().kick_all();
     let mut client = guest.client();
     client.write_all(b"CONNECT 5\n").unwrap();
-    let start = Instant::now();
     guest.expect(op::REQUEST);
-    assert!(start.elapsed() + Duration::from_millis(300) >= RESET_HOLD);
+    assert!(start.elapsed() >= RESET_HOLD);
     assert_eq!(guest.driver.take_used(EVENT), None);
     guest.give_event_buffer();
     guest.driver.run(5);

@@ -1,0 +1,4 @@
+//! See `stasis_fuzz::devices::block`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| stasis_fuzz::devices::block(input));

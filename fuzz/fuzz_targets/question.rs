@@ -1,0 +1,7 @@
+//! See `stasis_fuzz::egress::question`.
+#![no_main]
+
+#[global_allocator]
+static COUNTING: stasis_fuzz::alloc::Counting = stasis_fuzz::alloc::Counting;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| stasis_fuzz::egress::question(input));
