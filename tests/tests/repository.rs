@@ -56,14 +56,16 @@ fn dependencies_point_one_way() {
 
 #[test]
 fn paths_that_the_documents_name_exist() {
-    for document in ["ARCHITECTURE.md", "README.md"] {
+    for document in ["ARCHITECTURE.md", "README.md", "THREATS.md"] {
         let text = std::fs::read_to_string(root().join(document)).unwrap();
         for word in text.split('`').skip(1).step_by(2) {
             let is_path = word.contains('/')
                 && !word.contains([' ', '{', '<', '*', '$', '…', ':'])
                 && !word.starts_with(['/', '.', '-']);
             let first = word.split('/').next().unwrap_or_default();
-            let ours = ["api", "devices", "egress", "guest-images", "snapshot", "tests", "vmm"].contains(&first);
+            let ours =
+                ["api", "devices", "egress", "fuzz", "guest-images", "packaging", "snapshot", "tests", "vmm", "warden"];
+            let ours = ours.contains(&first);
             assert!(!(is_path && ours) || root().join(word).exists(), "{document} names {word}");
         }
     }
@@ -94,6 +96,7 @@ fn every_library_and_module_says_what_lives_there() {
         "tests/src",
         "tests/tests",
         "vmm/src",
+        "warden/src",
     ] {
         check(&root().join(folder), &mut silent);
     }

@@ -1,3 +1,5 @@
+//! Client hellos as clients send them, in pieces, and as nobody should.
+
 use super::*;
 use proptest::prelude::*;
 use std::sync::Arc;
