@@ -36,7 +36,7 @@ impl Suite {
             match outcome {
                 Err(_) => Err(Failed::from(format!("did not end within {} s", DEADLINE.as_secs()))),
                 Ok(Err(panic)) => Err(Failed::from(panic.to_string())),
-                Ok(Ok(Err(error))) => Err(Failed::from(stasis_vmm::control::server::chain(&*error))),
+                Ok(Ok(Err(error))) => Err(Failed::from(stasis_vmm::control::refusal::chain(&*error))),
                 Ok(Ok(Ok(()))) => Ok(()),
             }
         };

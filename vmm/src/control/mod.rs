@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod fds;
+pub mod refusal;
 pub mod server;
 pub mod types;
 

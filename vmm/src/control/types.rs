@@ -396,7 +396,7 @@ pub struct ExitCounts {
 /// Why a request was refused or failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
-    /// Stable word: see the variants of `control::server::Refusal`.
+    /// Stable word: see the variants of `control::refusal::Refusal`.
     pub code: String,
     /// The chain of causes, outermost first.
     pub message: String,

@@ -285,7 +285,7 @@ impl Shared {
         self.working_set.touched(pages.start);
         let outcome = self.pager.fetch_blocking(MEMORY, pages.clone(), Urgency::Demand);
         if let Err(error) = outcome {
-            (self.ended)(Ended::PageLost(crate::control::server::chain(&error)));
+            (self.ended)(Ended::PageLost(crate::control::refusal::chain(&error)));
             return;
         }
         self.check(self.presence.make_present(pages.clone()));
@@ -315,7 +315,7 @@ impl Shared {
     /// Without its page tables the guest would wait for ever.
     fn check(&self, result: Result<(), PresenceError>) {
         if let Err(error) = result {
-            (self.ended)(Ended::PageLost(crate::control::server::chain(&error)));
+            (self.ended)(Ended::PageLost(crate::control::refusal::chain(&error)));
         }
     }
 }
