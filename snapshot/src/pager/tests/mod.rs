@@ -6,13 +6,15 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
+use bytes::Bytes;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::runtime::Runtime;
 
 use self::world::{PATIENT, Source, Target, World, any_order, cache, empty_cache, hasty};
 use super::*;
-use crate::{ids::Digest, image::PageRef, store::ErrorKind};
+use crate::{image::PageRef, store::ErrorKind};
 
 /// Threads and tasks that demand, prefetch, fill, give up, and look, all at once. Answers the errors they saw.
 fn interleave(world: &World, pager: &Pager, targets: &[Arc<Target>], runtime: &Runtime, seed: u64) -> Vec<PagerError> {
