@@ -8,6 +8,7 @@ use stasis_devices::serial::Serial;
 use stasis_devices::virtio::mmio::MmioDevice;
 
 use crate::layout;
+use crate::turns::Turns;
 
 /// What an access means for the vCPU that made it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +24,7 @@ pub(crate) struct Bus {
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) exit_counter: Option<Arc<Mutex<ExitCounter>>>,
     /// In window order, see [`layout::VIRTIO_MMIO_BASE`].
-    pub(crate) virtio: Vec<Arc<Mutex<MmioDevice>>>,
+    pub(crate) virtio: Vec<Arc<Turns<MmioDevice>>>,
 }
 
 /// Locks a device. A device whose lock a panicking thread held is used as it is: the panic ends the process anyway.
@@ -77,7 +78,7 @@ impl Bus {
         Outcome::Continue
     }
 
-    fn window(&self, gpa: u64) -> Option<(&Mutex<MmioDevice>, u64)> {
+    fn window(&self, gpa: u64) -> Option<(&Turns<MmioDevice>, u64)> {
         let offset = gpa.checked_sub(layout::VIRTIO_MMIO_BASE)?;
         let window = usize::try_from(offset / layout::VIRTIO_MMIO_SIZE).ok()?;
         Some((self.virtio.get(window)?, offset % layout::VIRTIO_MMIO_SIZE))
@@ -85,7 +86,7 @@ impl Bus {
 
     pub(crate) fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> Outcome {
         match self.window(gpa) {
-            Some((device, offset)) => lock(device).read(offset, data),
+            Some((device, offset)) => device.lock().read(offset, data),
             None => data.fill(0xff),
         }
         Outcome::Continue
@@ -93,7 +94,7 @@ impl Bus {
 
     pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) -> Outcome {
         if let Some((device, offset)) = self.window(gpa) {
-            lock(device).write(offset, data);
+            device.lock().write(offset, data);
         }
         Outcome::Continue
     }

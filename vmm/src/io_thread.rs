@@ -13,6 +13,7 @@ use stasis_devices::virtio::mmio::MmioDevice;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::seccomp::{self, Role};
+use crate::turns::Turns;
 
 /// How long the loop may take to reach the gate: one event's work, which devices bound.
 const GATE_DEADLINE: Duration = Duration::from_secs(30);
@@ -88,6 +89,19 @@ impl MutEventSubscriber for GateSubscriber {
     }
 }
 
+/// A device as the loop sees it.
+struct DeviceSubscriber(Arc<Turns<MmioDevice>>);
+
+impl MutEventSubscriber for DeviceSubscriber {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        self.0.lock_next().process(events, ops);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        self.0.lock_next().init(ops);
+    }
+}
+
 /// The handle of the device thread.
 pub(crate) struct IoThread {
     orders: SyncSender<Order>,
@@ -97,7 +111,7 @@ pub(crate) struct IoThread {
 
 impl IoThread {
     /// Starts the loop for these devices, with the gate open.
-    pub(crate) fn start(devices: &[Arc<Mutex<MmioDevice>>]) -> Result<Self, IoThreadError> {
+    pub(crate) fn start(devices: &[Arc<Turns<MmioDevice>>]) -> Result<Self, IoThreadError> {
         fn fail<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
             what: &'static str,
         ) -> impl FnOnce(E) -> IoThreadError {
@@ -111,7 +125,7 @@ impl IoThread {
             EventManager::new().map_err(|e| fail("epoll")(std::io::Error::other(e.to_string())))?;
         manager.add_subscriber(Box::new(GateSubscriber(gate.clone())));
         for device in devices {
-            manager.add_subscriber(Box::new(device.clone()));
+            manager.add_subscriber(Box::new(DeviceSubscriber(device.clone())));
         }
         let thread = std::thread::Builder::new()
             .name("devices".to_owned())

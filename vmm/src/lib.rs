@@ -11,7 +11,7 @@
 //! | `memory`, `pages` | guest memory: one file, mapped for the guest and for ourselves |
 //! | `presence`, `dirty` | which of it is there, which of it was written (`uffd`, `pagemap`: the kernel's side) |
 //! | `paging` | memory that arrives after a restore, and the working set |
-//! | `bus`, `io_thread`, `console` | devices as vCPUs reach them; the thread that works for them |
+//! | `bus`, `io_thread`, `turns`, `console` | devices as vCPUs reach them; the thread that works for them; whose turn it is |
 //! | [`limits`] | what one guest may ask of the host |
 //! | [`kvm`], `mirror` | KVM calls that kvm-ioctls lacks; our own persisted twins of kernel structs |
 //!
@@ -41,6 +41,7 @@ mod pages;
 mod paging;
 mod presence;
 pub mod seccomp;
+mod turns;
 mod uffd;
 pub mod vcpu;
 mod vm_state;

@@ -28,6 +28,8 @@ const SEGMENT_BYTES: u32 = 64 * 1024;
 const REQUEST_BYTES: u64 = SEGMENTS as u64 * SEGMENT_BYTES as u64;
 /// Data moved in one call before other devices get their turn, bytes.
 const CALL_BYTES: u64 = 4 << 20;
+/// Requests served in one call: flushes and empty transfers move nothing, and a guest can make them as fast as they are served.
+const CALL_REQUESTS: u32 = 64;
 const BUFFER_BYTES: usize = 256 * 1024;
 /// Sectors of one discard or write-zeroes segment: 1 GiB.
 const ZERO_SECTORS: u32 = 1 << 21;
@@ -277,12 +279,13 @@ impl VirtioDevice for Block {
     }
 
     fn process_queue(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
-        let mut moved = 0;
+        let (mut moved, mut served) = (0, 0);
         while let Some(mut chain) = io.pop(queue)? {
             let (written, data) = self.serve(io.memory(), &mut chain)?;
             io.complete(queue, chain.head, written)?;
             moved += data;
-            if moved >= CALL_BYTES && io.has_available(queue)? {
+            served += 1;
+            if (moved >= CALL_BYTES || served >= CALL_REQUESTS) && io.has_available(queue)? {
                 io.reschedule(queue);
                 break;
             }

@@ -104,7 +104,7 @@ fn reads_and_writes_move_data_and_mark_pages() {
     assert_eq!(disk.dirty(), vec![1..2]);
     assert!(!driver.is_dirty(DATA + 0x1000));
     assert_eq!(driver.take_interrupt(), 1);
-    assert_eq!(driver.device().completed(), 2);
+    assert_eq!(driver.completed(), 2);
 }
 
 #[test]
@@ -251,6 +251,24 @@ fn one_turn_moves_a_bounded_amount() {
     assert_eq!(driver.used_index(0), 4);
     driver.run(0);
     assert_eq!(driver.used_index(0), 20);
+}
+
+#[test]
+fn requests_that_move_nothing_take_several_turns_too() {
+    let disk = disk();
+    let mut driver = Driver::new(Block::new(Arc::clone(&disk), id()));
+    driver.start(256, 0);
+    let mut header = b::VIRTIO_BLK_T_FLUSH.to_le_bytes().to_vec();
+    header.extend([0; 12]);
+    driver.put(HEADER, &header);
+    for _ in 0..100 {
+        driver.add(0, &[readable(HEADER, 16), writable(STATUS, 1)]);
+    }
+    driver.notify(0);
+    driver.turn(0);
+    assert_eq!(u32::from(driver.used_index(0)), CALL_REQUESTS);
+    driver.run(0);
+    assert_eq!(driver.used_index(0), 100);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! It can follow the protocol ([`Driver::start`], [`Driver::add`], [`Driver::take_used`]) and break it (`write_descriptor`,
 //! `set_available_index`). Queue q has its rings from `ring_base(q)` on; the area from [`ARENA`] on is for buffers.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use event_manager::{EventManager, SubscriberOps};
@@ -90,6 +91,11 @@ impl Driver {
 
     pub(crate) fn device(&self) -> MutexGuard<'_, MmioDevice> {
         self.device.lock().unwrap()
+    }
+
+    /// Requests and buffers that came back.
+    pub(crate) fn completed(&self) -> u64 {
+        self.device().completed().load(Ordering::Relaxed)
     }
 
     pub(crate) fn read(&self, register: u32) -> u32 {

@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
@@ -88,7 +89,7 @@ pub struct MmioDevice {
     status: u32,
     config_generation: u32,
     faults: u64,
-    completed: u64,
+    completed: Arc<AtomicU64>,
 }
 
 impl MmioDevice {
@@ -110,7 +111,7 @@ impl MmioDevice {
             status: 0,
             config_generation: 0,
             faults: 0,
-            completed: 0,
+            completed: Arc::default(),
         })
     }
 
@@ -129,9 +130,10 @@ impl MmioDevice {
         Arc::clone(&self.interrupt)
     }
 
-    /// Requests and buffers returned to the driver since the device was created.
-    pub fn completed(&self) -> u64 {
-        self.completed
+    /// Counts the requests and buffers returned to the driver since the device was created. Read without the device's lock: a guest can
+    /// keep its device busy for as long as it likes.
+    pub fn completed(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.completed)
     }
 
     /// The driver runs the device: DRIVER_OK is set, and neither FAILED nor DEVICE_NEEDS_RESET.
@@ -312,7 +314,7 @@ impl MmioDevice {
         let mut io = DeviceIo::new(&self.memory, &mut self.queues);
         let result = work(&mut *self.device, &mut io);
         let (used, again, config_changed) = (io.used, io.again, io.config_changed);
-        self.completed += io.completed;
+        self.completed.fetch_add(io.completed, Ordering::Relaxed);
         if config_changed {
             // Before the interrupt: who reads the space because of it must find the new generation.
             self.config_generation = self.config_generation.wrapping_add(1);

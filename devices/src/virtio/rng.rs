@@ -13,6 +13,8 @@ pub const REQUEST_BYTES: u64 = 64 * 1024;
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Bytes given in one call, so that a guest that asks for ever does not keep other devices waiting.
 const CALL_BYTES: u64 = 256 * 1024;
+/// Buffers filled in one call: they may be of one byte each.
+const CALL_BUFFERS: u32 = 64;
 const CHUNK: usize = 4096;
 
 /// Saved state of an [`Rng`]: nothing.
@@ -59,7 +61,7 @@ impl VirtioDevice for Rng {
     fn reset(&mut self) {}
 
     fn process_queue(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
-        let mut given = 0;
+        let (mut given, mut filled) = (0, 0);
         while let Some(mut chain) = io.pop(queue)? {
             if chain.readable.remaining() != 0 || chain.writable.remaining() == 0 {
                 return Err(DeviceError::Malformed("an entropy buffer must be writable and not empty"));
@@ -75,7 +77,8 @@ impl VirtioDevice for Rng {
             }
             io.complete(queue, chain.head, len as u32)?;
             given += len;
-            if given >= CALL_BYTES && io.has_available(queue)? {
+            filled += 1;
+            if (given >= CALL_BYTES || filled >= CALL_BUFFERS) && io.has_available(queue)? {
                 io.reschedule(queue);
                 break;
             }
