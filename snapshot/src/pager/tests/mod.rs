@@ -7,7 +7,6 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use bytes::Bytes;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::runtime::Runtime;
