@@ -24,6 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use tokio_util::task::TaskTracker;
 
 pub use run_dir::{LOG, PROCESS_NOTE, note_in};
 pub use stasis_warden::jail::children::end_of;
@@ -36,6 +37,7 @@ pub struct Launcher {
     warden: Option<Client>,
     dialler: Option<Dialler>,
     caveats: Vec<String>,
+    clearing: TaskTracker,
 }
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
@@ -46,7 +48,8 @@ impl Launcher {
     /// One that starts `vmm` as our own child, for a store that takes no network.
     pub fn unjailed(vmm: &Path) -> Self {
         let log = std::env::var("STASIS_VMM_LOG").ok();
-        Self { vmm: vmm.to_owned(), log, warden: None, dialler: None, caveats: Vec::new() }
+        let clearing = TaskTracker::new();
+        Self { vmm: vmm.to_owned(), log, warden: None, dialler: None, caveats: Vec::new(), clearing }
     }
 
     /// The same with messages of the VMM at this level.
@@ -215,6 +218,17 @@ impl Launcher {
         if let Err(error) = warden.call(&Request::Resize { size }, &[pidfd]) {
             tracing::warn!(error = crate::error::chain(&error), "a VMM keeps the limits of the largest");
         }
+    }
+
+    /// Does what is left to do after a VMM that was let go.
+    pub fn clear_later(&self, rest: impl Future<Output = ()> + Send + 'static) {
+        self.clearing.spawn(rest);
+    }
+
+    /// Waits until all that is done; nothing is to be let go any more.
+    pub async fn cleared(&self) {
+        self.clearing.close();
+        self.clearing.wait().await;
     }
 
     /// The warden, where there is one.

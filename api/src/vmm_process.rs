@@ -224,10 +224,10 @@ impl Vmm {
         self.dismissed.store(true, Ordering::Release);
         self.kill();
         let aside = self.run_dir.with_file_name(format!("{ENDED}{}", self.identity.pid));
-        // One that is left behind is swept away at the next start.
+        // A supervisor that ends waits for it; what one that is killed leaves behind is swept away at the next start.
         let left = if fs::rename(&self.run_dir, &aside).is_ok() { aside } else { self.run_dir.clone() };
         let vmm = self.clone();
-        tokio::spawn(async move { vmm.clear_away(&left).await });
+        self.launcher.clear_later(async move { vmm.clear_away(&left).await });
     }
 
     async fn clear_away(&self, run_dir: &Path) {

@@ -305,6 +305,7 @@ fn seed_the_fuzzers(folder: &Path, named: &ManifestRef) {
         std::fs::write(fuzz.join(name).join(format!("{NEW}-head")), &head).unwrap();
     }
 }
+
 fn manifest(captured: &Captured, lineage: Lineage) -> Manifest {
     let kinds = [ImageKind::Memory, ImageKind::Disk(0)];
     let base = Some(Base { digest: Digest::of(&template().snapshot()), blocks: BLOCKS });

@@ -2,24 +2,23 @@
 //! and no request waits for another.
 
 use super::idle::{Motion, Watched};
+use crate::vmm_process::Vmm;
 use axum::body::Body;
 use bytes::Bytes;
 use http::header::UPGRADE;
 use http::{Request, Response, StatusCode};
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::client::conn::http1;
-use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::copy_bidirectional_with_sizes;
+use tokio::io::{AsyncWriteExt as _, copy, split};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
-/// Buffer of each direction of an upgraded connection, bytes.
-const BUFFER: usize = 16 * 1024;
 /// Between the answer that agrees to an upgrade and the client's connection being free.
 const UPGRADE_WAIT: Duration = Duration::from_secs(30);
 /// Largest head of an answer, bytes.
@@ -47,9 +46,9 @@ impl Drop for Driver {
 
 /// Sends the request and returns the answer once its head is there. The connection ends when the answer's body does, when it is dropped, or
 /// when nothing has moved for `idle`. `kept` lives as long as the connection. `upgrade` is the client's connection, for an app that agrees
-/// to another protocol.
+/// to another protocol; it ends with `vm` at the latest.
 pub(super) async fn exchange(
-    stream: UnixStream,
+    (stream, vm): (UnixStream, &Arc<Vmm>),
     request: Request<Body>,
     upgrade: &mut Option<OnUpgrade>,
     idle: Duration,
@@ -84,8 +83,9 @@ pub(super) async fn exchange(
         let Some(client) = upgrade.take() else {
             return Err(Failure::Broken("it switches to a protocol that nobody asked for".to_owned()));
         };
+        let vm = vm.clone();
         tokio::spawn(async move {
-            tunnel(client, guest, &motion, idle).await;
+            tunnel(client, guest, &vm, &motion, idle).await;
             drop((driver, kept));
         });
         let mut switched = Response::new(Body::empty());
@@ -98,14 +98,39 @@ pub(super) async fn exchange(
     Ok(response.map(|body| Body::new(Answer { body, _driver: driver, _kept: kept })))
 }
 
-/// Bytes in both directions until both have ended, or nothing moves.
-async fn tunnel(client: OnUpgrade, guest: OnUpgrade, motion: &Arc<Motion>, idle: Duration) {
+/// Bytes in both directions until both have ended, or nothing moves. When the guest has said its last word and its VM is gone, nobody is left
+/// who could hear the client: what it does not end itself would count as activity of the sandbox, which sleeps or was woken since.
+async fn tunnel(client: OnUpgrade, guest: OnUpgrade, vm: &Vmm, motion: &Arc<Motion>, idle: Duration) {
     let both = async { tokio::try_join!(client, guest) };
     let Ok(Ok((client, guest))) = tokio::time::timeout(UPGRADE_WAIT, both).await else { return };
-    let (mut client, mut guest): (TokioIo<Upgraded>, TokioIo<Upgraded>) = (TokioIo::new(client), TokioIo::new(guest));
+    let (mut from_client, mut to_client) = split(TokioIo::new(client));
+    let (mut from_guest, mut to_guest) = split(TokioIo::new(guest));
+    let mut answers = pin!(async {
+        copy(&mut from_guest, &mut to_client).await?;
+        to_client.shutdown().await
+    });
+    let mut asks = pin!(async {
+        copy(&mut from_client, &mut to_guest).await?;
+        to_guest.shutdown().await
+    });
+    let passed = async {
+        tokio::select! {
+            asked = &mut asks => {
+                asked?;
+                answers.await
+            }
+            answered = &mut answers => {
+                answered?;
+                tokio::select! {
+                    asked = asks => asked,
+                    () = vm.wait_ended() => Ok(()),
+                }
+            }
+        }
+    };
     tokio::select! {
         // Either side may go away at any time: the other one sees it.
-        _ = copy_bidirectional_with_sizes(&mut client, &mut guest, BUFFER, BUFFER) => {}
+        _ = passed => {}
         () = motion.silent_for(idle) => {}
     }
 }

@@ -257,7 +257,7 @@ async fn forward(
     for _ in 0..TRIES {
         let reached = hold::reach(core, sandbox, port, &mut timing).await?;
         let kept = (visit.clone(), reached.place);
-        match exchange::exchange(reached.stream, request, &mut upgrade, idle, kept).await {
+        match exchange::exchange((reached.stream, &reached.vm), request, &mut upgrade, idle, kept).await {
             Ok(mut response) => {
                 *response.version_mut() = Version::HTTP_11;
                 if let Ok(cost) = HeaderValue::from_str(&timing.header())

@@ -346,6 +346,9 @@ impl Supervisor {
         if tokio::time::timeout(DRAIN, idle).await.is_err() {
             tracing::warn!("operations under way are left to the next start");
         }
+        if tokio::time::timeout(DRAIN, self.core.launcher.cleared()).await.is_err() {
+            tracing::warn!("run directories of VMMs that were killed are left to the next start");
+        }
         let core = self.core.clone();
         // Its result is what it logs.
         let _ = tokio::task::spawn_blocking(move || core.telemetry.end()).await;
@@ -383,12 +386,16 @@ fn take_lock(config: &Config) -> Result<File, Error> {
     }
 }
 
+/// Starts a task in the request's span, so that its log has the request's id, and in its trace.
+fn spawn_within<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+    tokio::spawn(work.in_current_span().with_current_context())
+}
+
 /// Runs an operation in a task of its own, so that a client that hangs up does not cancel it half-way.
 async fn detached<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
-    // In the request's span, so that its log has the request's id, and in its trace.
-    match tokio::spawn(operation.in_current_span().with_current_context()).await {
+    match spawn_within(operation).await {
         Ok(outcome) => outcome,
         Err(error) => {
             tracing::error!(%error, "an operation did not end");

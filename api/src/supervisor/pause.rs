@@ -10,7 +10,7 @@ use super::capture::Size;
 use super::files::{duplicate, in_memory};
 use super::machine::vmm_error;
 use super::settle::{Answer, ReadyToCommit, abandon, answer, finish};
-use super::{Core, detached};
+use super::{Core, detached, spawn_within};
 use crate::error::Error;
 use crate::fail_points::{Point, reach};
 use crate::journal::{OperationId, OperationKind};
@@ -26,7 +26,6 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
-use tracing::Instrument as _;
 
 /// Pauses a running sandbox and waits until that is durable, or known to have failed, or unknown.
 pub async fn pause(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Answer {
@@ -43,7 +42,7 @@ pub(super) async fn pause_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>, guard
     let (tell, told) = oneshot::channel();
     let (core, sandbox) = (core.clone(), sandbox.clone());
     detached(async move {
-        tokio::spawn(run(core, sandbox, guard, tell).in_current_span());
+        spawn_within(run(core, sandbox, guard, tell));
         told.await.unwrap_or(Err(Error::Bug("a pause did not end")))
     })
     .await

@@ -6,7 +6,7 @@
 use super::capture::Size;
 use super::machine::vmm_error;
 use super::settle::{Answer, ReadyToCommit, abandon, answer, finish};
-use super::{Core, detached};
+use super::{Core, detached, spawn_within};
 use crate::error::Error;
 use crate::fail_points::{Point, reach};
 use crate::journal::{OperationId, OperationKind};
@@ -23,7 +23,6 @@ use stasis_vmm::control::types::CaptureMode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use tracing::Instrument as _;
 
 /// How long a guest may take to write its disks out.
 const SYNC: Duration = Duration::from_mins(1);
@@ -40,7 +39,7 @@ pub async fn stop(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Answer {
     let (tell, told) = oneshot::channel();
     let (core, sandbox) = (core.clone(), sandbox.clone());
     detached(async move {
-        tokio::spawn(run(core, sandbox, guard, tell).in_current_span());
+        spawn_within(run(core, sandbox, guard, tell));
         told.await.unwrap_or(Err(Error::Bug("a stop did not end")))
     })
     .await
