@@ -24,6 +24,7 @@ fn main() {
         .test("nothing_is_in_reach_of_a_jailed_program", not_root(), nothing_in_reach)
         .test("two_jailed_programs_are_two_users", not_root(), two_users)
         .test("memory_beyond_the_limit_ends_the_process", not_root(), memory_limit)
+        .test("processor_time_beyond_the_limit_is_not_had", not_root(), processor_limit)
         .test("the_warden_kills_its_own_and_nobody_else", not_root(), kills_its_own)
         .test("a_call_that_a_role_does_not_have_ends_the_process", None, roles)
         .test("what_a_jail_costs", not_root(), cost)
@@ -34,7 +35,7 @@ fn not_root() -> Option<String> {
     (!rustix::process::geteuid().is_root()).then(|| "a warden needs root".to_owned())
 }
 
-/// A warden of our own, with the intruder in the VMM's place. It ends by itself when the test has.
+/// A warden of our own, with the intruder in the VMM's place, and in the dialler's. It ends by itself when the test has.
 struct Warden {
     client: Client,
     process: stasis_warden::jail::start::Process,
@@ -64,7 +65,7 @@ impl Warden {
         for (flag, value) in [
             ("--socket", at("w.sock")),
             ("--vmm", program("stasis-intruder")),
-            ("--dialler", program("stasis-dialler")),
+            ("--dialler", program("stasis-intruder")),
             ("--trees", at("trees")),
         ] {
             arguments.extend([c(flag)?, c(value)?]);
@@ -89,13 +90,24 @@ impl Warden {
 
     /// Starts the intruder with these arguments; its output goes to a file.
     fn intrude(&self, name: &str, arguments: &[String], size: Size) -> Result<Intruder, Error> {
+        self.intrude_as(Program::Vmm, name, arguments, Some(size))
+    }
+
+    /// The same in the place of another program of the warden's.
+    fn intrude_as(
+        &self,
+        program: Program,
+        name: &str,
+        arguments: &[String],
+        size: Option<Size>,
+    ) -> Result<Intruder, Error> {
         let path = self.dir.path().join(name);
         let (log, note) = (File::create(&path)?, File::create(path.with_extension("json"))?);
         let request = Request::Start(StartRequest {
-            program: Program::Vmm,
+            program,
             arguments: arguments.to_vec(),
             names: Vec::new(),
-            size: Some(size),
+            size,
         });
         let given: [BorrowedFd<'_>; 2] = [log.as_fd(), note.as_fd()];
         match self.client.call(&request, &given)? {
@@ -219,6 +231,29 @@ async fn memory_limit() -> Outcome {
     assert_eq!(within.ended().await?.1, Some(End::Code(0)), "100 MiB are within its limit");
     let beyond = warden.intrude("beyond", &["--eat".to_owned(), "600".to_owned()], SMALL)?;
     assert_eq!(beyond.ended().await?.1, Some(End::Signal(9)));
+    Ok(())
+}
+
+/// The dialler may use one processor, a VMM some.
+async fn processor_limit() -> Outcome {
+    const SECONDS: u32 = 3;
+    let warden = Warden::start().await?;
+    if let Some(missing) = warden.client.hello()?.missing.first() {
+        eprintln!("left out: {missing}");
+        return Ok(());
+    }
+    let spin = ["--spin".to_owned(), SECONDS.to_string()];
+    let mut used = Vec::new();
+    for (program, size) in [(Program::Vmm, Some(SMALL)), (Program::Dialler, None)] {
+        let intruder = warden.intrude_as(program, &format!("{program:?}"), &spin, size)?;
+        let (said, end) = intruder.ended().await?;
+        let text = said.get("spun-ms").and_then(|text| text.strip_prefix("got ")).ok_or("it did not say")?;
+        used.push(text.parse::<u32>()?);
+        assert_eq!(end, Some(End::Code(0)));
+    }
+    let (vmm, dialler) = (used[0], used[1]);
+    assert!(dialler <= SECONDS * 1100, "{dialler} ms of {SECONDS} s");
+    assert!(vmm > dialler * 5 / 4, "two threads that may have two processors had {vmm} ms, not more than {dialler}");
     Ok(())
 }
 

@@ -1,14 +1,15 @@
 //! What stands in a VMM's place in the tests of the jail: a program that a guest has taken over completely. It tries what such a program
 //! would, and writes what came of it to standard output, one line an attempt: its name, and the kernel's answer.
 //!
-//! With `--role NAME` it enters a thread's role of the VMM instead, and makes a system call that no role has. With `--eat MIB` it uses memory.
+//! With `--role NAME` it enters a thread's role of the VMM instead, and makes a system call that no role has. With `--eat MIB` it uses memory, with
+//! `--spin SECONDS` two processors, and says how much of them it got.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stasis_vmm::seccomp::{Role, enter, prepare};
 
@@ -42,6 +43,7 @@ fn main() {
             "--name" => outside.name = value,
             "--role" => return break_role(&value),
             "--eat" => return eat(value.parse().unwrap_or_default()),
+            "--spin" => return spin(Duration::from_secs(value.parse().unwrap_or_default())),
             _ => std::process::exit(64),
         }
     }
@@ -80,6 +82,24 @@ fn eat(mib: usize) {
         eaten.push(std::hint::black_box(vec![1_u8; 1 << 20]));
     }
     println!("ate {} MiB", eaten.len());
+}
+
+/// Uses two processors for a time.
+fn spin(time: Duration) {
+    let until = Instant::now() + time;
+    let turn = move || {
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    };
+    let other = std::thread::spawn(turn);
+    turn();
+    let _ = other.join();
+    // SAFETY: zeroes are a value of it, and the kernel writes one.
+    let mut used: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: as above.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut used) };
+    println!("spun-ms: got {}", used.tv_sec * 1000 + used.tv_nsec / 1_000_000);
 }
 
 /// A connection over TCP within a second.

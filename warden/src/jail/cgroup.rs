@@ -11,10 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::limits::Limits;
+use super::limits::{Disk, Limits};
 
 /// Controllers without which groups would limit too little to be worth having.
 const NEEDED: &[&str] = &["memory", "cpu", "pids"];
+/// The one for disks, which not every kernel has.
+const DISKS: &str = "io";
 /// The group below which all others are, where the warden has none that is delegated to it.
 const BASE: &str = "stasis-warden";
 /// Microseconds in which a process may use its share of processor time.
@@ -48,6 +50,8 @@ fn step<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Cgr
 pub struct Hierarchy {
     base: PathBuf,
     made: AtomicU64,
+    /// Disks that can be limited.
+    disks: Vec<String>,
 }
 
 impl Hierarchy {
@@ -77,7 +81,13 @@ impl Hierarchy {
             }
         };
         enable(&base)?;
-        let hierarchy = Self { base, made: AtomicU64::new(0) };
+        // In the root of the hierarchy as well, where it is not enabled yet; a service manager has done so for a group that it gave away.
+        let limited = (delegated || allow(&mounted, DISKS).is_ok()) && allow(&base, DISKS).is_ok();
+        if !limited {
+            tracing::info!("this host does not limit what a process asks of its disks");
+        }
+        let disks = if limited { disks(Path::new("/sys/block")) } else { Vec::new() };
+        let hierarchy = Self { base, made: AtomicU64::new(0), disks };
         hierarchy.sweep();
         Ok(hierarchy)
     }
@@ -87,7 +97,7 @@ impl Hierarchy {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let path = self.base.join(format!("jail-{}-{number}", std::process::id()));
         make(&path)?;
-        let group = Group { path };
+        let group = Group { path, disks: self.disks.clone() };
         group.limit(limits)?;
         Ok(group)
     }
@@ -96,7 +106,8 @@ impl Hierarchy {
     pub fn group_of(&self, pid: i32) -> Option<Group> {
         let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let path = self.base.join(Path::new(own_group(&own)?).file_name()?);
-        (path.file_name()?.to_str()?.starts_with("jail-") && path.is_dir()).then_some(Group { path })
+        (path.file_name()?.to_str()?.starts_with("jail-") && path.is_dir())
+            .then(|| Group { path, disks: self.disks.clone() })
     }
 
     /// Removes groups without processes, which an earlier warden left.
@@ -114,6 +125,7 @@ impl Hierarchy {
 #[derive(Debug)]
 pub struct Group {
     path: PathBuf,
+    disks: Vec<String>,
 }
 
 impl Group {
@@ -122,6 +134,13 @@ impl Group {
         for (file, value) in settings(limits) {
             let path = self.path.join(file);
             fs::write(&path, value).map_err(step("limit", &path))?;
+        }
+        for disk in &self.disks {
+            let path = self.path.join("io.max");
+            // One that went since the start has nothing to limit.
+            if let Err(error) = fs::write(&path, disk_setting(disk, limits.disk)) {
+                tracing::debug!(%error, disk, "a disk is not limited");
+            }
         }
         Ok(())
     }
@@ -153,6 +172,20 @@ fn settings(limits: &Limits) -> [(&'static str, String); 4] {
     ]
 }
 
+fn disk_setting(disk: &str, Disk { bytes, requests }: Disk) -> String {
+    format!("{disk} rbps={bytes} wbps={bytes} riops={requests} wiops={requests}")
+}
+
+/// The numbers of the host's disks, `major:minor`. What is kept in memory is none.
+fn disks(block: &Path) -> Vec<String> {
+    let entries = fs::read_dir(block).into_iter().flatten().flatten();
+    let real = entries.filter(|entry| {
+        let name = entry.file_name();
+        !["loop", "ram", "zram"].iter().any(|kind| name.to_string_lossy().starts_with(kind))
+    });
+    real.filter_map(|entry| Some(fs::read_to_string(entry.path().join("dev")).ok()?.trim().to_owned())).collect()
+}
+
 fn make(path: &Path) -> Result<(), CgroupError> {
     match fs::create_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(step("make", path)(error)),
@@ -162,11 +195,11 @@ fn make(path: &Path) -> Result<(), CgroupError> {
 
 /// Lets groups below `path` be limited.
 fn enable(path: &Path) -> Result<(), CgroupError> {
-    let control = path.join("cgroup.subtree_control");
-    for controller in NEEDED {
-        fs::write(&control, format!("+{controller}")).map_err(step("limit what is below", path))?;
-    }
-    Ok(())
+    NEEDED.iter().try_for_each(|controller| allow(path, controller).map_err(step("limit what is below", path)))
+}
+
+fn allow(path: &Path, controller: &str) -> io::Result<()> {
+    fs::write(path.join("cgroup.subtree_control"), format!("+{controller}"))
 }
 
 /// Where the hierarchy is mounted.
@@ -202,5 +235,20 @@ mod tests {
         let settings = settings(&limits);
         assert!(settings.contains(&("cpu.max", "400000 100000".to_owned())), "{settings:?}");
         assert!(settings.contains(&("pids.max", "97".to_owned())), "{settings:?}");
+        assert_eq!(
+            disk_setting("254:0", limits.disk),
+            "254:0 rbps=805306368 wbps=805306368 riops=24000 wiops=24000"
+        );
+    }
+
+    #[test]
+    fn disks_are_found_and_what_is_kept_in_memory_is_none() {
+        let block = tempfile::tempdir().unwrap();
+        for (name, number) in [("vda", "254:0\n"), ("loop0", "7:0\n"), ("zram0", "253:0\n")] {
+            fs::create_dir(block.path().join(name)).unwrap();
+            fs::write(block.path().join(name).join("dev"), number).unwrap();
+        }
+        assert_eq!(disks(block.path()), ["254:0"]);
+        assert!(disks(&block.path().join("nowhere")).is_empty());
     }
 }

@@ -27,6 +27,24 @@ pub struct Limits {
     pub threads: u64,
     /// Open descriptors (`RLIMIT_NOFILE`).
     pub descriptors: u64,
+    /// Of each disk of the host (`io.max`).
+    pub disk: Disk,
+}
+
+/// Reads, and as many writes, of one disk in a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Bytes.
+    pub bytes: u64,
+    /// Requests.
+    pub requests: u64,
+}
+
+impl Disk {
+    /// What so many sandboxes' worth may ask for: enough that a pause into a directory is no slower for it, a part of what a disk of a server does.
+    const fn shares(shares: u64) -> Self {
+        Self { bytes: shares * 256 * MIB, requests: shares * 8000 }
+    }
 }
 
 impl Limits {
@@ -38,6 +56,8 @@ impl Limits {
     ///
     /// Processor: one core for each vCPU, one for its devices and faults, and two for packing a capture.
     ///
+    /// Disks: two shares, and one for each vCPU.
+    ///
     /// Threads: a VMM has its vCPUs, 4 threads for faults, 12 others, and up to 64 that wait for files.
     pub fn of_vmm(size: Size) -> Self {
         let guest = u64::from(size.memory_mib) * MIB;
@@ -46,6 +66,7 @@ impl Limits {
             cpu_percent: 100 * (u32::from(size.vcpus) + 3),
             threads: u64::from(size.vcpus) + 96,
             descriptors: DESCRIPTORS,
+            disk: Disk::shares(2 + u64::from(size.vcpus)),
         }
     }
 
@@ -56,7 +77,8 @@ impl Limits {
 
     /// Of the dialler.
     pub fn of_dialler() -> Self {
-        Self { memory: 256 * MIB, cpu_percent: 100, threads: 1100, descriptors: DESCRIPTORS }
+        let disk = Disk::shares(1);
+        Self { memory: 256 * MIB, cpu_percent: 100, threads: 1100, descriptors: DESCRIPTORS, disk }
     }
 }
 
@@ -76,5 +98,6 @@ mod tests {
         assert_eq!(of(1, 512).cpu_percent, small.cpu_percent);
         assert_eq!(of(4, 256).cpu_percent, small.cpu_percent + 300);
         assert_eq!(of(4, 256).threads, small.threads + 3);
+        assert_eq!(of(4, 256).disk.requests, 2 * small.disk.requests);
     }
 }

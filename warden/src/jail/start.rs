@@ -136,7 +136,7 @@ fn out_of_the_way(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, StartError> {
 }
 
 fn plan(command: &Command, jail: Option<Jail>, strings: &[CString], parent: OwnedFd) -> Result<Plan, StartError> {
-    let null = std::fs::File::open("/dev/null").map_err(preparing("open /dev/null"))?;
+    let null = File::open("/dev/null").map_err(preparing("open /dev/null"))?;
     let end = [std::ptr::null()];
     Ok(Plan {
         program: command.program.clone(),
