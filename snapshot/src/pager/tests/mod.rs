@@ -7,6 +7,8 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use proptest::prelude::*;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::runtime::Runtime;
 
 use self::world::{PATIENT, Source, Target, World, any_order, cache, empty_cache, hasty};
