@@ -135,7 +135,6 @@ async fn version_1_restores_to_what_it_was() {
 }
 
 #[tokio::test]
-#[ignore = "corpus/v2 is not written yet: cargo test -p stasis-snapshot --test corpus -- --ignored --exact make, then take this line away"]
 async fn version_2_restores_to_what_it_was() {
     restores_to_what_it_was("v2", &seals()).await;
     let folder = folder("v2");
