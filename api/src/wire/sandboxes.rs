@@ -138,10 +138,16 @@ pub struct CreateSandbox {
 
 /// What a sandbox may reach.
 #[derive(JsonSchema)]
-#[schemars(extend(
-    "if" = { "properties": { "mode": { "const": "custom" } } },
-    "else" = { "properties": { "allow_domains": { "maxItems": 0 }, "allow_cidrs": { "maxItems": 0 } } }
-))]
+#[schemars(extend("allOf" = [
+    {
+        "if": { "properties": { "mode": { "const": "custom" } } },
+        "else": { "properties": { "allow_domains": { "maxItems": 0 }, "allow_cidrs": { "maxItems": 0 } } }
+    },
+    {
+        "if": { "properties": { "mode": { "const": "deny-all" } } },
+        "then": { "properties": { "transforms": { "maxItems": 0 } } }
+    }
+]))]
 pub struct EgressPolicy {
     /// What holds by default.
     pub mode: Mode,
@@ -151,7 +157,7 @@ pub struct EgressPolicy {
     /// IPv4 ranges that may be reached (`custom` only).
     #[schemars(default, length(max = MAX_CIDRS))]
     pub allow_cidrs: Vec<Range>,
-    /// Changes to requests on their way out.
+    /// Changes to requests on their way out (not with `deny-all`).
     #[schemars(default, length(max = MAX_TRANSFORMS))]
     pub transforms: Vec<HeaderChanges>,
 }
