@@ -122,7 +122,8 @@ fn of_egress(refusal: &egress::Refusal, at: UnixMs) -> Refusal {
     Refusal {
         at: rfc3339(at),
         protocol: word(&refusal.via),
-        name: refusal.name.clone(),
+        // A question's name ends with a dot, a host's does not.
+        name: refusal.name.as_ref().map(|name| name.strip_suffix('.').unwrap_or(name).to_owned()),
         address: refusal.address.map(|address| address.to_string()),
         port: refusal.port,
         reason: word(&refusal.kind),
@@ -184,7 +185,7 @@ mod tests {
                 at_ms: 9_500,
                 via: Via::Tls,
                 kind: RefusalKind::NameNotAllowed,
-                name: Some("b.example.com".to_owned()),
+                name: Some("b.example.com.".to_owned()),
                 address: None,
                 port: Some(443),
                 reason: "no rule allows b.example.com".to_owned(),

@@ -6,6 +6,7 @@ use stasis_warden::network::policy::{Limits, Operator};
 use stasis_warden::network::range::Range;
 use stasis_warden::network::serve::MAX_READY;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 
 /// Whether sandboxes have a network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -34,6 +35,8 @@ pub struct Network {
     pub allow: Vec<Range>,
     /// Ranges that no sandbox may reach, whatever its policy says.
     pub deny: Vec<Range>,
+    /// Files of certificates (PEM) that servers may have theirs from, beside the public authorities, where a transform ends TLS.
+    pub authorities: Vec<PathBuf>,
     /// Networks kept ready for wakes.
     pub ready: u16,
     /// Connections of one sandbox at once.
@@ -53,6 +56,7 @@ impl Default for Network {
             dns: Vec::new(),
             allow: Vec::new(),
             deny: Vec::new(),
+            authorities: Vec::new(),
             ready: 4,
             connections: limits.connections,
             new_per_second: limits.new_per_second,

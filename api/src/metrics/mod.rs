@@ -17,6 +17,7 @@ pub use counted_store::CountedStore;
 pub use exposition::{Kind, Sample, Value, text};
 
 use crate::timing::Timing;
+use crate::wire::network::RuleActivity;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -62,6 +63,11 @@ families! {
     FAULT_SECONDS Gauge "stasis_vmm_fault_seconds" "Time that those faults waited."
     PAGED Gauge "stasis_vmm_paged_bytes" "Bytes paged into the guests that run now, since their wakes, by source."
     VMM_STORE_REQUESTS Gauge "stasis_vmm_store_requests" "Requests to the store for pages of the guests that run now, since their wakes."
+    VMM_NETWORK_BYTES Gauge "stasis_vmm_network_bytes" "Bytes through the network devices of the guests that run now, since their wakes, by direction."
+    VMM_NETWORK_DROPPED Gauge "stasis_vmm_network_dropped_packets" "Packets that those devices dropped, by direction."
+    NETWORK_SECONDS Histogram "stasis_network_seconds" "Networks of sandboxes: claimed with a VM, and given back after it."
+    NETWORK_DECISIONS Counter "stasis_network_decisions_total" "Connections, requests and DNS questions that passed, and what was refused, in networks that ended."
+    NETWORK_BYTES Counter "stasis_network_bytes_total" "Bytes that rules let pass in networks that ended, by direction."
     OVERHEAD Gauge "stasis_vmm_overhead_bytes" "Resident memory of running VMMs beyond guest memory."
     KEPT Gauge "stasis_kept_memory_bytes" "Memory of paused sandboxes that is kept on this host."
     KEPT_WAKES Counter "stasis_kept_memory_wakes_total" "Wakes that found their memory on this host, or not."
@@ -145,6 +151,16 @@ impl Metrics {
         }
     }
 
+    /// A network has ended, after it let so much pass.
+    pub fn network(&self, total: &RuleActivity) {
+        for (outcome, times) in [("allowed", total.allowed), ("refused", total.refused)] {
+            self.count(NETWORK_DECISIONS, &[("outcome", outcome)], times);
+        }
+        for (direction, bytes) in [("out", total.bytes_out), ("in", total.bytes_in)] {
+            self.count(NETWORK_BYTES, &[("direction", direction)], bytes);
+        }
+    }
+
     /// An answer with this status.
     pub fn answered(&self, family: &'static str, status: u16) {
         let class = match status {
@@ -189,11 +205,15 @@ mod tests {
         metrics.operation("pause", true, &timing);
         metrics.operation("pause", false, &timing);
         metrics.answered(REQUESTS, 404);
+        metrics.network(&RuleActivity { allowed: 3, refused: 1, bytes_out: 5, ..RuleActivity::default() });
         let text = text(&metrics.samples());
         for line in [
             "stasis_operations_total{operation=\"pause\",outcome=\"ok\"} 2",
             "stasis_operations_total{operation=\"pause\",outcome=\"error\"} 1",
             "stasis_operation_bytes_total{operation=\"pause\",kind=\"sent\"} 140",
+            "stasis_network_decisions_total{outcome=\"allowed\"} 3",
+            "stasis_network_decisions_total{outcome=\"refused\"} 1",
+            "stasis_network_bytes_total{direction=\"out\"} 5",
             "stasis_phase_seconds_bucket{operation=\"pause\",phase=\"stop\",le=\"0.002\"} 0",
             "stasis_phase_seconds_bucket{operation=\"pause\",phase=\"stop\",le=\"0.005\"} 2",
             "stasis_phase_seconds_bucket{operation=\"pause\",phase=\"stop\",le=\"+Inf\"} 2",

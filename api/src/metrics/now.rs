@@ -2,7 +2,7 @@
 
 use super::{
     AHEAD_BYTES, AHEAD_ROUNDS, CACHE_BYTES, CACHE_FILES, FAULT_SECONDS, FAULTS, KEPT, KEPT_WAKES, OVERHEAD, PAGED,
-    POOL, SANDBOXES, Sample, VISITS, VMM_STORE_REQUESTS, Value,
+    POOL, SANDBOXES, Sample, VISITS, VMM_NETWORK_BYTES, VMM_NETWORK_DROPPED, VMM_STORE_REQUESTS, Value,
 };
 use crate::states::State;
 use crate::supervisor::Core;
@@ -58,6 +58,13 @@ pub async fn samples(core: &Core) -> Vec<Sample> {
 
 fn of_vmms(told: &[VmmMetrics]) -> Vec<Sample> {
     let paging = || told.iter().filter_map(|metrics| metrics.paging.as_ref());
+    let (to_guest, from_guest) = told
+        .iter()
+        .filter_map(|metrics| metrics.network.as_ref())
+        .map(|network| (&network.to_guest, &network.from_guest))
+        .fold(((0, 0), (0, 0)), |((in_bytes, in_lost), (out_bytes, out_lost)), (into, out)| {
+            ((in_bytes + into.bytes, in_lost + into.dropped), (out_bytes + out.bytes, out_lost + out.dropped))
+        });
     let waited = Duration::from_micros(paging().map(|p| p.fault_us).sum());
     vec![
         number(FAULTS, &[], paging().map(|p| p.faults).sum()),
@@ -65,6 +72,10 @@ fn of_vmms(told: &[VmmMetrics]) -> Vec<Sample> {
         number(PAGED, &[("source", "cache")], paging().map(|p| p.cache_bytes).sum()),
         number(PAGED, &[("source", "store")], paging().map(|p| p.store_bytes).sum()),
         number(VMM_STORE_REQUESTS, &[], paging().map(|p| p.store_requests).sum()),
+        number(VMM_NETWORK_BYTES, &[("direction", "in")], to_guest.0),
+        number(VMM_NETWORK_BYTES, &[("direction", "out")], from_guest.0),
+        number(VMM_NETWORK_DROPPED, &[("direction", "in")], to_guest.1),
+        number(VMM_NETWORK_DROPPED, &[("direction", "out")], from_guest.1),
         number(OVERHEAD, &[], told.iter().map(|metrics| metrics.overhead_kib << 10).sum()),
     ]
 }

@@ -15,6 +15,7 @@ use crate::error::{Error, chain};
 use crate::host;
 use crate::ids::SandboxId;
 use crate::launcher::Launcher;
+use crate::metrics::NETWORK_SECONDS;
 use crate::network_activity::Activity;
 use crate::network_policy::{Injected, Mode, NetworkPolicy, Transform};
 use crate::record::{Authority, Spec, VmmIdentity};
@@ -35,7 +36,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 /// The policy of a sandbox without one.
@@ -123,6 +124,8 @@ impl Network {
         let mut arguments: Vec<String> = ranges("--permit", &config.network.allow);
         arguments.extend(ranges("--refuse", &config.network.deny));
         arguments.extend(upstreams.iter().flat_map(|upstream| ["--upstream".to_owned(), upstream.to_string()]));
+        let authorities = config.network.authorities.iter();
+        arguments.extend(authorities.flat_map(|file| ["--extra-roots".to_owned(), file.display().to_string()]));
         let egress = EgressProcess::new(&program, &config.data_dir, arguments);
         let network = Self { launcher, egress, generation: AtomicU64::new(0) };
         let open = Request::Open {
@@ -226,7 +229,9 @@ impl Core {
         let policy = spec.network_policy.as_ref().unwrap_or(&OPEN);
         let owner = owner(&sandbox.id, vm.identity());
         let claim = Request::Claim { owner: owner.clone(), policy: rules(policy) };
+        let begun = Instant::now();
         let (_, descriptors) = network.ask(claim).await.map_err(Self::network_error(sandbox, "make its network"))?;
+        self.metrics.observe(NETWORK_SECONDS, &[("operation", "claim")], begun.elapsed());
         let Ok([tap, proxy, dns, dns_tcp]) = <[OwnedFd; 4]>::try_from(descriptors) else {
             return Err(Error::Bug("a network without its descriptors"));
         };
@@ -370,22 +375,27 @@ impl Core {
         let listed = self.registry.get(&sandbox.id).filter(|_| spec.network);
         let (Some(network), Some(sandbox)) = (self.network.network().cloned(), listed) else { return };
         let (owner, generation) = (owner(&sandbox.id, vm.identity()), sandbox.egress_generation());
-        let now = self.sources.now_ms();
+        let (now, metrics) = (self.sources.now_ms(), self.metrics.clone());
         tokio::spawn(async move {
+            let mut life = Activity::default();
             if let Ok((Reply::Report(report), _)) = network.ask(Request::Report { owner: owner.clone() }).await {
                 let policy = spec.network_policy.as_ref().unwrap_or(&OPEN);
-                sandbox.network_past(|past| past.add_network(&report, policy, now));
+                life.add_network(&report, policy, now);
             }
             let gone = egress::SandboxRef { key: sandbox.id.to_string(), generation };
             match network.egress.client.remove(gone).await {
-                Ok(Some(last)) => sandbox.network_past(|past| past.add_egress(&last)),
+                Ok(Some(last)) => life.add_egress(&last),
                 Ok(None) => {}
                 // The next wake was faster: its counters go on.
                 Err(error) => tracing::debug!(id = %sandbox.id, error = chain(&error), "the egress process keeps it"),
             }
+            metrics.network(&life.total());
+            sandbox.network_past(|past| past.merge(&life));
+            let begun = Instant::now();
             if let Err(error) = network.ask(Request::Release { owner }).await {
                 tracing::warn!(id = %sandbox.id, error = chain(&error), "a network is left until the next start");
             }
+            metrics.observe(NETWORK_SECONDS, &[("operation", "release")], begun.elapsed());
         });
     }
 
