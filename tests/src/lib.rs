@@ -5,6 +5,7 @@
 //! | [`host`] | what this machine can run, and where the built parts are |
 //! | [`vmm`] | one `stasis-vmm` process without a supervisor, its pulse guest, and captures into a store |
 //! | [`service`] | the whole service: S3 server, fault proxy, supervisor, client |
+//! | [`site`] | servers, name server and host in network namespaces, and a service whose guests have networks |
 //! | [`ports`] | ports that stay one's own |
 //! | [`invariants`] | what must hold of a service whatever was done to it |
 //! | [`invoke`] | a played guest and an app in it |
@@ -23,5 +24,6 @@ pub mod invoke;
 pub mod model;
 pub mod ports;
 pub mod service;
+pub mod site;
 pub mod suite;
 pub mod vmm;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use stasis_api::dev::LinkShape;
 
-use super::case::{Case, Measures, Peer, Wake};
+use super::case::{Case, Guest, Measures, Peer, Wake};
 
 /// A part of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
@@ -22,6 +22,8 @@ pub enum Part {
     Link,
     /// Twenty sandboxes at once.
     Many,
+    /// Networks of sandboxes.
+    Network,
 }
 
 /// Changed sets of [`Part::Changed`], MiB.
@@ -61,5 +63,8 @@ pub fn cases(peers: &[Peer]) -> Vec<(Part, Case)> {
     };
     all.push((Part::Many, Case { link: Some(LinkShape { round_trip: Duration::ZERO, ..link() }), ..many.clone() }));
     all.push((Part::Many, many));
+    let nothing = Measures { wakes: Vec::new(), snapshot: false, residue: false };
+    let small = Case { memory_mib: 256, used_mib: 0, changed_mib: 0, runs: 3, measures: nothing, ..Case::standard() };
+    all.push((Part::Network, Case { guest: Guest::Debian, ..small }));
     all
 }

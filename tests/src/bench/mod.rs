@@ -7,6 +7,7 @@
 //! | [`case`] | what one measurement is about: guest, sizes, store, link |
 //! | [`matrix`] | the cases that are run without a command line: what issue and design ask for |
 //! | [`stasis`], [`many`], [`debian`] | drive the service with one pulse sandbox, many at once, a Linux guest |
+//! | [`network`] | networks of sandboxes, and what passes through a guest's device |
 //! | [`scan`] | the capture's scan alone |
 //! | [`peer`] | drive other VMMs on the same guest |
 //! | [`bare`] | the same bytes moved by nothing but parallel PUTs and GETs |
@@ -32,6 +33,7 @@ pub mod goals;
 pub mod many;
 pub mod markdown;
 pub mod matrix;
+pub mod network;
 pub mod options;
 pub mod peer;
 pub mod plot;

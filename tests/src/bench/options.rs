@@ -110,6 +110,12 @@ impl Arguments {
         Ok(vec![(Part::Case, case)])
     }
 
+    /// Networks are among what is asked for.
+    pub fn measures_networks(&self) -> bool {
+        let only = self.only.is_empty() || self.only.contains(&Part::Network);
+        self.report_of.is_empty() && !self.describes_a_case() && only
+    }
+
     fn describes_a_case(&self) -> bool {
         let numbers = [self.memory_mib, self.used_mib, self.changed_mib, self.sandboxes];
         let words = [&self.guest, &self.mix, &self.store];
@@ -207,6 +213,8 @@ mod tests {
         let all = cases("bench").unwrap();
         assert!(all.len() > 5);
         let changed = cases("bench --only changed --runs 2 --peer qemu").unwrap();
+        let network = cases("bench --only network").unwrap();
+        assert!(network.len() == 1 && network[0].0 == Part::Network);
         assert!(changed.len() < all.len() && changed.iter().all(|(part, c)| *part == Part::Changed && c.runs == 2));
     }
 

@@ -8,7 +8,7 @@ use super::matrix::Part;
 use super::options::Arguments;
 use super::record::{Measured, Record};
 use super::samples::{Row, table};
-use super::{debian, many, markdown, peer, plot, process, profile, stasis};
+use super::{debian, many, markdown, network, peer, plot, process, profile, stasis};
 use crate::vmm::{Error, no_pulse};
 
 /// A case that takes longer hangs.
@@ -27,6 +27,8 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
     for (n, (part, case)) in cases.iter().enumerate() {
         println!("[{}/{}, {} s] {}", n + 1, cases.len(), begun.elapsed().as_secs(), case.describe());
         let lacking = match case.guest {
+            // What needs no guest is measured without one.
+            _ if *part == Part::Network => network::lacking(),
             Guest::Pulse => no_pulse(),
             Guest::Debian => debian::lacking(),
         };
@@ -35,7 +37,7 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
             notes.push(format!("{}: {why}", case.describe()));
             continue;
         }
-        let (rows, errors) = measure(case, &mut notes).await;
+        let (rows, errors) = measure(*part, case, &mut notes).await;
         print!("{}", table(&rows));
         for line in markdown::ratio_lines(&rows) {
             println!("  {line}");
@@ -72,10 +74,11 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
     if failed.is_empty() { Ok(()) } else { Err(format!("{} failed: {}", failed.len(), failed.join("; ")).into()) }
 }
 
-async fn measure(case: &Case, notes: &mut Vec<String>) -> (Vec<Row>, Vec<String>) {
+async fn measure(part: Part, case: &Case, notes: &mut Vec<String>) -> (Vec<Row>, Vec<String>) {
     let (mut rows, mut errors) = (Vec::new(), Vec::new());
     let ours = async {
         match case.guest {
+            _ if part == Part::Network => network::measure(case, notes).await.map(|samples| (samples, None)),
             Guest::Debian => debian::measure(case).await.map(|samples| (samples, None)),
             Guest::Pulse if case.sandboxes > 1 => many::measure(case).await.map(|samples| (samples, None)),
             Guest::Pulse => stasis::measure(case, notes).await,

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use stasis_tests::bench::network;
 use stasis_tests::bench::options::Arguments;
 use stasis_tests::bench::run::run;
 
@@ -11,6 +12,13 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let command =
         if words.is_empty() { "make bench".to_owned() } else { format!("make bench ARGS=\"{}\"", words.join(" ")) };
+    if arguments.measures_networks()
+        && network::lacking().is_none()
+        && let Err(error) = network::lay_out()
+    {
+        eprintln!("stasis-bench: cannot make a network to measure in: {error}");
+        return ExitCode::FAILURE;
+    }
     let done = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
