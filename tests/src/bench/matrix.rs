@@ -64,7 +64,7 @@ pub fn cases(peers: &[Peer]) -> Vec<(Part, Case)> {
     all.push((Part::Many, Case { link: Some(LinkShape { round_trip: Duration::ZERO, ..link() }), ..many.clone() }));
     all.push((Part::Many, many));
     let nothing = Measures { wakes: Vec::new(), snapshot: false, residue: false };
-    let small = Case { memory_mib: 256, used_mib: 0, changed_mib: 0, runs: 3, measures: nothing, ..Case::standard() };
+    let small = Case { memory_mib: 512, used_mib: 0, changed_mib: 0, runs: 3, measures: nothing, ..Case::standard() };
     all.push((Part::Network, Case { guest: Guest::Debian, ..small }));
     all
 }
