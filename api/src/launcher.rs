@@ -72,7 +72,7 @@ impl Launcher {
         let refused = |error: io::Error| Error::Host(format!("sandboxes cannot be isolated (isolation): {error}"));
         match (config.isolation.mode, &config.isolation.warden) {
             (Isolation::Off, _) => {
-                launcher.caveats.push("isolation is off: VMMs run as our own user, with our rights".to_owned())
+                launcher.caveats.push("isolation is off: VMMs run as our own user, with our rights".to_owned());
             }
             (_, Some(socket)) => {
                 let warden = helpers::warden_at(socket).map_err(refused)?;

@@ -259,7 +259,7 @@ async fn make() {
         let mut manifest = manifest(&captured, lineage);
         manifest.seal_state(&data_key(), [seq as u8; 32]).unwrap();
         let key = generation.manifest();
-        let bytes = seals.seal_manifest(&key, manifest.encode().unwrap(), &[wrapped.clone()]).unwrap();
+        let bytes = seals.seal_manifest(&key, manifest.encode().unwrap(), std::slice::from_ref(&wrapped)).unwrap();
         let named = ManifestRef { key, digest: Digest::of(&bytes) };
         store.put(&named.key, bytes.into(), &Precondition::IfAbsent).await.unwrap();
         parent = Some((captured, named.clone()));

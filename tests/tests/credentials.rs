@@ -152,14 +152,18 @@ async fn credential(listener: Option<TcpListener>) -> Outcome {
     };
 
     // The header arrives, whatever the guest says in its place, and the guest's own is gone. Its programs trust the proxy without being told.
-    let curl = format!("curl -sS -m 120 -H 'X-Guest: {OWN}' -H 'Authorization: mine' https://api.example.com/v1/things");
+    let curl =
+        format!("curl -sS -m 120 -H 'X-Guest: {OWN}' -H 'Authorization: mine' https://api.example.com/v1/things");
     let python = "python3 -c 'import urllib.request as r; print(r.urlopen(\"https://api.example.com/py\").read())'";
     for (command, path) in [(curl.as_str(), "get /v1/things "), (python, "get /py ")] {
         let (code, said) = run(command).await?;
         let got = taken();
         assert!(code == 0 && said.contains("ok"), "{code}: {said}");
         let head = got.first().ok_or("the server got nothing")?;
-        assert!(head.starts_with(path) && head.contains(&format!("authorization: {}\r\n", SECRET.to_lowercase())), "{head}");
+        assert!(
+            head.starts_with(path) && head.contains(&format!("authorization: {}\r\n", SECRET.to_lowercase())),
+            "{head}"
+        );
         assert!(got.len() == 1 && !head.contains("x-guest") && !head.contains("mine"), "{got:?}");
     }
 

@@ -106,7 +106,10 @@ async fn boot(vmm: &mut Vmm, attack: &str) -> Result<UnixDatagram, Error> {
     Ok(other_end)
 }
 
-#[expect(clippy::disallowed_methods, reason = "the runtime's own sleep is in steps of a millisecond, of which a round trip is a part")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the runtime's own sleep is in steps of a millisecond, of which a round trip is a part"
+)]
 fn wait_a_little() {
     std::thread::sleep(Duration::from_micros(50));
 }

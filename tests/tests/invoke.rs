@@ -384,7 +384,7 @@ async fn activity() -> Outcome {
     let place = Place::with(create, &[]).await?;
     let mut socket = place.socket().await?;
     for _ in 0..8 {
-        tokio::time::sleep(Duration::from_millis(1000)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
         socket.send(Message::text("x")).await?;
         assert!(matches!(socket.next().await, Some(Ok(_))));
         assert_eq!(place.service.state(&place.id).await?, "running");

@@ -103,12 +103,7 @@ impl Warden {
     ) -> Result<Intruder, Error> {
         let path = self.dir.path().join(name);
         let (log, note) = (File::create(&path)?, File::create(path.with_extension("json"))?);
-        let request = Request::Start(StartRequest {
-            program,
-            arguments: arguments.to_vec(),
-            names: Vec::new(),
-            size,
-        });
+        let request = Request::Start(StartRequest { program, arguments: arguments.to_vec(), names: Vec::new(), size });
         let given: [BorrowedFd<'_>; 2] = [log.as_fd(), note.as_fd()];
         match self.client.call(&request, &given)? {
             (Reply::Started(note), mut received) if received.len() == 1 => {

@@ -31,7 +31,7 @@ const CLIENTS: usize = 4096;
 /// Octets of a request or an answer at most.
 const MAX: usize = 512;
 /// How long it waits for a first or a next client before it ends.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
 
 /// The client's side: asks for a connection to `place` (`HOST:PORT`) and returns the end on which the answer comes.
 pub fn ask(dialler: BorrowedFd<'_>, place: &str) -> io::Result<OwnedFd> {
@@ -60,8 +60,8 @@ struct Counts {
 }
 
 /// Serves clients of `listener` until there have been none for a while. `places` are what may be asked for.
-pub fn run(listener: &OwnedFd, places: HashSet<String>) -> io::Result<()> {
-    let (places, counts) = (Arc::new(places), Arc::new(Counts::default()));
+pub fn run(listener: &OwnedFd, places: impl IntoIterator<Item = String>) -> io::Result<()> {
+    let (places, counts) = (Arc::new(places.into_iter().collect::<HashSet<_>>()), Arc::new(Counts::default()));
     let mut alone_since = Instant::now();
     loop {
         let mut ready = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];

@@ -1,5 +1,6 @@
 //! The warden's socket with the real program at its other end.
 #![expect(clippy::disallowed_methods, reason = "the test starts the program")]
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};

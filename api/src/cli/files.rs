@@ -254,7 +254,7 @@ fn listing(items: &[Value]) -> Vec<Vec<String>> {
     for (row, item) in table.iter_mut().skip(1).zip(items) {
         if let Some(path) = row.last_mut() {
             match item["link_target"].as_str() {
-                Some(target) => path.push_str(&format!(" -> {target}")),
+                Some(target) => path.extend([" -> ", target]),
                 None if item["is_dir"] == true => path.push('/'),
                 None => {}
             }
@@ -275,9 +275,9 @@ async fn home(client: &Client, id: &str, working: bool, output: Output) -> Resul
     let (operation, field) = if working { ("workdir", "workdir") } else { ("user-home-dir", "user_home_dir") };
     let answer = client.call(Method::GET, &path(id, &format!("/system/{operation}")), None).await?.body;
     if output.json {
-        Output::value(&answer)
+        Output::value(&answer);
     } else {
-        output::line(&scalar(&answer[field]))
+        output::line(&scalar(&answer[field]));
     }
     Ok(ExitStatus::Ok)
 }

@@ -286,9 +286,10 @@ impl Core {
                     Injected::Given(_) => None,
                     Injected::Kept { secret } => self.journal.secret(id.as_str(), secret)?,
                 };
-                match text {
-                    Some(text) => drop(values.insert(header.clone(), Secret::new(text))),
-                    None => tracing::warn!(%id, domain, header, "the value of a header is not on this host"),
+                if let Some(text) = text {
+                    values.insert(header.clone(), Secret::new(text));
+                } else {
+                    tracing::warn!(%id, domain, header, "the value of a header is not on this host");
                 }
             }
             let (domain, strip_headers) = (domain.clone(), strip_headers.clone());

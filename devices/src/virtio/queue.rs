@@ -182,9 +182,7 @@ impl VirtQueue {
             let slot = u64::from(first.wrapping_add(offset) % rings.size());
             let at = GuestAddress(rings.used_ring() + USED_RING_HEADER_BYTES + slot * USED_ELEMENT_BYTES);
             let element = u64::from(written) << 32 | u64::from(head);
-            memory
-                .write_obj(element.to_le(), at)
-                .map_err(|source| broken(virtio_queue::Error::GuestMemory(source.into())))?;
+            memory.write_obj(element.to_le(), at).map_err(|source| broken(virtio_queue::Error::GuestMemory(source)))?;
         }
         // The last element and the index, in the order that a driver needs.
         rings.set_next_used(first.wrapping_add(before.len() as u16));

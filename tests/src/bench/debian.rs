@@ -55,7 +55,7 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
             run(&home, &id, "true").await?;
             // The request wakes the sandbox: its answer is the agent's first.
             samples.time(format!("resume_{}", wake.word()), begun.elapsed());
-            home.overhead(&id).await?.note(&mut samples);
+            home.overhead(&id)?.note(&mut samples);
             home.delete(&id).await?;
         }
     }

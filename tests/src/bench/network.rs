@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::process::{Resource, Rlimit};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::json;
 use stasis_warden::network::policy::{Mode, Policy};
@@ -22,7 +23,7 @@ use crate::vmm::Error;
 /// Networks that are timed.
 const TIMED: usize = 40;
 /// Networks that a host with many has beside those.
-const MANY: usize = 400;
+const MANY: usize = 300;
 /// Where bytes go to and come from.
 const PORT: u16 = 8080;
 /// How long bytes pass in one run, each way.
@@ -99,6 +100,9 @@ fn settings(dir: &tempfile::TempDir, ready: usize) -> Settings {
 fn timed() -> Result<Samples, Error> {
     // SAFETY: descriptors stay shared between threads.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) }?;
+    // Each network holds some descriptors.
+    let open = rustix::process::getrlimit(Resource::Nofile);
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: open.maximum, maximum: open.maximum })?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     // The namespace's own handle, so that it does not end before what is in it.
     let _here = File::open("/proc/thread-self/ns/net")?;
@@ -153,7 +157,8 @@ fn programs() -> [(&'static str, String); 2] {
     let send = format!(
         "{connect}s.sendall(b\"s\")\nb=bytes(1<<20)\ne=time.time()+{seconds}\nwhile time.time()<e: s.sendall(b)\ns.close()\n"
     );
-    let receive = format!("{connect}s.sendall(b\"r\")\nb=bytearray(1<<20)\nwhile s.recv_into(b): pass\ns.sendall(b\"r\")\n");
+    let receive =
+        format!("{connect}s.sendall(b\"r\")\nb=bytearray(1<<20)\nwhile s.recv_into(b): pass\ns.sendall(b\"r\")\n");
     [("from_guest", send), ("to_guest", receive)]
 }
 

@@ -220,7 +220,7 @@ impl Home {
     }
 
     /// Memory of a sandbox's VMM beyond guest memory.
-    pub async fn overhead(&self, id: &str) -> Result<process::Overhead, Error> {
+    pub fn overhead(&self, id: &str) -> Result<process::Overhead, Error> {
         // Not what the VMM says: it is 1 in its own namespace.
         let pid = self.service.vmms_of(id).first().copied().ok_or_else(|| format!("{id} has no VMM"))?;
         process::overhead(pid, u64::MAX).ok_or_else(|| format!("the VMM of {id} is gone").into())
@@ -331,7 +331,7 @@ impl Cycle<'_> {
         self.resume(wake, &id).await?;
         self.home.settle(&id).await?;
         tokio::time::sleep(IDLE).await;
-        self.home.overhead(&id).await?.note(self.samples);
+        self.home.overhead(&id)?.note(self.samples);
         if self.case.measures.snapshot {
             self.snapshot(&id, run).await?;
         }

@@ -100,14 +100,17 @@ fn console(place: &Host) -> Result<ConsoleLog, DeviceError> {
     opened.map_err(host("begin the console log"))
 }
 
-/// The virtio models in window order, and the counters of the network device.
+/// Virtio models in window order.
+type Models = Vec<Box<dyn VirtioDevice>>;
+
+/// The virtio models, and the counters of the network device.
 fn models(
     machine: &MachineSpec,
     disks: &[Disk],
     tap: Option<OwnedFd>,
     place: &Host,
-) -> Result<(Vec<Box<dyn VirtioDevice>>, Option<Arc<NetCounters>>), DeviceError> {
-    let mut models: Vec<Box<dyn VirtioDevice>> = Vec::new();
+) -> Result<(Models, Option<Arc<NetCounters>>), DeviceError> {
+    let mut models = Models::new();
     for (n, disk) in disks.iter().enumerate() {
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(format!("stasis-disk{n}").bytes()) {

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // SAFETY: whoever starts a dialler gives it this one, and nothing else here has touched it.
     let listener = unsafe { OwnedFd::from_raw_fd(arguments.fd) };
-    match stasis_warden::dialler::run(&listener, arguments.place.into_iter().collect()) {
+    match stasis_warden::dialler::run(&listener, arguments.place) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(%error, "ends");

@@ -235,10 +235,7 @@ mod tests {
         let settings = settings(&limits);
         assert!(settings.contains(&("cpu.max", "400000 100000".to_owned())), "{settings:?}");
         assert!(settings.contains(&("pids.max", "97".to_owned())), "{settings:?}");
-        assert_eq!(
-            disk_setting("254:0", limits.disk),
-            "254:0 rbps=805306368 wbps=805306368 riops=24000 wiops=24000"
-        );
+        assert_eq!(disk_setting("254:0", limits.disk), "254:0 rbps=805306368 wbps=805306368 riops=24000 wiops=24000");
     }
 
     #[test]

@@ -102,7 +102,9 @@ pub fn start(command: &Command, walls: Option<&Walls<'_>>) -> Result<Process, St
     }
     let jail = walls.map(jail).transpose()?;
     let strings = arguments(command);
-    let plan = plan(command, jail, &strings, theirs)?;
+    let plan = plan(command, jail, &strings, theirs.as_fd())?;
+    // The plan has a copy of its own: when that is closed, nobody here keeps the pair open.
+    drop(theirs);
     let mut flags = libc::CLONE_PIDFD.unsigned_abs();
     if let Some(walls) = walls {
         flags |= (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS).unsigned_abs();
@@ -135,7 +137,12 @@ fn out_of_the_way(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, StartError> {
     rustix::io::fcntl_dupfd_cloexec(descriptor, OUT_OF_THE_WAY).map_err(preparing("duplicate a descriptor"))
 }
 
-fn plan(command: &Command, jail: Option<Jail>, strings: &[CString], parent: OwnedFd) -> Result<Plan, StartError> {
+fn plan(
+    command: &Command,
+    jail: Option<Jail>,
+    strings: &[CString],
+    parent: BorrowedFd<'_>,
+) -> Result<Plan, StartError> {
     let null = File::open("/dev/null").map_err(preparing("open /dev/null"))?;
     let end = [std::ptr::null()];
     Ok(Plan {
@@ -149,7 +156,7 @@ fn plan(command: &Command, jail: Option<Jail>, strings: &[CString], parent: Owne
             .iter()
             .map(|(_, descriptor)| out_of_the_way(descriptor.as_fd()))
             .collect::<Result<_, _>>()?,
-        parent: out_of_the_way(parent.as_fd())?,
+        parent: out_of_the_way(parent)?,
         jail,
     })
 }

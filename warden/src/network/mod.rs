@@ -390,12 +390,13 @@ impl Networks {
     }
 }
 
-/// What there is of networks, and the numbers of their veths' links.
-fn find(
-    settings: &Settings,
-    links: &[links::Link],
-) -> Result<(BTreeMap<u32, Found>, BTreeMap<u32, u32>), NetworkError> {
-    let mut found: BTreeMap<u32, Found> = BTreeMap::new();
+/// By the numbers of networks: what there is of each.
+type AllFound = BTreeMap<u32, Found>;
+/// By the numbers of networks: the numbers of their veths' links.
+type Veths = BTreeMap<u32, u32>;
+
+fn find(settings: &Settings, links: &[links::Link]) -> Result<(AllFound, Veths), NetworkError> {
+    let mut found = AllFound::new();
     let files = settings.mounts.run(|| {
         let local = |source| NetworkError::Local { action: "look into the state directory", source };
         std::fs::create_dir_all(&settings.state_dir).map_err(local)?;
@@ -409,7 +410,7 @@ fn find(
         let network = found.entry(number).or_default();
         (network.file, network.namespace) = (true, held);
     }
-    let mut veths = BTreeMap::new();
+    let mut veths = Veths::new();
     for link in links {
         let number = link.name.strip_prefix(&settings.prefix).and_then(|number| number.parse().ok());
         if let Some(number) = number {

@@ -73,7 +73,7 @@ impl Default for Limits {
 
 /// Addresses that are refused unless a list names them: not of the Internet, or of none in particular (RFC 6890 and 5771).
 pub const RESERVED: &[Range] = &[
-    Range::new(Ipv4Addr::new(0, 0, 0, 0), 8),
+    Range::new(Ipv4Addr::UNSPECIFIED, 8),
     Range::new(Ipv4Addr::new(10, 0, 0, 0), 8),
     Range::new(Ipv4Addr::new(100, 64, 0, 0), 10),
     Range::new(Ipv4Addr::new(127, 0, 0, 0), 8),

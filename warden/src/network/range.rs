@@ -100,7 +100,7 @@ pub(super) fn merged(ranges: impl IntoIterator<Item = Range>) -> Vec<(Ipv4Addr, 
     for (first, last) in sorted {
         match merged.last_mut() {
             Some(before) if u64::from(first.to_bits()) <= u64::from(before.1.to_bits()) + 1 => {
-                before.1 = before.1.max(last)
+                before.1 = before.1.max(last);
             }
             _ => merged.push((first, last)),
         }

@@ -50,8 +50,7 @@ pub struct BadMacAddress(String);
 impl MacAddress {
     /// The address of these bytes; none if it is a group's or nobody's.
     pub const fn new(bytes: [u8; 6]) -> Option<Self> {
-        let [a, b, c, d, e, f] = bytes;
-        if a & GROUP != 0 || a | b | c | d | e | f == 0 { None } else { Some(Self(bytes)) }
+        if bytes[0] & GROUP != 0 || matches!(bytes, [0, 0, 0, 0, 0, 0]) { None } else { Some(Self(bytes)) }
     }
 
     /// Its bytes.
@@ -62,8 +61,7 @@ impl MacAddress {
 
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        f.write_str(&self.0.map(|byte| format!("{byte:02x}")).join(":"))
     }
 }
 

@@ -19,10 +19,10 @@ const DELETE_TABLE: u16 = SUBSYSTEM | 2;
 const NEW_CHAIN: u16 = SUBSYSTEM | 3;
 const NEW_RULE: u16 = SUBSYSTEM | 6;
 const NEW_SET: u16 = SUBSYSTEM | 9;
-const NEW_ELEMENTS: u16 = SUBSYSTEM | 12;
-const GET_ELEMENTS: u16 = SUBSYSTEM | 13;
-const NEW_OBJECT: u16 = SUBSYSTEM | 18;
-const GET_OBJECT: u16 = SUBSYSTEM | 19;
+const NEW_ELEMENTS: u16 = SUBSYSTEM | 0x0c;
+const GET_ELEMENTS: u16 = SUBSYSTEM | 0x0d;
+const NEW_OBJECT: u16 = SUBSYSTEM | 0x12;
+const GET_OBJECT: u16 = SUBSYSTEM | 0x13;
 
 /// `NFPROTO_INET`: IPv4 and IPv6 in one table, so that nothing is forgotten that is not IPv4.
 const BOTH_FAMILIES: u8 = 1;
