@@ -14,9 +14,9 @@ type Report<'a> = &'a mut dyn FnMut(&'static str, io::Result<String>);
 
 /// A system call's answer.
 fn call(number: i64, arguments: [i64; 5]) -> io::Result<String> {
-    let [a, b, c, d, e] = arguments;
+    let [first, second, third, fourth, fifth] = arguments;
     // SAFETY: pointers among the arguments are null or point to strings and structs that live until it returns.
-    let answer = unsafe { libc::syscall(number, a, b, c, d, e) };
+    let answer = unsafe { libc::syscall(number, first, second, third, fourth, fifth) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer.to_string()) }
 }
 
@@ -28,14 +28,13 @@ fn pointer(text: &CString) -> i64 {
     text.as_ptr() as i64
 }
 
-pub(crate) fn run(outside: &Outside, report: Report<'_>) -> io::Result<()> {
+pub(crate) fn run(outside: &Outside, report: Report<'_>) {
     files(outside, report);
     networks(outside, report);
     processes(outside, report);
     privileges(report);
     kernel(report);
     resources(report);
-    Ok(())
 }
 
 fn listing(path: &str) -> io::Result<String> {

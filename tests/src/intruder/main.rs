@@ -48,7 +48,7 @@ fn main() {
         }
     }
     let mut out = io::stdout().lock();
-    let _ = attempts::run(&outside, &mut |name, outcome: Result<String, io::Error>| {
+    attempts::run(&outside, &mut |name, outcome: Result<String, io::Error>| {
         let text = match outcome {
             Ok(got) => format!("got {got}"),
             Err(error) => format!("refused {}", error.raw_os_error().unwrap_or_default()),
