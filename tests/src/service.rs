@@ -8,6 +8,7 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process, pidfd_send_signal};
 use serde_json::{Value, json};
 use stasis_api::dev::{EmbeddedS3, FaultProxy};
 use stasis_api::journal::Journal;
@@ -18,6 +19,7 @@ use stasis_snapshot::store::directory::DirectoryStore;
 use stasis_snapshot::store::s3::{S3Settings, S3Store};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::Client;
+use stasis_warden::jail::start::{ProcessNote, find};
 
 use crate::host;
 use crate::ports::Port;
@@ -107,7 +109,7 @@ impl Drop for Second {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
         let _ = self.supervisor.wait();
-        kill_all(&vmms(&self.data.join("run"), |_| true));
+        end_processes(&self.data);
     }
 }
 
@@ -267,8 +269,7 @@ impl Service {
 
     /// Tells the supervisor to end, and waits until it has; answers whether it ended well.
     pub async fn end_supervisor(&mut self) -> Result<bool, Error> {
-        let pid = rustix::process::Pid::from_child(&self.supervisor);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        kill_process(Pid::from_child(&self.supervisor), Signal::TERM)?;
         until("the end of the supervisor", || Ok(self.supervisor_is_dead().then_some(()))).await?;
         Ok(self.supervisor.wait()?.success())
     }
@@ -535,8 +536,7 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.supervisor.kill();
         let _ = self.supervisor.wait();
-        // Idle ones too: no supervisor comes that would end them.
-        kill_all(&vmms(&self.dir.path().join("d/run"), |_| true));
+        end_processes(&self.dir.path().join("d"));
     }
 }
 
@@ -546,10 +546,16 @@ fn is_dead(pid: u32) -> bool {
     stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
 }
 
-fn kill_all(pids: &[u32]) {
-    for pid in pids {
-        if let Some(pid) = i32::try_from(*pid).ok().and_then(rustix::process::Pid::from_raw) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+/// Ends what a killed supervisor left, idle VMMs too: no other comes that would. The warden first, which may be starting one.
+fn end_processes(data: &Path) {
+    let note = std::fs::read(data.join("warden.json")).ok();
+    let note = note.and_then(|note| serde_json::from_slice::<ProcessNote>(&note).ok());
+    if let Some(warden) = note.and_then(|note| find(&note)) {
+        let _ = pidfd_send_signal(warden, Signal::KILL);
+    }
+    for pid in vmms(&data.join("run"), |_| true) {
+        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::KILL);
         }
     }
 }

@@ -66,12 +66,14 @@ mod tests {
     fn who_waits_gets_a_device_that_is_always_busy() {
         let device = Arc::new(Turns::new(()));
         let ended = Arc::new(AtomicBool::new(false));
+        let (tell, is_busy) = std::sync::mpsc::sync_channel(1);
         let busy = {
             let (device, ended) = (device.clone(), ended.clone());
             std::thread::spawn(move || {
                 let mut turns = 0_u64;
                 while !ended.load(Ordering::Relaxed) {
                     let _device = device.lock_next();
+                    let _ = tell.try_send(());
                     let until = Instant::now() + Duration::from_millis(5);
                     while Instant::now() < until {
                         std::hint::spin_loop();
@@ -81,6 +83,7 @@ mod tests {
                 turns
             })
         };
+        is_busy.recv().unwrap();
         let begun = Instant::now();
         for _ in 0..20 {
             drop(device.lock());
