@@ -65,13 +65,14 @@ mod tests {
     #[test]
     fn who_waits_gets_a_device_that_is_always_busy() {
         let device = Arc::new(Turns::new(()));
-        let (turns, ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
+        let ended = Arc::new(AtomicBool::new(false));
+        let (tell, is_busy) = std::sync::mpsc::sync_channel(1);
         let busy = {
-            let (device, turns, ended) = (device.clone(), turns.clone(), ended.clone());
+            let (device, ended) = (device.clone(), ended.clone());
             std::thread::spawn(move || {
                 while !ended.load(Ordering::Relaxed) {
                     let _device = device.lock_next();
-                    turns.fetch_add(1, Ordering::Relaxed);
+                    let _ = tell.try_send(());
                     let until = Instant::now() + Duration::from_millis(5);
                     while Instant::now() < until {
                         std::hint::spin_loop();
@@ -79,9 +80,7 @@ mod tests {
                 }
             })
         };
-        while turns.load(Ordering::Relaxed) == 0 {
-            std::thread::yield_now();
-        }
+        is_busy.recv().unwrap();
         let begun = Instant::now();
         for _ in 0..20 {
             drop(device.lock());
