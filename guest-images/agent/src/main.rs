@@ -12,6 +12,7 @@
 //! - `network`: the interface, and the connections of before a restore
 //! - `wake`: clock and random pool after a restore
 //! - `server`: HTTP over vsock
+//! - `small_writes`: writes to vsock that the kernel always has memory for
 //! - `forward`: connections to TCP ports of the guest
 //!
 //! One thread runs everything: tokio's current-thread runtime. No task blocks for longer than a `fork` takes; operations on files run on
@@ -27,6 +28,7 @@ mod init;
 mod network;
 mod reaper;
 mod server;
+mod small_writes;
 mod terminals;
 mod trust;
 mod wake;

@@ -36,6 +36,7 @@ use crate::exec::{self, ExecError};
 use crate::git;
 use crate::image;
 use crate::reaper::Reaper;
+use crate::small_writes::SmallWrites;
 use crate::terminals::Registry;
 use crate::trust::{self, TrustError};
 use crate::wake::{self, WakeError};
@@ -57,9 +58,9 @@ pub(crate) trait Listen {
 }
 
 impl Listen for VsockListener {
-    type Stream = VsockStream;
-    async fn accept(&self) -> io::Result<VsockStream> {
-        Ok(VsockListener::accept(self).await?.0)
+    type Stream = SmallWrites<VsockStream>;
+    async fn accept(&self) -> io::Result<Self::Stream> {
+        Ok(SmallWrites(VsockListener::accept(self).await?.0))
     }
 }
 
