@@ -267,6 +267,13 @@ impl Service {
         Ok(())
     }
 
+    /// Loses the data directory of a supervisor that was killed, and what ran for it.
+    pub fn lose_data(&self) -> Result<(), Error> {
+        let data = self.dir.path().join("d");
+        end_processes(&data);
+        Ok(std::fs::remove_dir_all(data)?)
+    }
+
     /// Tells the supervisor to end, and waits until it has; answers whether it ended well.
     pub async fn end_supervisor(&mut self) -> Result<bool, Error> {
         kill_process(Pid::from_child(&self.supervisor), Signal::TERM)?;

@@ -276,7 +276,7 @@ async fn bucket_is_the_catalogue() -> Outcome {
     let id = service.create_pulse().await?;
     service.pause(&id).await?.expect(201)?;
     service.kill_supervisor()?;
-    std::fs::remove_dir_all(service.dir.path().join("d"))?;
+    service.lose_data()?;
     service.key = service.same_tenant_key()?;
     service.start_supervisor().await?;
     service.await_state(&id, "paused").await?;
