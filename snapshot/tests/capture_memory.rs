@@ -43,9 +43,12 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        let now = NOW.fetch_add(size, Ordering::SeqCst) + size - layout.size();
-        NOW.fetch_sub(layout.size(), Ordering::SeqCst);
-        MOST.fetch_max(now, Ordering::SeqCst);
+        // In one step: between two, other threads would count the block twice.
+        if let Some(more) = size.checked_sub(layout.size()) {
+            MOST.fetch_max(NOW.fetch_add(more, Ordering::SeqCst) + more, Ordering::SeqCst);
+        } else {
+            NOW.fetch_sub(layout.size() - size, Ordering::SeqCst);
+        }
         // SAFETY: as above.
         unsafe { System.realloc(pointer, layout, size) }
     }
