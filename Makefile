@@ -55,7 +55,9 @@ clients: setup
 browser: setup
 	$(STEP) browser guest-images/linux/need chromium=chromium || echo "make: no browser, so the tests of the page are left out" >&2
 
+# Servers in network namespaces are what the egress proxy is tested against.
 test-native: build images clients browser
+	guest-images/linux/need nft=nftables ip=iproute2
 	$(STEP) test-native tests/native
 
 test-linux: build images
