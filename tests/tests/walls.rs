@@ -128,6 +128,27 @@ async fn check(site: &Site, id: &str, mode: &str, when: &str) -> Result<(), Erro
     Err(format!("{mode}, {when}: {wrong:?}; {done}; {network}").into())
 }
 
+/// A program of the guest that tries what its policy refuses, through pause and wake, until it is told that it is enough. What it ever reached is
+/// in a file.
+fn trier() -> String {
+    let places = [(ELSEWHERE, 8080), (PRIVATE, 8080), (METADATA, 80), (HOST, 8080)];
+    let places: Vec<String> = places.iter().map(|(address, port)| format!("(\"{address}\",{port})")).collect();
+    format!(
+        "import os,socket,time\nn=0\nwhile not os.path.exists(\"/root/enough\"):\n for place in [{}]:\n  try:\n   socket.create_connection(place,2).close()\n   \
+         open(\"/root/reached\",\"a\").write(repr(place))\n  except OSError: pass\n n+=1\n open(\"/root/tries.new\",\"w\").write(str(n))\n \
+         os.replace(\"/root/tries.new\",\"/root/tries\")\n \
+         time.sleep(0.3)\n",
+        places.join(",")
+    )
+}
+
+/// How often the program of [`trier`] has tried; an error when anything was reached.
+async fn tries(site: &Site, id: &str) -> Result<u64, Error> {
+    let done = site.run(id, "cat /root/reached 2>/dev/null; cat /root/tries").await?;
+    let said = done["stdout"].as_str().unwrap_or_default();
+    said.trim().parse().map_err(|_| format!("what is refused was reached: {done}").into())
+}
+
 /// The sum of the series of a family that have this label.
 async fn metric(site: &Site, family: &str, label: &str) -> Result<f64, Error> {
     let request = reqwest::Client::new().get(format!("{}/metrics", site.service.url)).bearer_auth(&site.service.key);
@@ -170,6 +191,9 @@ async fn matrix() -> Outcome {
         let id = site.create(policy(mode)).await?;
         site.say(&format!("{mode} is made"));
         site.run(&id, "(python3 -m http.server 8080 >/dev/null 2>&1 &) ; sleep 1").await?;
+        if mode != "allow-all" {
+            site.run(&id, &format!("(python3 -c '{}' >/dev/null 2>&1 &) ; sleep 2", trier())).await?;
+        }
         ids.push((mode, id));
     }
     // All at once: each is the neighbour of the others.
@@ -179,9 +203,16 @@ async fn matrix() -> Outcome {
     let (_, custom) = &ids[2];
     check_report(&site, custom).await?;
     for (mode, id) in &ids {
+        let tried = if *mode == "allow-all" { 0 } else { tries(&site, id).await? };
         site.service.pause(id).await?.expect(201)?;
         site.service.resume(id).await?.expect(200)?;
         check(&site, id, mode, "after a wake").await?;
+        // There was no moment with a weaker policy.
+        if *mode != "allow-all" {
+            assert!(tries(&site, id).await? > tried, "{mode}: nothing was tried after the wake");
+            // In the rig it takes the time of what follows.
+            site.run(id, "touch /root/enough").await?;
+        }
     }
     let path = format!("/v1/sandbox/{custom}/snapshot/create");
     site.service.call("POST", &path, Some(json!({"name": "s"}))).await?.expect(201)?;
