@@ -33,8 +33,10 @@ pub(crate) async fn serve(listener: impl Listen) {
     while let Ok(permit) = Arc::clone(&free).acquire_owned().await {
         let stream = next(&listener).await;
         tokio::spawn(async move {
-            // Either side may go away at any time: the other one sees it, and there is nobody else to tell.
-            let _ = join(stream).await;
+            // Either side may go away at any time, which the other one sees; the console tells whoever looks for the reason.
+            if let Err(error) = join(stream).await {
+                eprintln!("stasis-agent: a forwarded connection broke: {}", crate::chain(&error));
+            }
             drop(permit);
         });
     }
