@@ -63,12 +63,22 @@ impl Guest {
     async fn run_in(&self, id: &str, command: &str) -> Result<String, Error> {
         let body = json!({"command": command, "timeout": 120});
         let path = format!("/v1/sandbox/{id}/process/execute");
-        let done = self.service.call("POST", &path, Some(body)).await?.expect(200)?;
+        let done = match self.service.call("POST", &path, Some(body)).await?.expect(200) {
+            Ok(done) => done,
+            Err(error) => return Err(self.told(&error.to_string())),
+        };
         self.say(command.lines().next().unwrap_or_default());
         if done.json["exit_code"] != json!(0) {
             return Err(format!("{command}: {:?}", done.json).into());
         }
         Ok(done.text("stdout").trim().to_owned())
+    }
+
+    /// What failed, with what the supervisor said last.
+    fn told(&self, what: &str) -> Error {
+        let log = self.service.log();
+        let last = log.lines().count().saturating_sub(20);
+        format!("{what}; log: {}", log.lines().skip(last).collect::<Vec<_>>().join("\n")).into()
     }
 
     async fn stop_and_start(&self) -> Result<(), Error> {
@@ -248,6 +258,9 @@ async fn invoke() -> Outcome {
     guest.say("paused");
     let woken = post(8000, b"wake".to_vec()).await?;
     guest.say(&format!("woken: {:?}", woken.headers().get("server-timing")));
+    if woken.status() != 200 {
+        return Err(guest.told(&format!("{} {}", woken.status(), woken.text().await?)));
+    }
     assert_eq!((woken.status().as_u16(), count(&woken).as_str()), (200, "103"), "the same process, and none twice");
     assert_eq!(woken.bytes().await?, b"wake".as_slice());
     // A storm: half of it for the app, half of it commands.
@@ -300,10 +313,9 @@ async fn two_resumes() -> Outcome {
     Ok(())
 }
 
-/// What the guest is told by the host or draws: host name, machine id, VM generation id (which this guest's kernel has no driver for), random
-/// numbers of kernel and user space.
+/// What the guest is told by the host or draws: host name, machine id, random numbers of kernel and user space. Its kernel has no driver for
+/// the VM generation id and lets nobody read the page that it is in.
 const UNIQUE: &str = "hostname; cat /etc/hostname | sed 's/^/file /'; cat /etc/machine-id; \
-     dd if=/dev/mem bs=16 skip=$((0x9e000 / 16)) count=1 status=none | od -An -tx1 | tr -d ' '; \
      cat /proc/sys/kernel/random/uuid; head -c 32 /dev/urandom | sha256sum; \
      python3 -c 'import os, random; print(os.urandom(16).hex(), random.random())'";
 
@@ -336,10 +348,9 @@ async fn clones() -> Outcome {
     let mut all: Vec<Vec<String>> = Vec::new();
     for id in &ids {
         let told: Vec<String> = guest.run_in(id, UNIQUE).await?.lines().map(str::to_owned).collect();
-        assert_eq!(told.len(), 7, "{told:?}");
+        assert_eq!(told.len(), 6, "{told:?}");
         assert_eq!(told[1], format!("file {}", told[0]), "{id}: host name");
         assert!(told[2].len() == 32 && told[2].bytes().any(|digit| digit != b'0'), "{id}: machine id {:?}", told[2]);
-        assert!(told[3].len() == 32 && told[3].bytes().any(|digit| digit != b'0'), "{id}: generation {:?}", told[3]);
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
         let clock: f64 = guest.run_in(id, "date +%s.%N").await?.parse()?;
         let after = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
