@@ -71,9 +71,14 @@ impl Agent {
         self.call(Method::POST, "/v1/git", Some(request), within).await
     }
 
-    /// `POST /v1/wake`.
-    pub async fn wake(&self, request: &WakeRequest, within: Duration) -> Result<WakeReply, AgentFailure> {
-        self.call(Method::POST, "/v1/wake", Some(request), within).await
+    /// `POST /v1/wake`. The request is asked for when the connection stands: a guest that has just been restored may take seconds until it
+    /// accepts one, and the time in the request must not be of before.
+    pub async fn wake(
+        &self,
+        request: impl FnOnce() -> WakeRequest,
+        within: Duration,
+    ) -> Result<WakeReply, AgentFailure> {
+        self.call_with(Method::POST, "/v1/wake", || encode(&request()), within).await
     }
 
     /// `POST /v1/image`.
@@ -93,10 +98,16 @@ impl Agent {
         body: Option<&impl Serialize>,
         within: Duration,
     ) -> Result<T, AgentFailure> {
-        let body = match body {
-            None => Bytes::new(),
-            Some(body) => serde_json::to_vec(body).map_err(|e| AgentFailure::Nonsense(e.to_string()))?.into(),
-        };
+        self.call_with(method, path, || body.map_or(Ok(Bytes::new()), encode), within).await
+    }
+
+    async fn call_with<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: impl FnOnce() -> Result<Bytes, AgentFailure>,
+        within: Duration,
+    ) -> Result<T, AgentFailure> {
         match tokio::time::timeout(within, self.exchange(method, path, body)).await {
             Ok(answer) => {
                 let answer = answer?;
@@ -106,7 +117,12 @@ impl Agent {
         }
     }
 
-    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, AgentFailure> {
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: impl FnOnce() -> Result<Bytes, AgentFailure>,
+    ) -> Result<Bytes, AgentFailure> {
         let broken = |e: &dyn std::fmt::Display| AgentFailure::Connection(e.to_string());
         let stream = vsock::connect(&self.socket, AGENT_PORT).await.map_err(|e| broken(&e))?;
         let (mut sender, connection) =
@@ -117,7 +133,7 @@ impl Agent {
             .uri(path)
             .header(http::header::HOST, "agent")
             .header(http::header::CONTENT_TYPE, "application/json")
-            .body(Full::new(body))
+            .body(Full::new(body()?))
             .map_err(|e| broken(&e))?;
         let answer = async {
             let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
@@ -134,6 +150,10 @@ impl Agent {
         let (status, bytes) = answer?;
         if status.is_success() { Ok(bytes) } else { Err(refusal(status, &bytes)) }
     }
+}
+
+fn encode(body: &impl Serialize) -> Result<Bytes, AgentFailure> {
+    serde_json::to_vec(body).map(Bytes::from).map_err(|e| AgentFailure::Nonsense(e.to_string()))
 }
 
 /// What the agent said with a status that is no success.

@@ -1,25 +1,32 @@
 //! A whole service: an S3 server on loopback, a proxy in front of it that can break things on the wire, `stasis serve` as a process, and a
 //! client. The supervisor is a process of its own so that tests can kill it.
+//!
+//! Here: what it is and how it starts and ends, and what can be seen of it from outside; requests to it are `calls`.
 
-use std::ffi::OsString;
+mod calls;
+mod place;
+mod processes;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process, pidfd_send_signal};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stasis_api::dev::{EmbeddedS3, FaultProxy};
 use stasis_api::journal::Journal;
 use stasis_api::supervisor::JOURNAL;
-use stasis_api::vmm_process::find_under;
 use stasis_snapshot::store::ObjectStore;
 use stasis_snapshot::store::directory::DirectoryStore;
 use stasis_snapshot::store::s3::{S3Settings, S3Store};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::Client;
-use stasis_warden::jail::start::{ProcessNote, find};
+
+pub use calls::Reply;
+use place::{Place, environment, store_of};
+use processes::{end_processes, is_dead, make_key, spawn, vmms};
 
 use crate::host;
 use crate::ports::Port;
@@ -122,36 +129,6 @@ pub struct Ran {
     pub json: Value,
     /// What it wrote to stderr.
     pub stderr: String,
-}
-
-/// An answer of the API.
-#[derive(Debug)]
-pub struct Reply {
-    /// HTTP status.
-    pub status: u16,
-    /// Body, null when it is empty or no JSON.
-    pub json: Value,
-    /// The `Server-Timing` header.
-    pub timing: String,
-    /// The `Retry-After` header, seconds.
-    pub retry_after: Option<u64>,
-}
-
-impl Reply {
-    /// This reply, or an error when it has another status.
-    pub fn expect(self, status: u16) -> Result<Self, Error> {
-        if self.status == status { Ok(self) } else { Err(format!("expected {status}, got {self:?}").into()) }
-    }
-
-    /// This reply, or an error when it is no success.
-    pub fn expect_success(self) -> Result<Self, Error> {
-        if (200..300).contains(&self.status) { Ok(self) } else { Err(format!("expected success, got {self:?}").into()) }
-    }
-
-    /// A string field, empty when it is not there.
-    pub fn text(&self, field: &str) -> String {
-        self.json[field].as_str().unwrap_or_default().to_owned()
-    }
 }
 
 /// Writes a template of a small pulse guest: `test/pulse`, 8 MiB filled and 1 MiB hot in as little as 32 MiB, counting its port accesses.
@@ -363,105 +340,6 @@ impl Service {
         })
     }
 
-    /// One request as the tenant `test`.
-    pub async fn call(&self, method: &str, path: &str, body: Option<Value>) -> Result<Reply, Error> {
-        self.call_as(&self.key, method, path, body.map(|b| b.to_string())).await
-    }
-
-    /// One request with this key and this body, well-formed or not.
-    pub async fn call_as(&self, key: &str, method: &str, path: &str, body: Option<String>) -> Result<Reply, Error> {
-        self.call_at(&self.url, key, method, path, body).await
-    }
-
-    /// The same to any supervisor.
-    pub async fn call_at(
-        &self,
-        url: &str,
-        key: &str,
-        method: &str,
-        path: &str,
-        body: Option<String>,
-    ) -> Result<Reply, Error> {
-        let mut request = self.http.request(method.parse()?, format!("{url}{path}"));
-        if !key.is_empty() {
-            request = request.header("authorization", format!("Bearer {key}"));
-        }
-        if let Some(body) = body {
-            request = request.header("content-type", "application/json").body(body);
-        }
-        let answer = request.send().await?;
-        let status = answer.status().as_u16();
-        let timing = answer.headers().get("server-timing").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-        let retry_after = answer.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse().ok());
-        let json = serde_json::from_slice(&answer.bytes().await?).unwrap_or(Value::Null);
-        Ok(Reply { status, json, timing, retry_after })
-    }
-
-    /// Creates a small pulse sandbox and answers its id.
-    pub async fn create_pulse(&self) -> Result<String, Error> {
-        let body = json!({"template_name": "test/pulse", "memory": 32});
-        Ok(self.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?.text("id"))
-    }
-
-    /// Waits until `/metrics` has this line.
-    pub async fn await_told(&self, line: &str) -> Result<(), Error> {
-        let begun = Instant::now();
-        loop {
-            let request = self.http.get(format!("{}/metrics", self.url)).bearer_auth(&self.key);
-            let text = request.send().await?.error_for_status()?.text().await?;
-            if text.lines().any(|told| told == line) {
-                return Ok(());
-            }
-            if begun.elapsed() > PATIENCE {
-                return Err(format!("{line} is not in the metrics: {text}").into());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    /// How many operations of this kind (`create`, `pause`, `resume`) have ended well or not (`ok`, `error`), by the metrics.
-    pub async fn operations(&self, kind: &str, outcome: &str) -> Result<u64, Error> {
-        let request = self.http.get(format!("{}/metrics", self.url)).bearer_auth(&self.key);
-        let text = request.send().await?.error_for_status()?.text().await?;
-        let series = format!("stasis_operations_total{{operation=\"{kind}\",outcome=\"{outcome}\"}} ");
-        Ok(text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok()).unwrap_or(0))
-    }
-
-    /// `POST …/pause`.
-    pub async fn pause(&self, id: &str) -> Result<Reply, Error> {
-        self.call("POST", &format!("/v1/sandbox/{id}/pause"), None).await
-    }
-
-    /// `POST …/resume`.
-    pub async fn resume(&self, id: &str) -> Result<Reply, Error> {
-        self.call("POST", &format!("/v1/sandbox/{id}/resume"), None).await
-    }
-
-    /// Waits until the proxy holds a request ([`stasis_api::dev::Fault::Hold`]).
-    pub async fn await_held(&self) -> Result<(), Error> {
-        until("a request that is held", || Ok((self.proxy.held() > 0).then_some(()))).await
-    }
-
-    /// The state that `GET` answers.
-    pub async fn state(&self, id: &str) -> Result<String, Error> {
-        Ok(self.call("GET", &format!("/v1/sandbox/{id}"), None).await?.text("state"))
-    }
-
-    /// Waits until the sandbox is in this state.
-    pub async fn await_state(&self, id: &str, state: &str) -> Result<(), Error> {
-        let begun = Instant::now();
-        loop {
-            let now = self.state(id).await?;
-            if now == state {
-                return Ok(());
-            }
-            if begun.elapsed() > PATIENCE {
-                return Err(format!("{id} is {now}, not {state}, in time; log: {}", self.log()).into());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-
     /// Run directory of the sandbox's VMM.
     pub fn run_dir(&self, id: &str) -> PathBuf {
         self.dir.path().join("d/run").join(id)
@@ -545,116 +423,4 @@ impl Drop for Service {
         let _ = self.supervisor.wait();
         end_processes(&self.dir.path().join("d"));
     }
-}
-
-/// A process of ours has ended: it is ours to wait for, so it stays as a zombie until then.
-fn is_dead(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
-}
-
-/// Ends what a killed supervisor left, idle VMMs too: no other comes that would. The warden first, which may be starting one.
-fn end_processes(data: &Path) {
-    let note = std::fs::read(data.join("warden.json")).ok();
-    let note = note.and_then(|note| serde_json::from_slice::<ProcessNote>(&note).ok());
-    if let Some(warden) = note.and_then(|note| find(&note)) {
-        let _ = pidfd_send_signal(warden, Signal::KILL);
-    }
-    for pid in vmms(&data.join("run"), |_| true) {
-        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-}
-
-/// Process ids of VMMs whose run directory is one of `root` with a name that is `wanted`.
-fn vmms(root: &Path, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
-    let found = find_under(root).unwrap_or_default().into_iter();
-    found
-        .filter(|(_, dir)| dir.file_name().is_some_and(|name| wanted(&name.to_string_lossy())))
-        .filter_map(|(identity, _)| u32::try_from(identity.pid).ok())
-        // A killed one has no command line any more, though it may not be reaped yet.
-        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()))
-        .collect()
-}
-
-enum Place {
-    Directory(PathBuf),
-    S3(S3Settings),
-}
-
-fn store_of(sleep: &Sleep, s3: &EmbeddedS3, proxy: &FaultProxy, dir: &Path) -> Place {
-    let embedded = |endpoint| {
-        Place::S3(S3Settings {
-            endpoint,
-            region: "us-east-1".to_owned(),
-            bucket: BUCKET.to_owned(),
-            access_key: ACCESS_KEY.to_owned(),
-            secret_key: SECRET_KEY.to_owned(),
-            path_style: true,
-            request_timeout: Duration::from_mins(1),
-            commit_timeout: Duration::from_mins(1),
-        })
-    };
-    match sleep {
-        Sleep::Proxied => embedded(proxy.endpoint()),
-        Sleep::Direct => embedded(s3.endpoint()),
-        Sleep::Directory => Place::Directory(dir.join("store")),
-        Sleep::Bucket(settings) => Place::S3(settings.clone()),
-    }
-}
-
-fn store_environment(place: &Place) -> Vec<(&'static str, OsString)> {
-    match place {
-        Place::Directory(path) => {
-            vec![("STASIS_STORE_KIND", "directory".into()), ("STASIS_STORE_PATH", path.into())]
-        }
-        Place::S3(settings) => [
-            ("STASIS_STORE_KIND", "s3"),
-            ("STASIS_STORE_ENDPOINT", &settings.endpoint),
-            ("STASIS_STORE_BUCKET", &settings.bucket),
-            ("STASIS_STORE_REGION", &settings.region),
-            ("STASIS_STORE_ACCESS_KEY", &settings.access_key),
-            ("STASIS_STORE_SECRET_KEY", &settings.secret_key),
-            ("STASIS_STORE_PATH_STYLE", if settings.path_style { "true" } else { "false" }),
-        ]
-        .map(|(name, value)| (name, value.into()))
-        .to_vec(),
-    }
-}
-
-/// What tells a program of ours its data, its images and its store.
-fn environment(data: &Path, options: &Options, place: &Place, port: u16) -> Vec<(String, OsString)> {
-    let images = options.images.clone().unwrap_or_default();
-    let ours = [
-        ("STASIS_LISTEN", format!("127.0.0.1:{port}").into()),
-        ("STASIS_DATA_DIR", data.into()),
-        ("STASIS_IMAGES_DIR", images.into()),
-    ];
-    let ours = ours.into_iter().chain(store_environment(place)).map(|(name, value)| (name.to_owned(), value));
-    ours.chain(options.environment.iter().map(|(name, value)| (name.clone(), value.into()))).collect()
-}
-
-#[expect(clippy::disallowed_methods, reason = "this is the tests' one place that starts supervisors")]
-fn spawn(dir: &Path, data: &Path, options: &Options, place: &Place, port: u16) -> Result<Child, Error> {
-    let log = File::options().create(true).append(true).open(dir.join("supervisor.log"))?;
-    let child = std::process::Command::new(host::program("stasis"))
-        .arg("serve")
-        .envs(environment(data, options, place, port))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()?;
-    Ok(child)
-}
-
-#[expect(clippy::disallowed_methods, reason = "a program run as an operator runs it")]
-fn make_key(data: &Path, tenant: &str) -> Result<String, Error> {
-    let made = std::process::Command::new(host::program("stasis"))
-        .args(["--json", "key", "create", "--tenant", tenant, "--data-dir"])
-        .arg(data)
-        .output()?;
-    let answer: Value = serde_json::from_slice(&made.stdout)
-        .map_err(|e| format!("stasis key create: {e}: {}", String::from_utf8_lossy(&made.stderr)))?;
-    Ok(answer["key"].as_str().unwrap_or_default().to_owned())
 }

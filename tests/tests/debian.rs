@@ -19,6 +19,7 @@ fn main() {
         .test("a_server_in_the_guest_is_reached_and_woken_by_its_host_name", lacking(), invoke)
         .test("a_stop_keeps_the_disk_and_drops_memory", lacking(), stop_and_start)
         .test("two_resumes_of_one_snapshot_draw_different_randomness", lacking(), two_resumes)
+        .test("clones_differ_in_everything_that_must", lacking(), clones)
         .main();
 }
 
@@ -55,8 +56,13 @@ impl Guest {
 
     /// Standard output of a command that must succeed.
     async fn run(&self, command: &str) -> Result<String, Error> {
+        self.run_in(&self.id, command).await
+    }
+
+    /// The same in another sandbox of the same service.
+    async fn run_in(&self, id: &str, command: &str) -> Result<String, Error> {
         let body = json!({"command": command, "timeout": 120});
-        let path = format!("/v1/sandbox/{}/process/execute", self.id);
+        let path = format!("/v1/sandbox/{id}/process/execute");
         let done = match self.service.call("POST", &path, Some(body)).await?.expect(200) {
             Ok(done) => done,
             Err(error) => return Err(self.told(&error.to_string())),
@@ -304,5 +310,64 @@ async fn two_resumes() -> Outcome {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(drawn.len(), 18);
+    Ok(())
+}
+
+/// What the guest is told by the host or draws: host name, machine id, random numbers of kernel and user space. Its kernel has no driver for
+/// the VM generation id and lets nobody read the page that it is in.
+const UNIQUE: &str = "hostname; cat /etc/hostname | sed 's/^/file /'; cat /etc/machine-id; \
+     cat /proc/sys/kernel/random/uuid; head -c 32 /dev/urandom | sha256sum; \
+     python3 -c 'import os, random; print(os.urandom(16).hex(), random.random())'";
+
+/// Two sandboxes that began as one booted template, two more that began as one named snapshot of the first, and the one that booted.
+async fn clones() -> Outcome {
+    let guest = Guest::start(1).await?;
+    let service = &guest.service;
+    let made = || service.log().contains("the template was booted and captured");
+    for _ in 0..3000 {
+        if made() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(made(), "no booted template: {}", service.log());
+    guest.say("the template is captured");
+    let mut ids = vec![guest.id.clone()];
+    for _ in 0..2 {
+        let body = json!({"template_name": "system/debian:bookworm", "memory": 512, "vcpu": 1});
+        let created = service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?;
+        assert!(created.timing.contains("restore;"), "a clone, not a boot: {}", created.timing);
+        ids.push(created.text("id"));
+    }
+    let path = format!("/v1/sandbox/{}/snapshot/create", ids[1]);
+    service.call("POST", &path, Some(json!({"name": "source"}))).await?.expect(201)?;
+    for _ in 0..2 {
+        let body = json!({"snapshot_name": "source"});
+        ids.push(service.call("POST", "/v1/snapshot/restore", Some(body)).await?.expect(201)?.text("id"));
+    }
+    let mut all: Vec<Vec<String>> = Vec::new();
+    for id in &ids {
+        let told: Vec<String> = guest.run_in(id, UNIQUE).await?.lines().map(str::to_owned).collect();
+        assert_eq!(told.len(), 6, "{told:?}");
+        assert_eq!(told[1], format!("file {}", told[0]), "{id}: host name");
+        assert!(told[2].len() == 32 && told[2].bytes().any(|digit| digit != b'0'), "{id}: machine id {:?}", told[2]);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+        let clock: f64 = guest.run_in(id, "date +%s.%N").await?.parse()?;
+        let after = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+        assert!(clock > now - 2.0 && clock < after + 2.0, "{id}: its clock says {clock}, the host's {now} to {after}");
+        for other in &all {
+            for (ours, theirs) in told.iter().zip(other) {
+                assert_ne!(ours, theirs, "two clones have it");
+            }
+        }
+        all.push(told);
+    }
+    // A wake is no clone: the same sandbox keeps its names, and draws other numbers.
+    let id = &ids[2];
+    service.pause(id).await?.expect(201)?;
+    service.resume(id).await?.expect(200)?;
+    let told: Vec<String> = guest.run_in(id, UNIQUE).await?.lines().map(str::to_owned).collect();
+    assert_eq!(told[..3], all[2][..3]);
+    assert!(told[3..].iter().zip(&all[2][3..]).all(|(now, before)| now != before), "{told:?} after {:?}", all[2]);
     Ok(())
 }

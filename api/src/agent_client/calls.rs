@@ -1,7 +1,7 @@
 //! Calls that are not one JSON text for another: those without an answer, those whose bodies are streamed, and connections that become
 //! something else.
 
-use super::{Agent, AgentFailure, refusal};
+use super::{Agent, AgentFailure, encode, refusal};
 use crate::vsock;
 use axum::body::{Body, Bytes, HttpBody};
 use futures::stream;
@@ -50,8 +50,7 @@ impl Agent {
 
     /// `POST` of JSON for nothing but success.
     pub async fn act(&self, path: &str, body: &impl Serialize, within: Duration) -> Result<(), AgentFailure> {
-        let body = serde_json::to_vec(body).map_err(|e| AgentFailure::Nonsense(e.to_string()))?;
-        match timeout(within, self.exchange(Method::POST, path, body.into())).await {
+        match timeout(within, self.exchange(Method::POST, path, || encode(body))).await {
             Ok(answer) => answer.map(drop),
             Err(_) => Err(AgentFailure::Deadline(within)),
         }

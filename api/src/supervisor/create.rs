@@ -215,6 +215,10 @@ async fn start(core: &Arc<Core>, sandbox: &Arc<Sandbox>, template: &Template) ->
     let tap = core.connect(sandbox, &vm).await?;
     core.raise_network(sandbox, &vm).await?;
     core.boot(sandbox, &vm, template, tap, None).await?;
+    if spec.agent {
+        // It has a template's names, like a clone of a booted one.
+        core.tell_wake(sandbox, &vm, Some(core.new_identity(sandbox))).await?;
+    }
     core.tell_trust(sandbox, &vm, false).await?;
     let booted = begun.elapsed();
     if let Some(shape) = shape {

@@ -337,12 +337,12 @@ impl Core {
             let mut pause = Duration::from_millis(1);
             loop {
                 // Anew each time: the clock goes on, and entropy is never sent twice.
-                let request = WakeRequest {
+                let request = || WakeRequest {
                     unix_time_ns: u64::try_from(self.sources.now_ms()).unwrap_or(0).saturating_mul(1_000_000),
                     entropy: base64::engine::general_purpose::STANDARD.encode(self.sources.random::<32>()),
                     identity: identity.clone(),
                 };
-                match agent.wake(&request, Duration::from_secs(10)).await {
+                match agent.wake(request, Duration::from_secs(10)).await {
                     Ok(_) => {
                         reach(Point::GuestTold);
                         return Ok(());
