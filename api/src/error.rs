@@ -488,13 +488,13 @@ fn image_status(error: &ImageError) -> StatusCode {
         | ImageError::Document { .. }
         | ImageError::Platform(_)
         | ImageError::Layer { .. }
+        | ImageError::FileSystem(_)
         | ImageError::Registry { unreachable: false, .. } => StatusCode::BAD_REQUEST,
         ImageError::Registry { unreachable: true, .. } => StatusCode::BAD_GATEWAY,
-        ImageError::Missing(_) => StatusCode::SERVICE_UNAVAILABLE,
         ImageError::Local { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
             StatusCode::INSUFFICIENT_STORAGE
         }
-        ImageError::Local { .. } | ImageError::FileSystem { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        ImageError::Local { .. } | ImageError::Unpacker { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         ImageError::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
     }
 }

@@ -136,6 +136,12 @@ impl Launcher {
         self.start(Program::Vmm, &self.vmm, arguments, made.log, made.note, named)
     }
 
+    /// Starts an unpacker of container images with what it inherits, under the names of its protocol. Returns when its program runs.
+    pub fn start_unpacker(&self, log: OwnedFd, note: File, named: Vec<(String, OwnedFd)>) -> io::Result<Process> {
+        let program = host::beside("stasis-unpack")?;
+        self.start(Program::Unpacker, &program, Vec::new(), log, note, named)
+    }
+
     /// A connection to the dialler, which is started when there is none; none where the store needs none.
     fn dialler(&self) -> io::Result<Option<OwnedFd>> {
         let Some(dialler) = &self.dialler else { return Ok(None) };

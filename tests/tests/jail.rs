@@ -22,6 +22,7 @@ use stasis_warden::protocol::{Program, Reply, Request, StartRequest};
 fn main() {
     Suite::default()
         .test("nothing_is_in_reach_of_a_jailed_program", not_root(), nothing_in_reach)
+        .test("nothing_is_in_reach_of_a_jailed_unpacker", not_root(), nothing_in_reach_of_an_unpacker)
         .test("two_jailed_programs_are_two_users", not_root(), two_users)
         .test("memory_beyond_the_limit_ends_the_process", not_root(), memory_limit)
         .test("processor_time_beyond_the_limit_is_not_had", not_root(), processor_limit)
@@ -66,6 +67,7 @@ impl Warden {
             ("--socket", at("w.sock")),
             ("--vmm", program("stasis-intruder")),
             ("--dialler", program("stasis-intruder")),
+            ("--unpacker", program("stasis-intruder")),
             ("--trees", at("trees")),
         ] {
             arguments.extend([c(flag)?, c(value)?]);
@@ -165,9 +167,35 @@ fn readable(users: Users, pid: i32) -> BTreeMap<&'static str, String> {
 }
 
 async fn nothing_in_reach() -> Outcome {
+    in_reach_of(Program::Vmm, Some(SMALL), &["lib", "lib64", "usr", "proc", "stasis-intruder"], readable).await
+}
+
+/// The same of one that has no `/proc` of its own to read anything from, and may have no second process.
+async fn nothing_in_reach_of_an_unpacker() -> Outcome {
+    let readable = |_, _| {
+        ["own-pid", "environment", "core-limit", "fork-bomb-size", "securebits"]
+            .map(|name| {
+                let text = match name {
+                    "own-pid" => "got 1",
+                    "securebits" => "got 239",
+                    _ => "got 0",
+                };
+                (name, text.to_owned())
+            })
+            .into()
+    };
+    in_reach_of(Program::Unpacker, None, &["lib", "lib64", "usr", "stasis-intruder"], readable).await
+}
+
+async fn in_reach_of(
+    program: Program,
+    size: Option<Size>,
+    tree: &[&str],
+    readable: impl Fn(Users, i32) -> BTreeMap<&'static str, String>,
+) -> Outcome {
     let warden = Warden::start().await?;
     let tcp = std::net::TcpListener::bind("127.0.0.1:0")?;
-    let name = format!("stasis-test-{}", std::process::id());
+    let name = format!("stasis-test-{}-{program:?}", std::process::id());
     let address = std::os::unix::net::SocketAddr::from_abstract_name(name.as_bytes())?;
     let _abstract = std::os::unix::net::UnixListener::bind_addr(&address)?;
     let other = warden.dir.path().join("other");
@@ -185,17 +213,12 @@ async fn nothing_in_reach() -> Outcome {
         "--name".to_owned(),
         name,
     ];
-    let intruder = warden.intrude("all", &arguments, SMALL)?;
+    let intruder = warden.intrude_as(program, "all", &arguments, size)?;
     let (mut said, end) = intruder.ended().await?;
     let whole = std::fs::read_to_string(&intruder.path)?;
     assert!(whole.ends_with("done\n"), "it did not come to its end ({end:?}):\n{whole}");
     let root = said.remove("list-root").unwrap_or_default();
-    assert!(
-        root.trim_start_matches("got ")
-            .split(',')
-            .all(|name| ["lib", "lib64", "usr", "proc", "stasis-intruder"].contains(&name)),
-        "{root}"
-    );
+    assert!(root.trim_start_matches("got ").split(',').all(|name| tree.contains(&name)), "{root}");
     for (name, expected) in readable(Users::default(), intruder.note.pid) {
         assert_eq!(said.remove(name).as_ref(), Some(&expected), "{name} in\n{whole}");
     }

@@ -28,6 +28,9 @@ struct Arguments {
     /// The dialler's program.
     #[arg(long)]
     dialler: PathBuf,
+    /// The unpacker's program.
+    #[arg(long)]
+    unpacker: PathBuf,
     /// A directory of its own.
     #[arg(long)]
     trees: PathBuf,
@@ -70,6 +73,7 @@ fn start(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let warden = Arc::new(Warden::new(&Settings {
         vmm: arguments.vmm.clone(),
         dialler: arguments.dialler.clone(),
+        unpacker: arguments.unpacker.clone(),
         trees: arguments.trees.clone(),
         users: Users { first: arguments.first_user },
         delegated: arguments.delegated,

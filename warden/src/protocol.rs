@@ -9,7 +9,7 @@ use crate::jail::limits::Size;
 use crate::jail::start::ProcessNote;
 
 /// The version of everything in this module.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a message at most.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// Descriptors beside one message at most.
@@ -64,6 +64,8 @@ pub enum Program {
     Vmm,
     /// The dialler: the host's network, and what it takes to resolve names.
     Dialler,
+    /// The unpacker of container images: nothing but its descriptors.
+    Unpacker,
 }
 
 /// What it answers.

@@ -30,6 +30,8 @@ pub struct Settings {
     pub vmm: PathBuf,
     /// The dialler's program.
     pub dialler: PathBuf,
+    /// The unpacker's program.
+    pub unpacker: PathBuf,
     /// A directory of its own, in which trees are made.
     pub trees: PathBuf,
     /// The users of jailed processes.
@@ -62,6 +64,7 @@ pub enum SetUpError {
 pub struct Warden {
     vmm: Tree,
     dialler: Tree,
+    unpacker: Tree,
     users: Users,
     groups: Result<Hierarchy, CgroupError>,
     children: Children,
@@ -82,14 +85,16 @@ impl Warden {
         let resolver: Vec<_> = RESOLVER_FILES.iter().map(Path::new).collect();
         let vmm = Tree::new(&settings.vmm, &place("vmm")?, true, &[])?;
         let dialler = Tree::new(&settings.dialler, &place("dialler")?, false, &resolver)?;
+        let unpacker = Tree::new(&settings.unpacker, &place("unpacker")?, false, &[])?;
         let groups = Hierarchy::find(settings.delegated);
         if let Err(error) = &groups {
             tracing::warn!(error = chain(error), "memory and processor time of sandboxes are not limited");
         }
-        let programs = [&settings.vmm, &settings.dialler].map(|path| fingerprint(path).unwrap_or_default()).to_vec();
+        let programs = [&settings.vmm, &settings.dialler, &settings.unpacker];
+        let programs = programs.map(|path| fingerprint(path).unwrap_or_default()).to_vec();
         let children = Children::new().map_err(host("watch processes"))?;
         let networks = Service::new(mounts, &settings.networks);
-        Ok(Self { vmm, dialler, users: settings.users, groups, children, programs, networks })
+        Ok(Self { vmm, dialler, unpacker, users: settings.users, groups, children, programs, networks })
     }
 
     /// Processes that it has started and that live.
@@ -117,6 +122,7 @@ impl Warden {
                 (&self.vmm, Network::Empty, size.map_or_else(Limits::of_idle_vmm, Limits::of_vmm))
             }
             Program::Dialler => (&self.dialler, Network::Host, Limits::of_dialler()),
+            Program::Unpacker => (&self.unpacker, Network::Empty, Limits::of_unpacker()),
         };
         let short = |text: &String| text.len() <= MAX_ARGUMENT;
         if !arguments.iter().all(short) || !named.iter().all(|(name, _)| short(name)) {

@@ -29,7 +29,7 @@ fn start(dir: &std::path::Path) -> Option<(Running, Client)> {
     let child = Command::new(env!("CARGO_BIN_EXE_stasis-warden"))
         .arg("--socket")
         .arg(socket)
-        .args(["--vmm", dialler, "--dialler", dialler, "--trees"])
+        .args(["--vmm", dialler, "--dialler", dialler, "--unpacker", dialler, "--trees"])
         .arg(dir.join("trees"))
         .spawn()
         .unwrap();

@@ -1,4 +1,4 @@
-//! Bytes of an image on this host, and digests checked while they are read.
+//! Bytes of an image on this host, and their digests.
 
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
@@ -35,6 +35,19 @@ impl Blob {
         BlobReader { blob: self.clone(), at: 0 }
     }
 
+    /// `sha256:…` of all of it. `seen` is told of octets as they are read, and may end it.
+    pub(super) fn digest(&self, seen: impl Fn(usize) -> io::Result<()>) -> io::Result<String> {
+        let (mut reader, mut hasher, mut piece) = (self.reader(), Sha256::new(), vec![0; 256 << 10]);
+        loop {
+            let len = reader.read(&mut piece)?;
+            if len == 0 {
+                return Ok(named(hasher));
+            }
+            hasher.update(&piece[..len]);
+            seen(len)?;
+        }
+    }
+
     /// All of it, at most `limit` octets.
     pub(super) fn read(&self, limit: u64) -> io::Result<Vec<u8>> {
         if self.len > limit {
@@ -57,31 +70,6 @@ impl Read for BlobReader {
         let left = usize::try_from(self.blob.len - self.at).unwrap_or(usize::MAX).min(buf.len());
         let n = self.blob.file.read_at(&mut buf[..left], self.blob.offset + self.at)?;
         self.at += n as u64;
-        Ok(n)
-    }
-}
-
-/// Hashes what is read through it.
-pub(super) struct Hashed<R> {
-    inner: R,
-    hasher: Sha256,
-}
-
-impl<R: Read> Hashed<R> {
-    pub(super) fn new(inner: R) -> Self {
-        Self { inner, hasher: Sha256::new() }
-    }
-
-    /// `sha256:…` of what was read so far.
-    pub(super) fn digest(&self) -> String {
-        named(self.hasher.clone())
-    }
-}
-
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        self.hasher.update(&buf[..n]);
         Ok(n)
     }
 }

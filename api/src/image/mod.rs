@@ -4,23 +4,18 @@
 //! - `registry`: an image from a registry, `local`: one from a layout or archive on this host; both end as [`Image`]
 //! - `credentials`: what a registry is told of the client
 //! - `wire`: the JSON of images, and what of it a guest is told ([`Process`])
-//! - `blob`: bytes of an image, whose digest is checked while they are read
-//! - `layer`: one layer onto the tree, `tree`: what the layers make together, `furnish`: what every guest needs and no image brings
-//! - `ext4`: the tree as an ext4 image, through e2fsprogs
+//! - `blob`: bytes of an image, and their digests
+//! - `unpacker`: the process that makes a file system of the layers (crate `stasis-unpack`)
 //!
-//! An image is written by strangers. The file names in it never become names on this host: the layers are merged in memory, the content of
-//! files is kept under numbers, and e2fsprogs writes the rest into the image by name. So nothing needs to be mounted, no user is needed but
-//! our own, and no set-user-id program, device or extended attribute is ever made here. The same image makes the same octets.
+//! An image is written by strangers. What is read of it here is JSON and, of archives on this host, where their members are. The
+//! layers are taken apart elsewhere, by a process that can do nothing else.
 
 mod blob;
 mod credentials;
-mod ext4;
-mod furnish;
-mod layer;
 mod local;
 mod reference;
 mod registry;
-mod tree;
+mod unpacker;
 mod wire;
 
 #[cfg(test)]
@@ -31,15 +26,14 @@ pub use reference::{BadReference, Reference};
 pub use wire::Process;
 
 use crate::config::Templates as Limits;
+use crate::launcher::Launcher;
 use crate::sources::UnixMs;
 use blob::Blob;
 use std::fmt;
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use tree::Tree;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// An image whose parts are files of this host. Only manifest and configuration were checked against their digests so far.
 #[derive(Debug)]
@@ -121,15 +115,15 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
-    /// One of e2fsprogs is not there.
-    #[error("{0} is not installed on this host; Debian has it in the package e2fsprogs")]
-    Missing(&'static str),
-    /// e2fsprogs did not make the file system.
-    #[error("{program} cannot make the root file system: {what}")]
-    FileSystem {
-        /// Which program.
-        program: &'static str,
-        /// What it said.
+    /// The image cannot be a file system, or its disk is too small.
+    #[error("cannot make the root file system: {0}")]
+    FileSystem(String),
+    /// The unpacker ended before it was done.
+    #[error("image {image} was not unpacked: {what}")]
+    Unpacker {
+        /// Which image.
+        image: String,
+        /// What happened.
         what: String,
     },
     /// It took too long.
@@ -198,14 +192,16 @@ impl Progress {
 }
 
 /// Makes `out`, a raw ext4 image, from the container image at `reference`. `work` is an empty directory on the same disk, which the caller
-/// removes. `now` is for what must be signed.
+/// removes, with `out` when this fails. `now` is for what must be signed.
+#[expect(clippy::too_many_arguments, reason = "an image, its bounds, and where it goes")]
 pub async fn build(
+    launcher: &Arc<Launcher>,
     reference: &Reference,
     credentials: Option<&Credentials>,
     limits: &Limits,
     work: &Path,
     out: &Path,
-    progress: &std::sync::Arc<Progress>,
+    progress: &Arc<Progress>,
     now: UnixMs,
 ) -> Result<Built, ImageError> {
     let image = match reference {
@@ -216,30 +212,10 @@ pub async fn build(
         }
     };
     let built = Built { digest: image.digest.clone(), process: image.process.clone() };
-    let contents = Contents { dir: work.join("content") };
-    let tree = {
-        let (contents, progress, limits) = (contents.clone(), progress.clone(), limits.clone());
-        blocking(move || merge(&image, &contents, &limits, &progress)).await?
-    };
-    progress.begin("file system", 0);
-    ext4::write(tree, &contents, limits.disk_mib, work, out).await?;
+    let (launcher, limits, progress) = (launcher.clone(), limits.clone(), progress.clone());
+    let (name, out) = (reference.to_string(), out.to_owned());
+    blocking(move || unpacker::unpack(&launcher, &image, &name, &limits, &out, &progress)).await?;
     Ok(built)
-}
-
-/// The layers of an image, one onto the other, and what a guest needs beside them.
-fn merge(image: &Image, contents: &Contents, limits: &Limits, progress: &Progress) -> Result<Tree, ImageError> {
-    fs::create_dir_all(&contents.dir).map_err(local(format!("make {}", contents.dir.display())))?;
-    let mut tree = Tree::new(limits.image_entries);
-    let mut budget = layer::Budget { bytes: limits.image_mib << 20, entries: limits.image_entries };
-    let count = image.layers.len();
-    for (index, layer) in image.layers.iter().enumerate() {
-        let number = index + 1;
-        progress.begin(format_args!("layer {number} of {count}"), layer.blob.len());
-        layer::apply(&mut tree, layer, number, contents, &mut budget, progress)
-            .map_err(|fault| fault.of(number, count, layer))?;
-    }
-    furnish::furnish(&mut tree, &image.process, contents)?;
-    Ok(tree)
 }
 
 async fn blocking<T: Send + 'static>(
@@ -248,25 +224,5 @@ async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => outcome,
         Err(error) => Err(ImageError::Local { action: "read the image".to_owned(), source: io::Error::other(error) }),
-    }
-}
-
-/// The content of files, under numbers.
-#[derive(Clone, Debug)]
-struct Contents {
-    dir: PathBuf,
-}
-
-impl Contents {
-    fn path(&self, content: u64) -> PathBuf {
-        self.dir.join(content.to_string())
-    }
-
-    /// Removes what no file has any more.
-    fn forget(&self, contents: Vec<u64>) {
-        for content in contents {
-            // What cannot be removed goes with the directory.
-            let _ = fs::remove_file(self.path(content));
-        }
     }
 }

@@ -1,18 +1,30 @@
-//! Layers against a model, hostile archives, and file systems read back with the tools that made them.
+//! Layers against a model, hostile archives in the unpacker, and file systems read back with the tools of ext4's own people.
 
-use super::tree::{Kind, Meta, ROOT, Refused, Tree};
+use super::blob::Blob;
+use super::unpacker::{Unpacker, unpack};
 use super::*;
 use crate::dev::layout::{Entry, EntryKind, Layout, Packing, archive, digest};
 use proptest::prelude::*;
 use serde_json::json;
+use stasis_unpack::disk::{BLOCK, Content, Disk};
+use stasis_unpack::layer::{Budget, apply};
+use stasis_unpack::tree::{Kind, Meta, ROOT, Refused, Tree};
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Blocks of a disk for layers alone.
+const BLOCKS: u64 = 16 << 10;
 
 struct Bench {
     dir: tempfile::TempDir,
     limits: Limits,
+    launcher: Arc<Launcher>,
+    disk: fs::File,
 }
 
 impl Bench {
@@ -21,40 +33,51 @@ impl Bench {
         let local = dir.path().join("images");
         fs::create_dir(&local).unwrap();
         let limits = Limits { local_dir: Some(local), disk_mib: 64, image_mib: 32, ..Limits::default() };
-        Self { dir, limits }
+        let launcher = Arc::new(Launcher::unjailed(Path::new("/nowhere")));
+        Self { dir, limits, launcher, disk: tempfile::tempfile().unwrap() }
     }
 
     fn local(&self, name: &str) -> PathBuf {
         self.dir.path().join("images").join(name)
     }
 
-    /// Applies layers to a tree, as a build does.
-    fn merge(&self, layers: &[Vec<Entry>]) -> Result<Tree, String> {
+    /// Applies layers to a tree, as the unpacker does.
+    fn merge(&self, layers: &[Vec<Entry>]) -> Result<(Tree, Disk), String> {
+        self.disk.set_len(0).unwrap();
+        self.disk.set_len(BLOCKS * BLOCK).unwrap();
+        let mut tree = Tree::new(self.limits.image_entries);
+        let mut disk = Disk::new(self.disk.try_clone().unwrap(), 0, BLOCKS);
+        let mut budget = Budget { bytes: self.limits.image_mib << 20, entries: self.limits.image_entries };
+        for (index, entries) in layers.iter().enumerate() {
+            let packed = archive(entries);
+            apply(&mut tree, &mut disk, &mut budget, index + 1, packed.as_slice(), &digest(&packed))
+                .map_err(|fault| format!("{fault:?}"))?;
+        }
+        Ok((tree, disk))
+    }
+
+    fn content(&self, content: Option<Content>) -> Vec<u8> {
+        content.map_or_else(Vec::new, |content| {
+            let mut found = vec![0; content.len as usize];
+            self.disk.read_exact_at(&mut found, content.block * BLOCK).unwrap();
+            found
+        })
+    }
+
+    /// What the unpacker says of layers.
+    fn unpack(&self, layers: &[Vec<Entry>]) -> Result<(), String> {
         let archives: Vec<_> = layers.iter().map(|entries| archive(entries)).collect();
-        let layers = archives.iter().map(|archive| (archive.clone(), None, digest(archive))).collect();
-        self.merge_blobs(layers)
+        let layers = archives.iter().map(|archive| (archive.clone(), Some(digest(archive)), digest(archive))).collect();
+        self.unpack_blobs(layers)
     }
 
     /// The same of blobs with their digests and those of their archives.
-    fn merge_blobs(&self, layers: Vec<(Vec<u8>, Option<String>, String)>) -> Result<Tree, String> {
-        let contents = Contents { dir: self.dir.path().join("content") };
-        let _ = fs::remove_dir_all(&contents.dir);
-        fs::create_dir(&contents.dir).unwrap();
-        let mut tree = Tree::new(self.limits.image_entries);
-        let mut budget = layer::Budget { bytes: self.limits.image_mib << 20, entries: self.limits.image_entries };
-        let count = layers.len();
-        for (index, (bytes, digest, diff_id)) in layers.into_iter().enumerate() {
-            let mut file = tempfile::tempfile().unwrap();
-            file.write_all(&bytes).unwrap();
-            let layer = Layer { blob: Blob::whole(file).unwrap(), digest, diff_id };
-            layer::apply(&mut tree, &layer, index + 1, &contents, &mut budget, &Progress::default())
-                .map_err(|fault| fault.of(index + 1, count, &layer).to_string())?;
-        }
-        Ok(tree)
-    }
-
-    fn content(&self, content: Option<u64>) -> Vec<u8> {
-        content.map_or_else(Vec::new, |n| fs::read(self.dir.path().join("content").join(n.to_string())).unwrap())
+    fn unpack_blobs(&self, layers: Vec<(Vec<u8>, Option<String>, String)>) -> Result<(), String> {
+        let layers = layers.into_iter().map(|(bytes, digest, diff_id)| Layer { blob: blob(&bytes), digest, diff_id });
+        let image = Image { digest: String::new(), process: Process::default(), layers: layers.collect() };
+        let out = tempfile::tempdir_in(self.dir.path()).unwrap().keep().join("out.ext4");
+        let done = unpack(&self.launcher, &image, "test", &self.limits, &out, &Progress::default());
+        done.map_err(|e| crate::error::chain(&e))
     }
 
     async fn build(&self, uri: &str) -> Result<(Built, PathBuf), String> {
@@ -62,9 +85,15 @@ impl Bench {
         let out = work.join("out.ext4");
         let reference = Reference::parse(uri).map_err(|e| e.to_string())?;
         let progress = Arc::new(Progress::default());
-        let built = build(&reference, None, &self.limits, &work, &out, &progress, 0).await;
+        let built = build(&self.launcher, &reference, None, &self.limits, &work, &out, &progress, 0).await;
         built.map(|built| (built, out)).map_err(|e| crate::error::chain(&e))
     }
+}
+
+fn blob(bytes: &[u8]) -> Blob {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    Blob::whole(file).unwrap()
 }
 
 /// What is in a tree: directories, files with their content, links with their targets.
@@ -198,11 +227,12 @@ proptest! {
         let merged = bench.merge(&layers.iter().map(entries).collect::<Vec<_>>());
         match expected {
             Ok(()) => {
-                let tree = merged.map_err(TestCaseError::fail)?;
+                let (tree, disk) = merged.map_err(TestCaseError::fail)?;
                 prop_assert_eq!(list(&bench, &tree), model.0);
                 // Nothing is kept of what was replaced.
-                let kept = fs::read_dir(bench.dir.path().join("content")).unwrap().count();
-                prop_assert_eq!(kept, list(&bench, &tree).values().filter(|what| what.starts_with("file x")).count());
+                let kept: u32 = disk.used().iter().map(|octet| octet.count_ones()).sum();
+                let files = list(&bench, &tree).into_values().filter(|what| what.starts_with("file x")).count();
+                prop_assert_eq!(kept as usize, files);
             }
             Err(()) => prop_assert!(merged.is_err()),
         }
@@ -224,7 +254,7 @@ fn a_whiteout_spares_its_own_layer_in_any_order() {
         Entry::file("none/.wh.none", ""),
     ];
     for _ in 0..2 {
-        let mut tree = bench.merge(&[lower.clone(), upper.clone()]).unwrap();
+        let (mut tree, _) = bench.merge(&[lower.clone(), upper.clone()]).unwrap();
         let wanted = [("/d", "directory"), ("/d/new", "file 2"), ("/f", "file 2")];
         assert_eq!(list(&bench, &tree), wanted.map(|(a, b)| (a.to_owned(), b.to_owned())).into());
         let d = tree.find(b"d").unwrap();
@@ -239,7 +269,7 @@ fn links_of_lower_layers_are_followed_within_the_image() {
     let lower =
         vec![Entry::directory("usr/lib"), Entry::symlink("lib", "usr/lib"), Entry::symlink("top", "/usr/../usr")];
     let upper = vec![Entry::file("lib/x", "1"), Entry::file("top/y", "2"), Entry::link("z", "lib/x")];
-    let tree = bench.merge(&[lower, upper]).unwrap();
+    let (tree, _) = bench.merge(&[lower, upper]).unwrap();
     let found = list(&bench, &tree);
     assert_eq!(
         (found["/usr/lib/x"].as_str(), found["/usr/y"].as_str(), found["/z"].as_str()),
@@ -278,12 +308,12 @@ fn hostile_entries_are_refused_by_layer_and_name() {
         (vec![Entry::symlink("s", "a\nb")], "s", "target"),
         (vec![Entry::file("x", "x").xattr("user.large", &large)], "x", "attributes"),
     ] {
-        let error = bench.merge(&[base(), entries]).unwrap_err();
+        let error = bench.unpack(&[base(), entries]).unwrap_err();
         assert!(error.starts_with("layer 2 of 2 (sha256:"), "{error}");
         assert!(error.contains(&format!("entry \"{entry}\"")) && error.contains(what), "{error}");
     }
     // What docker puts there for its own sake.
-    let tree = bench.merge(&[vec![Entry::new("dev/console", EntryKind::Device), Entry::file("a", "x")]]).unwrap();
+    let (tree, _) = bench.merge(&[vec![Entry::new("dev/console", EntryKind::Device), Entry::file("a", "x")]]).unwrap();
     assert_eq!(list(&bench, &tree).len(), 1);
 }
 
@@ -291,7 +321,7 @@ fn hostile_entries_are_refused_by_layer_and_name() {
 fn symbolic_links_that_go_round_end() {
     let bench = Bench::new();
     let lower = vec![Entry::symlink("a", "b"), Entry::symlink("b", "a")];
-    assert!(bench.merge(&[lower, vec![Entry::file("a/x", "")]]).unwrap_err().contains("too many"));
+    assert!(bench.unpack(&[lower, vec![Entry::file("a/x", "")]]).unwrap_err().contains("too many"));
     let mut tree = Tree::new(3);
     let put = |tree: &mut Tree, path: &str| tree.put(path.as_bytes(), 1, Meta::default(), Kind::File(None));
     put(&mut tree, "x/y/z").unwrap();
@@ -306,18 +336,26 @@ fn bombs_go_off_in_bounds() {
     for packing in [Packing::Plain, Packing::Gzip, Packing::Zstd] {
         let layout = Layout::new(&json!({}), &[(packing, zeros.clone())]).unwrap();
         let (name, blob) = layout.blobs.iter().find(|(_, blob)| !blob.starts_with(b"{")).unwrap();
-        let error = bench.merge_blobs(vec![(blob.clone(), Some(name.clone()), digest(&zeros))]).unwrap_err();
+        let error = bench.unpack_blobs(vec![(blob.clone(), Some(name.clone()), digest(&zeros))]).unwrap_err();
         assert!(error.contains("image_mib"), "{packing:?}: {error}");
     }
     bench.limits.image_entries = 10;
     let many: Vec<_> = (0..11).map(|n| Entry::file(format!("{n}"), "")).collect();
     assert!(bench.merge(&[many[..10].to_vec()]).is_ok());
-    assert!(bench.merge(std::slice::from_ref(&many)).unwrap_err().contains("image_entries"));
-    assert!(bench.merge(&[many[..6].to_vec(), many[6..].to_vec()]).unwrap_err().contains("layer 2 of 2"));
+    assert!(bench.unpack(std::slice::from_ref(&many)).unwrap_err().contains("image_entries"));
+    assert!(bench.unpack(&[many[..6].to_vec(), many[6..].to_vec()]).unwrap_err().contains("layer 2 of 2"));
     // An extended header that would have to be held.
     bench.limits = Bench::new().limits;
     let header = Entry::file("x", "").xattr("user.x", &vec![1; 2 << 20]);
-    assert!(bench.merge(&[vec![header]]).unwrap_err().contains("extended header"));
+    assert!(bench.unpack(&[vec![header]]).unwrap_err().contains("extended header"));
+    // A size that is larger than everything.
+    let mut huge = archive(&[Entry::file("huge", "x")]);
+    huge[124..136].copy_from_slice(&[0x80, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+    let sum: u32 =
+        huge[..512].iter().enumerate().map(|(at, o)| if (148..156).contains(&at) { 32 } else { u32::from(*o) }).sum();
+    huge[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    let error = bench.unpack_blobs(vec![(huge.clone(), None, digest(&huge))]).unwrap_err();
+    assert!(error.contains("entry \"huge\"") && error.contains("disk_mib"), "{error}");
 }
 
 #[test]
@@ -327,7 +365,7 @@ fn damaged_layers_are_refused() {
     let layout = Layout::new(&json!({}), &[(Packing::Gzip, plain.clone())]).unwrap();
     let gzip = layout.blobs.values().find(|blob| blob.starts_with(&[0x1f, 0x8b])).unwrap().clone();
     let merge = |bytes: &[u8], named: Option<String>, diff_id: String| {
-        bench.merge_blobs(vec![(bytes.to_vec(), named, diff_id)])
+        bench.unpack_blobs(vec![(bytes.to_vec(), named, diff_id)])
     };
     assert!(merge(&gzip, Some(digest(&gzip)), digest(&plain)).is_ok());
     let other = digest(b"other");
@@ -347,18 +385,71 @@ fn damaged_layers_are_refused() {
     assert!(merge(&trailed, Some(digest(&gzip)), digest(&plain)).is_err());
 }
 
-/// What `debugfs` says to one command.
+/// What one of e2fsprogs says, and whether it is content.
 #[expect(clippy::disallowed_methods, reason = "what was written is read with another program")]
+fn ask(program: &str, arguments: &[&str], image: &Path) -> (bool, String) {
+    let mut command = std::process::Command::new(program);
+    command.env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").env("TZ", "UTC").args(arguments).arg(image);
+    let ran = command.output().unwrap();
+    (ran.status.success(), String::from_utf8_lossy(&ran.stdout).into_owned())
+}
+
 fn debugfs(image: &Path, command: &str) -> String {
-    let path = "/usr/sbin:/sbin:/usr/bin:/bin";
-    let ran = std::process::Command::new("debugfs")
-        .env("PATH", path)
-        .env("TZ", "UTC")
-        .arg("-R")
-        .arg(command)
-        .arg(image)
-        .output();
-    String::from_utf8_lossy(&ran.unwrap().stdout).into_owned()
+    ask("debugfs", &["-R", command], image).1
+}
+
+/// A process without a zombie of it.
+fn lives(pid: i32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[test]
+fn an_unpacker_that_dies_is_an_error_that_names_the_image() {
+    let bench = Bench::new();
+    let disk = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        file
+    };
+    let (progress, packed) = (Progress::default(), archive(&[Entry::file("a", vec![1; 1 << 20])]));
+    let layer = Layer { blob: blob(&packed), digest: None, diff_id: digest(&packed) };
+    let start = |deadline| Unpacker::start(&bench.launcher, "oci:app:v1", disk(), &progress, deadline).unwrap();
+    let long = Duration::from_secs(60);
+    // At the beginning, and with half a layer inside.
+    for begin in [false, true] {
+        let mut unpacker = start(long);
+        let pid = rustix::process::Pid::from_raw(unpacker.pid()).unwrap();
+        if begin {
+            unpacker.begin(&bench.limits).unwrap();
+        }
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        let failed = if begin { unpacker.layer(1, 1, &layer) } else { unpacker.begin(&bench.limits) };
+        let error = failed.unwrap_err();
+        assert!(matches!(&error, ImageError::Unpacker { image, .. } if image == "oci:app:v1"), "{error:?}");
+        assert!(error.to_string().contains("killed"), "{error}");
+        drop(unpacker);
+        assert!(!lives(pid.as_raw_nonzero().get()));
+    }
+    // What it says of itself is said.
+    let mut unpacker = start(long);
+    unpacker.begin(&Limits { image_entries: usize::MAX, ..bench.limits.clone() }).unwrap();
+    let again = unpacker.begin(&bench.limits).unwrap_err().to_string();
+    assert!(again.contains("begun already"), "{again}");
+    // One that stands still is waited for until the deadline, or as long as anybody waits.
+    for stop in [false, true] {
+        let mut unpacker = start(if stop { long } else { Duration::from_millis(300) });
+        let pid = rustix::process::Pid::from_raw(unpacker.pid()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        if stop {
+            progress.stop();
+        }
+        let began = Instant::now();
+        let error = unpacker.begin(&bench.limits).unwrap_err();
+        assert!(error.to_string().contains("oci:app:v1"), "{error}");
+        assert_eq!(matches!(error, ImageError::Deadline { ms: 300, .. }), !stop, "{error}");
+        drop(unpacker);
+        assert!(!lives(pid.as_raw_nonzero().get()) && began.elapsed() < long / 2);
+    }
 }
 
 fn rich() -> Vec<Vec<Entry>> {
@@ -402,6 +493,8 @@ async fn the_file_system_holds_what_the_layers_say() {
     layout.write(&bench.local("rich"), "v1").unwrap();
     let (built, image) = bench.build("oci:rich:v1").await.unwrap();
     assert_eq!((built.digest, built.process.command()), (layout.digest(), vec!["run".to_owned()]));
+    let checked = ask("e2fsck", &["-f", "-n"], &image);
+    assert!(checked.0, "{}", checked.1);
     for (path, wanted) in [
         ("/", vec!["Mode:  0711"]),
         ("/home/app", vec!["Mode:  02750", "User:  1000", "Group: 70000", "Type: directory"]),
@@ -514,5 +607,5 @@ async fn an_image_that_does_not_fit_its_disk_says_so() {
     let noise: Vec<u8> = (0..70_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8 | 1).collect();
     layout_of(&[vec![Entry::file("noise", noise)]], &json!({})).write(&bench.local("large"), "v1").unwrap();
     let error = bench.build("oci:large").await.unwrap_err();
-    assert!(error.contains("debugfs"), "{error}");
+    assert!(error.contains("entry \"noise\"") && error.contains("templates.disk_mib"), "{error}");
 }

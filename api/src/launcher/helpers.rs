@@ -28,10 +28,11 @@ const WARDEN_IDLE_S: &str = "10";
 /// A warden that we have started, now or earlier: the one at our data directory's socket, if its programs are those that we would start.
 pub(super) fn warden_of_ours(config: &Config, vmm: &Path) -> io::Result<Client> {
     let socket = config.data_dir.join("warden.sock");
-    let (program, dialler) = (host::beside("stasis-warden")?, host::beside("stasis-dialler")?);
+    let program = host::beside("stasis-warden")?;
+    let (dialler, unpacker) = (host::beside("stasis-dialler")?, host::beside("stasis-unpack")?);
     let client = Client::new(&socket);
     if let Ok(hello) = client.hello() {
-        let now = [vmm, &dialler].map(|path| stasis_warden::warden::fingerprint(path).unwrap_or_default());
+        let now = [vmm, &dialler, &unpacker].map(|path| stasis_warden::warden::fingerprint(path).unwrap_or_default());
         if hello.programs == now {
             return Ok(client);
         }
@@ -45,6 +46,7 @@ pub(super) fn warden_of_ours(config: &Config, vmm: &Path) -> io::Result<Client> 
         (c"--socket", socket.as_path()),
         (c"--vmm", vmm),
         (c"--dialler", dialler.as_path()),
+        (c"--unpacker", unpacker.as_path()),
         (c"--trees", trees.as_path()),
     ] {
         arguments.extend([flag.to_owned(), text(path)?]);

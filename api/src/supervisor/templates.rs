@@ -188,7 +188,9 @@ async fn build(core: &Arc<Core>, job: &Arc<Job>, asked: &Upload) -> Result<Templ
         let (work, rootfs) = (scratch.work(), scratch.rootfs());
         let limits = &core.config.templates;
         let (credentials, now) = (asked.credentials.as_ref(), core.sources.now_ms());
-        let built = image::build(&asked.reference, credentials, limits, &work, &rootfs, &job.progress, now).await?;
+        let (launcher, progress) = (&core.launcher, &job.progress);
+        let built =
+            image::build(launcher, &asked.reference, credentials, limits, &work, &rootfs, progress, now).await?;
         let (core, job) = (core.clone(), job.clone());
         blocking(move || publish(&core, &job, &scratch, &boot, built)).await
     };

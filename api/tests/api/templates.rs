@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, Request, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use serde_json::{Value, json};
-use stasis_api::config::{Config, Templates};
+use stasis_api::config::{Config, Isolation, IsolationConfig, Templates};
 use stasis_api::dev::layout::{Entry, Layout, Packing, archive};
 use stasis_api::sources::Sources;
 use stasis_api::supervisor::Supervisor;
@@ -169,6 +169,61 @@ async fn what_cannot_be_a_template_says_why() {
             409,
             "{method}"
         );
+    }
+}
+
+/// The unpacker whose disk is below `place`, and its user.
+fn unpacker_below(place: &Place) -> Option<(rustix::process::Pid, u32)> {
+    let making = std::fs::canonicalize(place.path("data/templates/.making")).ok()?;
+    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        let mut open = std::fs::read_dir(entry.path().join("fd")).ok()?.flatten();
+        let ours = open.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(&making)));
+        let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
+        let user =
+            status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()?;
+        (name.trim() == "stasis-unpack" && ours).then_some((rustix::process::Pid::from_raw(number)?, user))
+    })
+}
+
+#[tokio::test]
+async fn an_unpacker_that_is_killed_fails_its_template_and_leaves_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("left out: only root sees what another process has open");
+        return;
+    }
+    // Once as our own child, and once behind a warden's walls.
+    for mode in [Isolation::Off, Isolation::Available] {
+        let place = place();
+        app().write(&place.path("local/app"), "v1").unwrap();
+        // The same layer again and again, so that there is time.
+        let layer = (Packing::Plain, archive(&[Entry::file("large", vec![7; 4 << 20])]));
+        Layout::new(&json!({}), &vec![layer; 60]).unwrap().write(&place.path("local/long"), "v1").unwrap();
+        let mut config = config(&place);
+        config.isolation = IsolationConfig { mode, warden: None };
+        (config.templates.image_mib, config.templates.disk_mib) = (4096, 4096);
+        let served = serve(config).await;
+        let killed = async {
+            loop {
+                if let Some((pid, user)) = unpacker_below(&place) {
+                    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+                    return (pid, user);
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let (failed, (pid, user)) = tokio::join!(upload(&served, "long", "oci:long:v1"), killed);
+        assert_eq!(failed.status, 500, "{}", failed.body);
+        let message = failed.body["message"].as_str().unwrap();
+        assert!(message.contains("oci:long:v1") && message.contains("it was killed"), "{message}");
+        assert_eq!(std::fs::read_dir(place.path("data/templates/.making")).unwrap().count(), 0);
+        assert!(unpacker_below(&place).is_none());
+        let jailed = stasis_warden::jail::Users::default().of(pid.as_raw_nonzero().get());
+        assert_eq!(user, if mode == Isolation::Off { 0 } else { jailed });
+        // The next one is not disturbed.
+        assert_eq!(upload(&served, "app", "oci:app:v1").await.status, 201);
+        served.supervisor.shutdown().await;
     }
 }
 

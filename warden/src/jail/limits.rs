@@ -80,6 +80,11 @@ impl Limits {
         let disk = Disk::shares(1);
         Self { memory: 256 * MIB, cpu_percent: 100, threads: 1100, descriptors: DESCRIPTORS, disk }
     }
+
+    /// Of an unpacker. It is one thread, which bounds its own memory to 2 GiB; the rest is for cached pages of the disk that it writes.
+    pub fn of_unpacker() -> Self {
+        Self { memory: 3072 * MIB, cpu_percent: 100, threads: 1, descriptors: 64, disk: Disk::shares(2) }
+    }
 }
 
 /// A directory store grants each pack of a capture as a descriptor, 8192 at most, and two may wait.

@@ -4,36 +4,41 @@
 //! bounded before they are read. Extended attributes other than `security.capability` and `user.*` are left out: they mean something only
 //! to the host they are from. Devices are refused, except in the image's /dev, which no guest sees: theirs are left out.
 
-use super::blob::Hashed;
-use super::tree::{Kind, Meta, Refused, Tree};
-use super::{Contents, ImageError, Layer, Progress};
-use flate2::bufread::MultiGzDecoder;
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fmt::Write as _;
 use std::io::{self, BufRead as _, BufReader, Read};
+
+use flate2::bufread::MultiGzDecoder;
+use sha2::{Digest as _, Sha256};
 use tar::{Archive, EntryType, Header};
+
+use crate::disk::Disk;
+use crate::tree::{Kind, Meta, Refused, Tree};
 
 /// Octets of an extended header at most.
 const MAX_HEADER: u64 = 1 << 20;
-/// Octets of one file's extended attributes at most: what fits beside its inode.
+/// Octets of one file's extended attributes at most, of each with so many more for what the file system says of it: all fit into a block.
 const MAX_XATTRS: usize = 3 << 10;
+const XATTR_HEAD: usize = 24;
 const BUFFER: usize = 256 << 10;
 const XATTR: &str = "SCHILY.xattr.";
 
 /// What an image may still unpack.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Budget {
+pub struct Budget {
     /// Octets of its archives.
-    pub(super) bytes: u64,
+    pub bytes: u64,
     /// Entries of its archives.
-    pub(super) entries: usize,
+    pub entries: usize,
 }
 
 /// What is wrong with a layer.
 #[derive(Debug)]
-pub(super) struct Fault {
-    entry: Option<String>,
-    what: String,
+pub struct Fault {
+    /// The entry of its archive, when it is one entry's fault.
+    pub entry: Option<String>,
+    /// Why it is refused.
+    pub what: String,
 }
 
 impl Fault {
@@ -41,29 +46,27 @@ impl Fault {
         Self { entry: Some(String::from_utf8_lossy(name).into_owned()), what: what.to_string() }
     }
 
-    /// As an error that names the layer.
-    pub(super) fn of(self, number: usize, count: usize, layer: &Layer) -> ImageError {
-        let digest = layer.digest.clone().unwrap_or_else(|| layer.diff_id.clone());
-        ImageError::Layer { number, count, digest, entry: self.entry, what: self.what }
+    fn of_layer(what: impl Into<String>) -> Self {
+        Self { entry: None, what: what.into() }
     }
 }
 
 impl From<io::Error> for Fault {
     fn from(error: io::Error) -> Self {
-        Self { entry: None, what: crate::error::chain(&error) }
+        Self::of_layer(crate::chain(&error))
     }
 }
 
-/// Applies a layer and checks its digests. After a fault the tree is good for nothing.
-pub(super) fn apply(
+/// Applies the layer with this number, all of `packed`, and checks the digest of its archive. After a fault tree and disk are good for nothing.
+pub fn apply(
     tree: &mut Tree,
-    layer: &Layer,
-    number: usize,
-    contents: &Contents,
+    disk: &mut Disk,
     budget: &mut Budget,
-    progress: &Progress,
+    number: usize,
+    packed: impl Read,
+    diff_id: &str,
 ) -> Result<(), Fault> {
-    let mut packed = BufReader::with_capacity(BUFFER, Hashed::new(Seen { inner: layer.blob.reader(), progress }));
+    let mut packed = BufReader::with_capacity(BUFFER, packed);
     {
         let magic = packed.fill_buf()?;
         let unpacked: Box<dyn Read + '_> = match magic {
@@ -76,33 +79,26 @@ pub(super) fn apply(
             }
             _ => Box::new(&mut packed),
         };
-        let mut archive = Archive::new(Hashed::new(Bounded { inner: unpacked, left: &mut budget.bytes }));
-        let state = Reading { tree, number, contents, progress };
-        read(state, &mut archive, &mut budget.entries)?;
+        let bounded = Bounded { inner: unpacked, left: &mut budget.bytes, hasher: Sha256::new() };
+        let mut archive = Archive::new(bounded);
+        read(Reading { tree, disk, number }, &mut archive, &mut budget.entries)?;
         let mut rest = archive.into_inner();
         // Behind the archive's end, which belongs to the digest.
         io::copy(&mut rest, &mut io::sink())?;
-        expect("its archive has the digest", &rest.digest(), &layer.diff_id)?;
+        let found = rest.digest();
+        if found != diff_id {
+            return Err(Fault::of_layer(format!("its archive has the digest {found}, not {diff_id}")));
+        }
     }
+    // What follows what is packed is not looked at, but it has to be taken.
     io::copy(&mut packed, &mut io::sink())?;
-    match &layer.digest {
-        Some(digest) => expect("it has the digest", &packed.get_ref().digest(), digest),
-        None => Ok(()),
-    }
-}
-
-fn expect(what: &str, found: &str, wanted: &str) -> Result<(), Fault> {
-    if found == wanted {
-        return Ok(());
-    }
-    Err(Fault { entry: None, what: format!("{what} {found}, not {wanted}") })
+    Ok(())
 }
 
 struct Reading<'a> {
     tree: &'a mut Tree,
+    disk: &'a mut Disk,
     number: usize,
-    contents: &'a Contents,
-    progress: &'a Progress,
 }
 
 /// What extended headers say about the next entry.
@@ -115,11 +111,7 @@ struct Extended {
 
 fn read<R: Read>(mut state: Reading<'_>, archive: &mut Archive<R>, entries: &mut usize) -> Result<(), Fault> {
     let mut extended = Extended::default();
-    let mut next_content = (state.number as u64) << 32;
     for entry in archive.entries()?.raw(true) {
-        if state.progress.is_stopped() {
-            return Err(Fault { entry: None, what: "it was given up".to_owned() });
-        }
         let mut entry = entry?;
         let header = entry.header().clone();
         let kind = header.entry_type();
@@ -127,8 +119,9 @@ fn read<R: Read>(mut state: Reading<'_>, archive: &mut Archive<R>, entries: &mut
             EntryType::XGlobalHeader | EntryType::XHeader | EntryType::GNULongName | EntryType::GNULongLink => {
                 let size = header.entry_size()?;
                 if size > MAX_HEADER {
-                    let what = format!("an extended header has {size} bytes, at most {MAX_HEADER} are taken");
-                    return Err(Fault { entry: None, what });
+                    return Err(Fault::of_layer(format!(
+                        "an extended header has {size} bytes, at most {MAX_HEADER} are taken"
+                    )));
                 }
                 let mut bytes = Vec::new();
                 entry.read_to_end(&mut bytes)?;
@@ -141,18 +134,15 @@ fn read<R: Read>(mut state: Reading<'_>, archive: &mut Archive<R>, entries: &mut
                 }
             }
             _ => {
-                *entries = entries.checked_sub(1).ok_or_else(|| Fault {
-                    entry: None,
-                    what: "the image has too many entries (templates.image_entries)".to_owned(),
-                })?;
+                *entries = entries
+                    .checked_sub(1)
+                    .ok_or_else(|| Fault::of_layer("the image has too many entries (templates.image_entries)"))?;
                 let said = std::mem::take(&mut extended);
                 let name = said.path.clone().unwrap_or_else(|| header.path_bytes().into_owned());
-                next_content += 1;
-                state
-                    .take(&header, &said, &name, &mut entry, next_content)
-                    .map_err(|refusal| Fault::of_entry(&name, refusal))?;
-                let freed = state.tree.take_freed();
-                state.contents.forget(freed);
+                state.take(&header, &said, &name, &mut entry).map_err(|refusal| Fault::of_entry(&name, refusal))?;
+                for freed in state.tree.take_freed() {
+                    state.disk.forget(freed)?;
+                }
             }
         }
     }
@@ -160,14 +150,7 @@ fn read<R: Read>(mut state: Reading<'_>, archive: &mut Archive<R>, entries: &mut
 }
 
 impl Reading<'_> {
-    fn take(
-        &mut self,
-        header: &Header,
-        said: &Extended,
-        name: &[u8],
-        body: &mut impl Read,
-        content: u64,
-    ) -> Result<(), Refusal> {
+    fn take(&mut self, header: &Header, said: &Extended, name: &[u8], body: &mut impl Read) -> Result<(), Refusal> {
         let target = || said.target.clone().or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned));
         let size = header.entry_size()?;
         if said.values.keys().any(|key| key.starts_with("GNU.sparse.")) {
@@ -181,13 +164,7 @@ impl Reading<'_> {
         let kind = match header.entry_type() {
             EntryType::Regular | EntryType::Continuous if name.ends_with(b"/") => Kind::Directory(BTreeMap::new()),
             EntryType::Regular | EntryType::Continuous => {
-                if is_whiteout(name) || size == 0 {
-                    Kind::File(None)
-                } else {
-                    let mut file = File::create_new(self.contents.path(content))?;
-                    io::copy(body, &mut file)?;
-                    Kind::File(Some(content))
-                }
+                Kind::File(if is_whiteout(name) { None } else { self.disk.keep(body, size)? })
             }
             EntryType::Directory => Kind::Directory(BTreeMap::new()),
             EntryType::Symlink => match target() {
@@ -254,7 +231,7 @@ impl Extended {
     fn read(&mut self, mut bytes: &[u8]) -> Result<(), Fault> {
         while !bytes.is_empty() {
             let Some((key, value, rest)) = pax_record(bytes) else {
-                return Err(Fault { entry: None, what: "an extended header is no list of records".to_owned() });
+                return Err(Fault::of_layer("an extended header is no list of records"));
             };
             bytes = rest;
             let value = value.to_vec();
@@ -293,7 +270,7 @@ impl Extended {
                 xattrs.insert(name.as_bytes().to_vec(), value.clone());
             }
         }
-        let octets: usize = xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let octets: usize = xattrs.iter().map(|(name, value)| XATTR_HEAD + name.len() + value.len()).sum();
         if octets > MAX_XATTRS
             || xattrs.keys().any(|name| name.len() > 255 || name.contains(&0) || name.contains(&b'\n'))
         {
@@ -309,29 +286,27 @@ impl Extended {
     }
 }
 
-/// The last second that ext4 has: in 2446.
+/// The last second that ext4 has, in 2446: 32 signed bits, and 2 more that count how often those went round.
 fn ext4_time() -> i64 {
-    (1 << 34) - 1
+    (3 << 32) + i64::from(i32::MAX)
 }
 
-/// Counts what is read.
-struct Seen<'a, R> {
-    inner: R,
-    progress: &'a Progress,
-}
-
-impl<R: Read> Read for Seen<'_, R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        self.progress.add(n as u64);
-        Ok(n)
-    }
-}
-
-/// Fails when more comes than is left.
+/// Hashes what is read, and fails when more comes than is left.
 struct Bounded<'a, R> {
     inner: R,
     left: &'a mut u64,
+    hasher: Sha256,
+}
+
+impl<R: Read> Bounded<'_, R> {
+    /// `sha256:…` of what was read.
+    fn digest(self) -> String {
+        self.hasher.finalize().iter().fold("sha256:".to_owned(), |mut text, octet| {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{octet:02x}");
+            text
+        })
+    }
 }
 
 impl<R: Read> Read for Bounded<'_, R> {
@@ -341,6 +316,7 @@ impl<R: Read> Read for Bounded<'_, R> {
             .left
             .checked_sub(n as u64)
             .ok_or_else(|| io::Error::other("the image unpacks to more than it may (templates.image_mib)"))?;
+        self.hasher.update(&buf[..n]);
         Ok(n)
     }
 }

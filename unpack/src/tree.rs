@@ -7,6 +7,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::disk::Content;
+
 /// Octets of a name, and of a path, as Linux has them.
 const NAME: usize = 255;
 const PATH: usize = 4095;
@@ -21,50 +23,61 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// Index of an inode.
-pub(super) type Inode = usize;
+pub type Inode = usize;
 /// The top of the tree.
-pub(super) const ROOT: Inode = 0;
+pub const ROOT: Inode = 0;
 
 /// Owner, permissions, time and extended attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Meta {
+pub struct Meta {
     /// Permissions with set-id and sticky bits: 12 bits.
-    pub(super) mode: u32,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
     /// Modification time, seconds since the epoch.
-    pub(super) mtime: i64,
-    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub mtime: i64,
+    /// Extended attributes by their names.
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 /// What an inode is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// A directory: its names.
     Directory(BTreeMap<Vec<u8>, Name>),
-    /// Number of its content; `None` when it is empty.
-    File(Option<u64>),
+    /// Its content; `None` when it is empty.
+    File(Option<Content>),
+    /// A symbolic link: its target.
     Symlink(Vec<u8>),
+    /// A named pipe.
     Fifo,
 }
 
 /// A directory's name for an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Name {
-    pub(super) inode: Inode,
+pub struct Name {
+    /// The inode.
+    pub inode: Inode,
     layer: usize,
 }
 
+/// An inode.
 #[derive(Clone, Debug)]
-pub(super) struct Node {
-    pub(super) meta: Meta,
-    pub(super) kind: Kind,
+pub struct Node {
+    /// Owner and the like.
+    pub meta: Meta,
+    /// What it is.
+    pub kind: Kind,
     /// Names it has.
-    pub(super) links: u32,
+    pub links: u32,
 }
 
 /// Why an entry is refused: the end of a sentence that names it.
+#[expect(missing_docs, reason = "each says what it is")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Refused {
+pub enum Refused {
     #[error("its name is absolute")]
     Absolute,
     #[error("its name has a '..'")]
@@ -91,28 +104,29 @@ pub(super) enum Refused {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub struct Tree {
     nodes: Vec<Node>,
     most: usize,
     text: usize,
     /// Contents that no inode has any more.
-    freed: Vec<u64>,
+    freed: Vec<Content>,
 }
 
 impl Tree {
     /// An empty tree that takes `most` inodes.
-    pub(super) fn new(most: usize) -> Self {
+    pub fn new(most: usize) -> Self {
         let meta = Meta { mode: 0o755, ..Meta::default() };
         let root = Node { meta, kind: Kind::Directory(BTreeMap::new()), links: 1 };
         Self { nodes: vec![root], most, text: 0, freed: Vec::new() }
     }
 
-    pub(super) fn node(&self, inode: Inode) -> &Node {
+    /// An inode of it.
+    pub fn node(&self, inode: Inode) -> &Node {
         &self.nodes[inode]
     }
 
     /// The names of a directory; none of anything else.
-    pub(super) fn names(&self, inode: Inode) -> impl Iterator<Item = (&[u8], Inode)> {
+    pub fn names(&self, inode: Inode) -> impl Iterator<Item = (&[u8], Inode)> {
         let names = match &self.nodes[inode].kind {
             Kind::Directory(names) => Some(names),
             _ => None,
@@ -121,12 +135,12 @@ impl Tree {
     }
 
     /// Contents that no inode has any more, once.
-    pub(super) fn take_freed(&mut self) -> Vec<u64> {
+    pub fn take_freed(&mut self) -> Vec<Content> {
         std::mem::take(&mut self.freed)
     }
 
     /// What is at that path, whose last name is not followed.
-    pub(super) fn find(&mut self, path: &[u8]) -> Option<Inode> {
+    pub fn find(&mut self, path: &[u8]) -> Option<Inode> {
         let names = components(path).ok()?;
         let Some((last, above)) = names.split_last() else { return Some(ROOT) };
         let directory = self.directory(above, usize::MAX, None).ok()?;
@@ -134,7 +148,7 @@ impl Tree {
     }
 
     /// Applies an entry of `layer` that is no hard link. A whiteout's own `kind` and `meta` mean nothing.
-    pub(super) fn put(&mut self, path: &[u8], layer: usize, meta: Meta, kind: Kind) -> Result<(), Refused> {
+    pub fn put(&mut self, path: &[u8], layer: usize, meta: Meta, kind: Kind) -> Result<(), Refused> {
         let names = components(path)?;
         let Some((last, above)) = names.split_last() else {
             if !matches!(kind, Kind::Directory(_)) {
@@ -162,7 +176,7 @@ impl Tree {
     }
 
     /// Applies a hard link of `layer` to what is at `target`.
-    pub(super) fn link(&mut self, path: &[u8], layer: usize, target: &[u8]) -> Result<(), Refused> {
+    pub fn link(&mut self, path: &[u8], layer: usize, target: &[u8]) -> Result<(), Refused> {
         let missing = || Refused::NoTarget(String::from_utf8_lossy(target).into_owned());
         let (names, wanted) = (components(path)?, components(target)?);
         let (Some((last, above)), Some((its_last, its_above))) = (names.split_last(), wanted.split_last()) else {
