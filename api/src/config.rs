@@ -385,6 +385,14 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("STASIS_NETWORK_CONNECTIONS", "network.connections"),
     ("STASIS_NETWORK_NEW_PER_SECOND", "network.new_per_second"),
     ("STASIS_NETWORK_BURST", "network.burst"),
+    ("STASIS_NETWORK_IN_BYTES_PER_SECOND", "network.in_bytes_per_second"),
+    ("STASIS_NETWORK_IN_PACKETS_PER_SECOND", "network.in_packets_per_second"),
+    ("STASIS_NETWORK_IN_BURST_BYTES", "network.in_burst_bytes"),
+    ("STASIS_NETWORK_IN_BURST_PACKETS", "network.in_burst_packets"),
+    ("STASIS_NETWORK_OUT_BYTES_PER_SECOND", "network.out_bytes_per_second"),
+    ("STASIS_NETWORK_OUT_PACKETS_PER_SECOND", "network.out_packets_per_second"),
+    ("STASIS_NETWORK_OUT_BURST_BYTES", "network.out_burst_bytes"),
+    ("STASIS_NETWORK_OUT_BURST_PACKETS", "network.out_burst_packets"),
     ("STASIS_ISOLATION", "isolation.mode"),
     ("STASIS_WARDEN", "isolation.warden"),
 ];
@@ -493,7 +501,7 @@ const LISTS: [&str; 2] = ["templates.registries", "templates.plain_http"];
 /// Fields that are lists of paths; in a variable, with a colon between two.
 const PATHS: [&str; 1] = ["seal.old_key_files"];
 /// What the other fields that are no text begin with.
-const NUMBERS: [&str; 17] = [
+const NUMBERS: [&str; 19] = [
     "gc.",
     "limits.",
     "deadlines.",
@@ -511,6 +519,8 @@ const NUMBERS: [&str; 17] = [
     "network.connections",
     "network.new_per_second",
     "network.burst",
+    "network.in_",
+    "network.out_",
 ];
 
 fn overlay(table: &mut toml::Table, setting: &Setting) -> Result<(), ConfigError> {

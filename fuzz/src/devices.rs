@@ -63,7 +63,11 @@ fn model(kind: Kind) -> (Box<dyn VirtioDevice>, Other) {
         Kind::Net => {
             let (tap, host) = UnixDatagram::pair().expect("sockets");
             host.set_nonblocking(true).expect("a socket");
-            let limit = RateLimit { bytes_per_second: Some(1 << 40), packets_per_second: Some(1 << 40) };
+            let limit = RateLimit {
+                bytes_per_second: Some(1 << 40),
+                packets_per_second: Some(1 << 40),
+                ..RateLimit::default()
+            };
             let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, to_guest: limit, from_guest: limit };
             (Box::new(Net::new(config, Some(tap.into())).expect("a device")), Other::Network(host))
         }

@@ -14,8 +14,8 @@ use stasis_snapshot::manifest::Manifest;
 use stasis_snapshot::store::{ObjectStore, RawGrant};
 use stasis_vmm::control::client::Client;
 use stasis_vmm::control::types::{
-    BootRequest, CaptureMode, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, Paging, RestoreReport,
-    RestoreRequest,
+    BootRequest, CaptureMode, CaptureReport, CaptureRequest, ExitNote, FdToken, MachineConfig, NetworkLimits, Paging,
+    RestoreReport, RestoreRequest,
 };
 use stasis_vmm::control::{CONSOLE_LOG, EXIT_NOTE};
 use stasis_warden::jail::start::Process;
@@ -231,6 +231,7 @@ impl Vmm {
             kept: None,
             keys: Vec::new(),
             tap: None,
+            network_limits: NetworkLimits::default(),
             paging: Paging::default(),
             id: None,
         })

@@ -242,7 +242,7 @@ impl Core {
                 memory_mib: spec.memory_mib,
                 vsock_cid: spec.agent.then_some(GUEST_CID),
                 exit_counter: template.exit_counter,
-                network: if spec.network { network::device() } else { None },
+                network: if spec.network { network::device(self.config.network.limits()) } else { None },
             },
             kernel,
             initramfs,

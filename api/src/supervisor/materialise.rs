@@ -180,6 +180,8 @@ pub(super) async fn materialise(
         kept: notes,
         keys: source.keys,
         tap,
+        // Those of now: the operator may have changed them while it slept.
+        network_limits: core.config.network.limits(),
         paging: Paging {
             eager: false,
             connections: share.connections(),

@@ -25,7 +25,7 @@ use crate::wire::network::NetworkActivity;
 use stasis_agent::protocol::trust::TrustRequest;
 use stasis_egress::config::name_servers;
 use stasis_egress::control::types::{self as egress, Secret};
-use stasis_vmm::control::types::{MacAddress, NetworkConfig, RateLimit};
+use stasis_vmm::control::types::{MacAddress, NetworkConfig, NetworkLimits};
 use stasis_warden::client::ClientError;
 use stasis_warden::network::policy::{Mode as RulesMode, Policy};
 use stasis_warden::network::serve::{Reply, Request};
@@ -180,9 +180,9 @@ fn rules(policy: &NetworkPolicy) -> Policy {
 }
 
 /// The device that a guest's network is: the same for every guest, since each has a network of its own.
-pub(super) fn device() -> Option<NetworkConfig> {
+pub(super) fn device(limits: NetworkLimits) -> Option<NetworkConfig> {
     let mtu = u16::try_from(MTU).ok()?;
-    let (to_guest, from_guest) = (RateLimit::default(), RateLimit::default());
+    let NetworkLimits { to_guest, from_guest } = limits;
     Some(NetworkConfig { mac: MacAddress::new(GUEST_HARDWARE)?, mtu, to_guest, from_guest })
 }
 
@@ -527,7 +527,7 @@ mod tests {
 
     #[test]
     fn every_guest_is_told_of_the_same_network() {
-        let device = device().unwrap();
+        let device = device(NetworkLimits::default()).unwrap();
         assert_eq!((device.mac.to_string().as_str(), device.mtu), ("02:53:54:41:53:02", 1500));
         assert_eq!(on_command_line("quiet"), "quiet stasis.net=100.64.0.2/30,100.64.0.1,100.64.0.1,1500");
     }

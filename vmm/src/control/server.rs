@@ -406,6 +406,7 @@ impl Server {
                 disks: self.disks(request.disks)?,
                 tap: request.tap.map(|token| self.take("tap", token)).transpose()?.map(OwnedFd::from),
             },
+            network_limits: request.network_limits,
             generation_id: generation_id(&request.generation_id)?,
             host: self.host(),
         };

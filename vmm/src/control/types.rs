@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use stasis_snapshot::grant::GrantedObject;
 use stasis_snapshot::seal::DataKey;
 
-pub use network::{BadMacAddress, MacAddress, NetworkConfig, NetworkMetrics, RateLimit, Traffic};
+pub use network::{BadMacAddress, MacAddress, NetworkConfig, NetworkLimits, NetworkMetrics, RateLimit, Traffic};
 
 /// Names a descriptor that was sent over `fds.sock` beforehand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -162,6 +162,9 @@ pub struct RestoreRequest {
     /// As in [`BootRequest`]. The guest is told to announce itself on it.
     #[serde(default)]
     pub tap: Option<FdToken>,
+    /// Limits of the network device from now on, whatever the snapshot says.
+    #[serde(default)]
+    pub network_limits: NetworkLimits,
     /// How pages arrive.
     #[serde(default)]
     pub paging: Paging,

@@ -24,7 +24,7 @@ use super::disk::Disk;
 use super::kept::Kept;
 use super::spec::{self, MachineSpec, SpecError};
 use super::{Backends, Host, Machine, MachineError, Origin};
-use crate::control::types::{Paging as PagingOptions, RestoreReport};
+use crate::control::types::{NetworkLimits, Paging as PagingOptions, RestoreReport};
 use crate::dirty::DirtyTracker;
 use crate::kvm;
 use crate::pages::PageSet;
@@ -71,6 +71,7 @@ pub(crate) struct Input {
     pub(crate) keys: DataKeys,
     pub(crate) cache: Option<Arc<PackCache>>,
     pub(crate) backends: Backends,
+    pub(crate) network_limits: NetworkLimits,
     pub(crate) generation_id: [u8; 16],
     pub(crate) host: Host,
     /// The memory file; a new one when absent.
@@ -82,7 +83,7 @@ pub(crate) struct Input {
 
 /// Makes the machine, paused. Its pages arrive later, unless that is asked for or the host cannot.
 pub(crate) async fn restore(manifest: Manifest, input: Input) -> Result<(Machine, RestoreReport), RestoreFailed> {
-    let spec = MachineSpec::decode(&manifest.spec)?;
+    let spec = MachineSpec::decode(&manifest.spec)?.limited(input.network_limits)?;
     check_images(&manifest, &spec, &input.backends.disks)?;
     let (bare, fds) = spec.bare(input.ready, &input.host.files)?.with_memory(input.memory, &input.host.files)?;
     check_cpu(&manifest, &fds)?;

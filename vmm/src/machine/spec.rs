@@ -11,7 +11,7 @@ use stasis_devices::virtio::net;
 
 use super::MachineError;
 use super::bare::{Bare, Size};
-use crate::control::types::{MacAddress, MachineConfig, NetworkConfig, RateLimit};
+use crate::control::types::{MacAddress, MachineConfig, NetworkConfig, NetworkLimits, RateLimit};
 use crate::inherited::HostFiles;
 use crate::layout::LAYOUT_VERSION;
 
@@ -74,24 +74,31 @@ pub(crate) struct DiskSpec {
     pub(crate) read_only: bool,
 }
 
-/// Limits of one direction.
+/// Limits of one direction. A restore brings limits of its own, so that bursts, which came later, are in no snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RateLimitSpec {
     bytes_per_second: Option<u64>,
     packets_per_second: Option<u64>,
+    #[serde(skip)]
+    burst_bytes: Option<u64>,
+    #[serde(skip)]
+    burst_packets: Option<u64>,
 }
 
 impl RateLimitSpec {
     fn new(limit: RateLimit) -> Self {
-        Self { bytes_per_second: limit.bytes_per_second, packets_per_second: limit.packets_per_second }
+        let RateLimit { bytes_per_second, packets_per_second, burst_bytes, burst_packets } = limit;
+        Self { bytes_per_second, packets_per_second, burst_bytes, burst_packets }
     }
 
     fn config(self) -> RateLimit {
-        RateLimit { bytes_per_second: self.bytes_per_second, packets_per_second: self.packets_per_second }
+        let Self { bytes_per_second, packets_per_second, burst_bytes, burst_packets } = self;
+        RateLimit { bytes_per_second, packets_per_second, burst_bytes, burst_packets }
     }
 
     fn device(self) -> net::RateLimit {
-        net::RateLimit { bytes_per_second: self.bytes_per_second, packets_per_second: self.packets_per_second }
+        let Self { bytes_per_second, packets_per_second, burst_bytes, burst_packets } = self;
+        net::RateLimit { bytes_per_second, packets_per_second, burst_bytes, burst_packets }
     }
 
     fn is_possible(self) -> bool {
@@ -209,6 +216,16 @@ impl MachineSpec {
         self.network.as_ref().map_or(Ok(()), NetworkSpec::check)
     }
 
+    /// The same machine with these limits of its network device, should it have one.
+    pub(super) fn limited(mut self, limits: NetworkLimits) -> Result<Self, SpecError> {
+        if let Some(network) = &mut self.network {
+            (network.to_guest, network.from_guest) =
+                (RateLimitSpec::new(limits.to_guest), RateLimitSpec::new(limits.from_guest));
+        }
+        self.check()?;
+        Ok(self)
+    }
+
     pub(crate) fn config(&self) -> MachineConfig {
         MachineConfig {
             vcpus: self.vcpus,
@@ -305,7 +322,7 @@ mod tests {
         NetworkConfig {
             mac: MacAddress::new([2, 0, 0, 0, 0, 1]).unwrap(),
             mtu: 1500,
-            to_guest: RateLimit { bytes_per_second: Some(1 << 20), packets_per_second: None },
+            to_guest: RateLimit { bytes_per_second: Some(1 << 20), ..RateLimit::default() },
             from_guest: RateLimit::default(),
         }
     }
@@ -316,7 +333,7 @@ mod tests {
         let spec = MachineSpec::new(&with(network()), vec![]).unwrap();
         let decoded = MachineSpec::decode(&spec.encode().unwrap()).unwrap();
         assert_eq!(decoded.config(), with(network()));
-        let nothing = RateLimit { bytes_per_second: None, packets_per_second: Some(0) };
+        let nothing = RateLimit { packets_per_second: Some(0), ..RateLimit::default() };
         let bad = [
             (NetworkConfig { mtu: 67, ..network() }, "mtu"),
             (NetworkConfig { from_guest: nothing, ..network() }, "limit"),
@@ -324,6 +341,14 @@ mod tests {
         for (bad, part) in bad {
             assert!(MachineSpec::new(&with(bad), vec![]).unwrap_err().to_string().contains(part));
         }
+        // A restore's limits replace those of the snapshot, and are checked.
+        let limits = NetworkLimits {
+            to_guest: RateLimit { burst_packets: Some(7), packets_per_second: Some(70), ..RateLimit::default() },
+            from_guest: RateLimit::default(),
+        };
+        let limited = decoded.clone().limited(limits).unwrap();
+        assert_eq!(limited.config(), with(NetworkConfig { to_guest: limits.to_guest, ..network() }));
+        assert!(decoded.limited(NetworkLimits { from_guest: nothing, ..limits }).is_err());
         // What no request can say, a snapshot can.
         let mut spec = spec;
         spec.network.as_mut().unwrap().mac = [0xff; 6];

@@ -11,17 +11,23 @@ pub struct RateLimit {
     pub bytes_per_second: Option<u64>,
     /// Packets a second, at least 1. A frame that will be segmented counts as its segments.
     pub packets_per_second: Option<u64>,
+    /// Bytes that may pass at once after a pause; what flows in [`BURST`] when absent.
+    pub burst_bytes: Option<u64>,
+    /// Packets that may.
+    pub burst_packets: Option<u64>,
 }
 
-/// What may pass at once after a pause: what flows in this time, but not less than the two constants below.
+/// What may pass at once after a pause, where nobody says: what flows in this time, but not less than the two constants below.
 const BURST: Duration = Duration::from_millis(100);
 const BURST_BYTES: u64 = 128 * 1024;
 const BURST_PACKETS: u64 = 64;
 
-/// A bucket that holds what flows in [`BURST`], or `least`.
-fn bucket(per_second: u64, least: u64, now: Instant) -> TokenBucket {
-    let burst = u128::from(per_second) * BURST.as_millis() / 1000;
-    TokenBucket::new(per_second, u64::try_from(burst).unwrap_or(u64::MAX).max(least), now)
+/// A bucket that holds `burst`, or what flows in [`BURST`], or `least`.
+fn bucket(per_second: u64, burst: Option<u64>, least: u64, now: Instant) -> TokenBucket {
+    let usual = u128::from(per_second) * BURST.as_millis() / 1000;
+    let usual = u64::try_from(usual).unwrap_or(u64::MAX).max(least);
+    // An empty bucket would never open.
+    TokenBucket::new(per_second, burst.unwrap_or(usual).max(1), now)
 }
 
 /// The limits of one direction at work.
@@ -34,8 +40,8 @@ pub(super) struct Limiter {
 impl Limiter {
     pub(super) fn new(limit: RateLimit, now: Instant) -> Self {
         Self {
-            bytes: limit.bytes_per_second.map(|rate| bucket(rate, BURST_BYTES, now)),
-            packets: limit.packets_per_second.map(|rate| bucket(rate, BURST_PACKETS, now)),
+            bytes: limit.bytes_per_second.map(|rate| bucket(rate, limit.burst_bytes, BURST_BYTES, now)),
+            packets: limit.packets_per_second.map(|rate| bucket(rate, limit.burst_packets, BURST_PACKETS, now)),
         }
     }
 
@@ -71,7 +77,8 @@ mod tests {
     #[test]
     fn the_stricter_limit_decides_and_debts_are_paid_by_time() {
         let start = Instant::now();
-        let limit = RateLimit { bytes_per_second: Some(10_000_000), packets_per_second: Some(1000) };
+        let limit =
+            RateLimit { bytes_per_second: Some(10_000_000), packets_per_second: Some(1000), ..RateLimit::default() };
         let mut limiter = Limiter::new(limit, start);
         // The bursts: a second's tenth, here 1 000 000 bytes and 100 packets.
         limiter.passed(1000, 100);
@@ -79,5 +86,17 @@ mod tests {
         limiter.passed(1_999_000, 0);
         assert_eq!(limiter.opens(start), Some(start + Duration::from_nanos(100_000_100)));
         assert_eq!(limiter.opens(start + Duration::from_millis(101)), None);
+    }
+    #[test]
+    fn a_burst_that_is_said_counts() {
+        let start = Instant::now();
+        let limit = RateLimit { bytes_per_second: Some(1000), burst_bytes: Some(5000), ..RateLimit::default() };
+        let mut limiter = Limiter::new(limit, start);
+        limiter.passed(4999, 1);
+        assert_eq!(limiter.opens(start), None);
+        limiter.passed(1, 1);
+        assert_eq!(limiter.opens(start), Some(start + Duration::from_millis(1)));
+        let none = RateLimit { packets_per_second: Some(10), burst_packets: Some(0), ..RateLimit::default() };
+        assert_eq!(Limiter::new(none, start).opens(start), None, "one passes");
     }
 }

@@ -21,7 +21,19 @@ pub struct NetworkConfig {
     pub from_guest: RateLimit,
 }
 
-/// Limits of one direction; what is absent is not limited. What flows in a tenth of a second may pass at once.
+/// Limits of a network device that is restored: they replace those that its snapshot was made under.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkLimits {
+    /// Of what the guest receives.
+    #[serde(default)]
+    pub to_guest: RateLimit,
+    /// Of what it sends.
+    #[serde(default)]
+    pub from_guest: RateLimit,
+}
+
+/// Limits of one direction; what is absent is not limited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimit {
@@ -31,6 +43,12 @@ pub struct RateLimit {
     /// Packets a second, at least 1; a frame that the host segments counts as its segments.
     #[serde(default)]
     pub packets_per_second: Option<u64>,
+    /// Bytes that may pass at once after a quiet time. When absent: what the limit lets pass in a tenth of a second, and 128 KiB at least.
+    #[serde(default)]
+    pub burst_bytes: Option<u64>,
+    /// The same of packets; 64 at least.
+    #[serde(default)]
+    pub burst_packets: Option<u64>,
 }
 
 /// A hardware address of one interface: `02:53:54:41:53:02`.

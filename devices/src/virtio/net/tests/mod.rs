@@ -13,6 +13,7 @@ use super::header::{HEADER_BYTES, Header};
 use super::{CONTROL, Net, NetConfig, RECEIVE, RateLimit, TRANSMIT};
 
 mod lifecycle;
+mod limits;
 mod real;
 mod receive;
 mod transmit;

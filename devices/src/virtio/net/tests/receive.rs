@@ -120,7 +120,7 @@ fn buffers_that_are_no_receive_buffers_break_the_device_until_a_reset() {
 
 #[test]
 fn the_limit_spreads_what_comes_over_time() {
-    let limit = RateLimit { bytes_per_second: None, packets_per_second: Some(1000) };
+    let limit = RateLimit { packets_per_second: Some(1000), ..RateLimit::default() };
     let mut guest = Guest::with(NetConfig { to_guest: limit, ..config() }, ALL, 256);
     (0..200).for_each(|_| guest.give(&[300]));
     let mut arrived = 0_u32;

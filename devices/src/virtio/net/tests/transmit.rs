@@ -77,7 +77,7 @@ fn a_host_that_is_gone_takes_the_link_and_not_the_device() {
 
 #[test]
 fn the_limit_counts_segments() {
-    let limit = RateLimit { bytes_per_second: None, packets_per_second: Some(100) };
+    let limit = RateLimit { packets_per_second: Some(100), ..RateLimit::default() };
     let mut guest = Guest::with(NetConfig { from_guest: limit, ..config() }, ALL, 256);
     let tso =
         Header { flags: 1, gso_type: 1, hdr_len: 54, gso_size: 1000, csum_start: 34, csum_offset: 16, num_buffers: 0 };
