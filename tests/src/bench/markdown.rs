@@ -110,7 +110,9 @@ pause stored, by as many connections, and do nothing else. `cpu` is that of supe
 that of a bare upload with the embedded server's part, `capture_cpu.gib` that of a capture of a GiB of pulse's content beside sending it. Details of a \
 metric stand behind a dot: `.first` is of first pauses, phases are those of `Server-Timing`. A console is looked at every 0.1 ms.\n\n\
 `network_setup` is from the claim of a network to its tap being up, `.ready` of one that was made ahead; `network_throughput` is what a Debian \
-guest's one TCP connection moves to and from a server on the other side of its host.\n\n\
+guest's one TCP connection moves to and from a server on the other side of its host. Firecracker's network is a namespace with a tap, made by \
+one run of `ip`, and the request that puts its device there; the same guest's server is in that namespace, which is a shorter way than ours. Like \
+the rest of its driver this is untried.\n\n\
 Peers are driven as their pipeline with an object store is today: a snapshot to a local file, then zstd-1 parts of 8 MiB uploaded in \
 parallel; downloaded and unpacked to a file, then loaded. Their processes are started before the clock runs, and their guests stand still \
 during transfers. QEMU has no diff. The driver for Firecracker was written from its documented API and is not tried without a binary.\n";

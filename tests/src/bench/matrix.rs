@@ -36,7 +36,7 @@ pub fn link() -> LinkShape {
     LinkShape { round_trip: Duration::from_millis(30), bits_per_second: Some(1_000_000_000) }
 }
 
-/// All of it, in order; peers belong to the goals.
+/// All of it, in order; peers belong to the goals, and to networks.
 pub fn cases(peers: &[Peer]) -> Vec<(Part, Case)> {
     let mut all = vec![(Part::Goals, Case { peers: peers.to_vec(), ..Case::standard() })];
     // For the stop of a named snapshot at another size of the changed set and of memory.
@@ -65,6 +65,6 @@ pub fn cases(peers: &[Peer]) -> Vec<(Part, Case)> {
     all.push((Part::Many, many));
     let nothing = Measures { wakes: Vec::new(), snapshot: false, residue: false };
     let small = Case { memory_mib: 512, used_mib: 0, changed_mib: 0, runs: 3, measures: nothing, ..Case::standard() };
-    all.push((Part::Network, Case { guest: Guest::Debian, ..small }));
+    all.push((Part::Network, Case { guest: Guest::Debian, peers: peers.to_vec(), ..small }));
     all
 }

@@ -21,13 +21,13 @@ use crate::site::{self, SHARED, Site};
 use crate::vmm::Error;
 
 /// Networks that are timed.
-const TIMED: usize = 40;
+pub(super) const TIMED: usize = 40;
 /// Networks that a host with many has beside those.
-const MANY: usize = 300;
+pub(super) const MANY: usize = 300;
 /// Where bytes go to and come from.
-const PORT: u16 = 8080;
+pub(super) const PORT: u16 = 8080;
 /// How long bytes pass in one run, each way.
-const PASSES: Duration = Duration::from_secs(5);
+pub(super) const PASSES: Duration = Duration::from_secs(5);
 
 /// What passed at the other end: bytes, and in what time.
 static PASSED: Mutex<Option<(u64, Duration)>> = Mutex::new(None);
@@ -57,7 +57,7 @@ pub fn lay_out() -> Result<(), Error> {
 }
 
 /// Takes bytes until there are no more (`s`), or sends them for as long as they pass (`r`), as the client's first byte says.
-fn pass(mut stream: TcpStream) -> std::io::Result<(u64, Duration)> {
+pub(super) fn pass(mut stream: TcpStream) -> std::io::Result<(u64, Duration)> {
     let mut wish = [0];
     stream.read_exact(&mut wish)?;
     let (mut bytes, begun) = (0, Instant::now());
@@ -150,8 +150,13 @@ fn timed() -> Result<Samples, Error> {
     Ok(samples)
 }
 
+/// MiB a second.
+pub(super) fn rate(bytes: u64, took: Duration) -> f64 {
+    bytes as f64 / f64::from(1 << 20) / took.as_secs_f64()
+}
+
 /// A program of the guest that sends for some seconds, and one that receives as long as there is something.
-fn programs() -> [(&'static str, String); 2] {
+pub(super) fn programs() -> [(&'static str, String); 2] {
     let connect = format!("import socket,time\ns=socket.create_connection((\"{SHARED}\",{PORT}))\n");
     let seconds = PASSES.as_secs();
     let send = format!(
@@ -181,8 +186,7 @@ async fn through_a_guest(case: &Case, samples: &mut Samples) -> Result<(), Error
                 }
                 tokio::time::sleep(Duration::from_millis(5)).await;
             };
-            let rate = bytes as f64 / f64::from(1 << 20) / took.as_secs_f64();
-            samples.add(format!("network_throughput.{direction}"), "MiB/s", rate);
+            samples.add(format!("network_throughput.{direction}"), "MiB/s", rate(bytes, took));
         }
     }
     Ok(())

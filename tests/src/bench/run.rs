@@ -99,7 +99,15 @@ async fn measure(part: Part, case: &Case, notes: &mut Vec<String>) -> (Vec<Row>,
         take("stasis without seals", Ok(Ok(unsealed)));
     }
     for peer in &case.peers {
-        take(peer.word(), tokio::time::timeout(CASE, peer::measure(peer, case)).await);
+        let measured = async {
+            let mut samples = super::samples::Samples::default();
+            if part == Part::Network {
+                peer::measure_network(peer, case, &mut samples, notes).await.map(|()| samples)
+            } else {
+                peer::measure(peer, case).await
+            }
+        };
+        take(peer.word(), tokio::time::timeout(CASE, measured).await);
     }
     (rows, errors)
 }

@@ -1,6 +1,9 @@
-//! Firecracker: full and diff snapshots into files over its API socket, and loads with the `File` backend.
+//! Firecracker: full and diff snapshots into files over its API socket, and loads with the `File` backend; its network device (`network`).
 //!
 //! Written from the documented API (v1.7 and later); on the machine this was written on there was no binary to run it with.
+
+mod api;
+pub mod network;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,29 +11,26 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UnixStream;
 
 use super::{Ground, Killed, PATIENCE, settle, transfer, woken};
 use crate::bench::console::{Watch, passes};
 use crate::bench::process;
 use crate::bench::samples::Samples;
 use crate::vmm::{Error, pulse, until};
-
-/// More than any answer of its API.
-const MAX_ANSWER: usize = 64 << 10;
+use api::Api;
 
 struct Firecracker {
     process: Killed,
-    socket: PathBuf,
+    api: Api,
     /// It writes the guest's serial port to its standard output.
     console: PathBuf,
 }
 
 impl Firecracker {
-    async fn start(program: &Path, ground: &Ground<'_>, name: &str) -> Result<Self, Error> {
-        let (socket, console) = (ground.dir.join(format!("{name}.sock")), ground.dir.join(format!("{name}.console")));
-        let log = File::create(ground.dir.join(format!("{name}.log")))?;
+    /// Starts it in the calling thread's namespaces; its files are in `dir`.
+    fn spawn(program: &Path, dir: &Path, name: &str) -> Result<Self, Error> {
+        let (socket, console) = (dir.join(format!("{name}.sock")), dir.join(format!("{name}.console")));
+        let log = File::create(dir.join(format!("{name}.log")))?;
         #[expect(clippy::disallowed_methods, reason = "the one place that starts Firecracker as a peer")]
         let child = Command::new(program)
             // As in the reference measurement: a filter costs nothing that is measured, but may forbid what an unusual KVM needs.
@@ -40,36 +40,22 @@ impl Firecracker {
             .stdout(File::create(&console)?)
             .stderr(log)
             .spawn()?;
-        let process = Killed(child);
-        until("Firecracker's API socket", || Ok(std::os::unix::net::UnixStream::connect(&socket).ok())).await?;
-        Ok(Self { process, socket, console })
+        Ok(Self { process: Killed(child), api: Api { socket }, console })
     }
 
-    /// One request on a connection of its own; any answer but a success is an error.
+    /// Waits until it takes requests.
+    async fn ready(self) -> Result<Self, Error> {
+        let socket = &self.api.socket;
+        until("Firecracker's API socket", || Ok(std::os::unix::net::UnixStream::connect(socket).ok())).await?;
+        Ok(self)
+    }
+
+    async fn start(program: &Path, ground: &Ground<'_>, name: &str) -> Result<Self, Error> {
+        Self::spawn(program, &ground.dir, name)?.ready().await
+    }
+
     async fn call(&self, method: &str, path: &str, body: Value) -> Result<(), Error> {
-        let body = body.to_string();
-        let mut stream = UnixStream::connect(&self.socket).await?;
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all((head + &body).as_bytes()).await?;
-        let mut answer = Vec::new();
-        let done = async {
-            // The connection stays open after the answer: its head says where it ends, and only an error's body is of interest.
-            while !answer.windows(4).any(|four| four == b"\r\n\r\n") && answer.len() < MAX_ANSWER {
-                if stream.read_buf(&mut answer).await? == 0 {
-                    break;
-                }
-            }
-            Ok::<_, std::io::Error>(())
-        };
-        tokio::time::timeout(PATIENCE, done).await??;
-        let text = String::from_utf8_lossy(&answer);
-        match text.split(' ').nth(1) {
-            Some(status) if status.starts_with('2') => Ok(()),
-            _ => Err(format!("Firecracker refuses {method} {path}: {text}").into()),
-        }
+        self.api.call(method, path, body).await
     }
 
     async fn boot(&self, ground: &Ground<'_>) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | [`firecracker`] | full and diff snapshots over its API socket. Written from its documented API; there was no binary to run it with here |
+//! | [`firecracker`] | full and diff snapshots over its API socket; its network. Written from its documented API; there was no binary to run it with here |
 //! | [`qemu`] | `migrate` to a file over QMP, on a `microvm` machine |
 //! | [`transfer`] | parts of 8 MiB, zstd level 1, up and down |
 
@@ -62,6 +62,22 @@ pub async fn measure(peer: &Peer, case: &Case) -> Result<Samples, Error> {
         done.map_err(|e| format!("run {run}: {e}; {}", logs(&ground.dir)))?;
     }
     Ok(samples)
+}
+
+/// The peer's network instead.
+pub async fn measure_network(
+    peer: &Peer,
+    case: &Case,
+    samples: &mut Samples,
+    notes: &mut Vec<String>,
+) -> Result<(), Error> {
+    match peer {
+        Peer::Firecracker(program) => firecracker::network::measure(program, case, samples, notes).await,
+        Peer::Qemu(_) => {
+            notes.push("the network of QEMU: it is not driven".to_owned());
+            Ok(())
+        }
+    }
 }
 
 /// What the processes said.
