@@ -219,7 +219,7 @@ impl<'a> Unpacker<'a> {
         let line = said.lines().map(str::trim).find(|line| !line.is_empty());
         let how = match end {
             Some(End::Signal(31)) => "seccomp ended it for a system call that it may not make".to_owned(),
-            Some(End::Signal(9)) => "it was killed, by somebody or for want of memory".to_owned(),
+            Some(End::Signal(9)) => "it was killed, by somebody or for the memory or time that it took".to_owned(),
             Some(End::Signal(signal)) => format!("it was ended by signal {signal}"),
             Some(End::Code(code)) => format!("it ended with status {code}"),
             None => "it ended".to_owned(),
