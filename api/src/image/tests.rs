@@ -255,7 +255,7 @@ fn an_unpacker_that_dies_is_an_error_that_names_the_image() {
     let (progress, packed) = (Progress::default(), archive(&[Entry::file("a", vec![1; 1 << 20])]));
     let layer = Layer { blob: blob(&packed), digest: None, diff_id: digest(&packed) };
     let start = |deadline| Unpacker::start(&bench.launcher, "oci:app:v1", disk(), &progress, deadline).unwrap();
-    let long = Duration::from_secs(60);
+    let long = Duration::from_mins(1);
     // At the beginning, and with half a layer inside.
     for begin in [false, true] {
         let mut unpacker = start(long);

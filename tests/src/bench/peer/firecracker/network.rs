@@ -317,7 +317,7 @@ mod tests {
         assert!(found.contains(TAP), "{found}");
         let send = || {
             let mut stream = std::net::TcpStream::connect((SHARED, PORT))?;
-            stream.write_all(&[b"s".as_slice(), &[7; 100_000]].concat())?;
+            stream.write_all(&[b"s".as_slice(), &vec![7; 100_000]].concat())?;
             Ok(())
         };
         let ((), there) = in_a_namespace(Some(there), send).unwrap();
