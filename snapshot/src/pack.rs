@@ -107,16 +107,29 @@ pub fn pack_size(total: u64, connections: u16) -> u64 {
 }
 
 /// A frame ready to be stored.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct EncodedFrame {
     /// How it is stored.
     pub codec: Codec,
     /// Pages it holds.
     pub pages: u32,
-    /// BLAKE3 of `bytes`.
+    /// BLAKE3 of the stored bytes.
     pub digest: Digest,
+    /// Begins with the stored bytes. What follows is left over: a buffer that serves again is not cleared.
+    buffer: Vec<u8>,
+    len: usize,
+}
+
+impl EncodedFrame {
     /// The stored bytes.
-    pub bytes: Vec<u8>,
+    pub fn bytes(&self) -> &[u8] {
+        self.buffer.get(..self.len).unwrap_or_default()
+    }
+
+    /// The buffer, for another frame.
+    pub(crate) fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
 }
 
 /// Compresses whole pages into a frame; stores them raw where `codec` gains less than 12 %, or fails.
@@ -134,40 +147,36 @@ pub(crate) struct FrameEncoder {
 impl FrameEncoder {
     /// As [`encode_frame`], into `buffer`, whose content is lost. What will be encrypted needs no `digest` yet.
     pub(crate) fn encode(&mut self, codec: Codec, pages: &[u8], mut buffer: Vec<u8>, digest: bool) -> EncodedFrame {
+        let room = match codec {
+            Codec::Raw => 0,
+            Codec::Lz4 => get_maximum_output_size(pages.len()),
+            Codec::Zstd => zstd::zstd_safe::compress_bound(pages.len()),
+        };
+        if buffer.len() < room.max(pages.len()) {
+            buffer.resize(room.max(pages.len()), 0);
+        }
         let done = match codec {
-            Codec::Raw => false,
-            Codec::Lz4 => self.lz4(pages, &mut buffer),
+            Codec::Raw => None,
+            Codec::Lz4 => compress_into_with_table(pages, &mut buffer, &mut self.lz4).ok(),
             Codec::Zstd => self.zstd(pages, &mut buffer),
         };
-        let codec = if done && buffer.len() * 100 <= pages.len() * 88 {
-            codec
-        } else {
-            buffer.clear();
-            buffer.extend_from_slice(pages);
-            Codec::Raw
+        let (codec, len) = match done.filter(|len| len * 100 <= pages.len() * 88) {
+            Some(len) => (codec, len),
+            None => {
+                buffer[..pages.len()].copy_from_slice(pages);
+                (Codec::Raw, pages.len())
+            }
         };
-        let digest = if digest { Digest::of(&buffer) } else { Digest([0; 32]) };
-        EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest, bytes: buffer }
+        let digest = if digest { Digest::of(&buffer[..len]) } else { Digest([0; 32]) };
+        EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest, buffer, len }
     }
 
-    fn lz4(&mut self, pages: &[u8], buffer: &mut Vec<u8>) -> bool {
-        buffer.resize(get_maximum_output_size(pages.len()), 0);
-        let len = compress_into_with_table(pages, buffer, &mut self.lz4);
-        buffer.truncate(len.as_ref().map_or(0, |len| *len));
-        len.is_ok()
-    }
-
-    fn zstd(&mut self, pages: &[u8], buffer: &mut Vec<u8>) -> bool {
+    fn zstd(&mut self, pages: &[u8], buffer: &mut [u8]) -> Option<usize> {
         let compressor = match &mut self.zstd {
             Some(compressor) => compressor,
-            none => match zstd::bulk::Compressor::new(ZSTD_LEVEL) {
-                Ok(compressor) => none.insert(compressor),
-                Err(_) => return false,
-            },
+            none => none.insert(zstd::bulk::Compressor::new(ZSTD_LEVEL).ok()?),
         };
-        buffer.clear();
-        buffer.reserve(zstd::zstd_safe::compress_bound(pages.len()));
-        compressor.compress_to_buffer(pages, buffer).is_ok()
+        compressor.compress_to_buffer(pages, buffer).ok()
     }
 }
 
@@ -187,25 +196,60 @@ pub fn decode_frame(
     stored: &[u8],
     cipher: Option<&PackCipher>,
 ) -> Result<Vec<u8>, PackError> {
-    check_frame(entry, stored)?;
-    let stored = match cipher {
-        None => Cow::Borrowed(stored),
-        Some(cipher) => {
-            let info = FrameInfo { number, pages: entry.pages, codec: entry.codec };
-            Cow::Owned(cipher.open(info, stored).ok_or(PackError::Sealed)?)
+    let mut decoder = FrameDecoder::default();
+    decoder.decode(entry, number, stored, cipher)?;
+    Ok(decoder.pages)
+}
+
+/// What decoding takes, kept from frame to frame.
+#[derive(Default)]
+pub struct FrameDecoder {
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+    pages: Vec<u8>,
+}
+
+impl FrameDecoder {
+    /// As [`decode_frame`].
+    pub fn decode(
+        &mut self,
+        entry: &FrameEntry,
+        number: u32,
+        stored: &[u8],
+        cipher: Option<&PackCipher>,
+    ) -> Result<&[u8], PackError> {
+        check_frame(entry, stored)?;
+        let stored = match cipher {
+            None => Cow::Borrowed(stored),
+            Some(cipher) => {
+                let info = FrameInfo { number, pages: entry.pages, codec: entry.codec };
+                Cow::Owned(cipher.open(info, stored).ok_or(PackError::Sealed)?)
+            }
+        };
+        let failed = PackError::Decode { codec: entry.codec, pages: entry.pages };
+        if entry.pages == 0 || entry.pages > FRAME_PAGES {
+            return Err(failed);
         }
-    };
-    let failed = PackError::Decode { codec: entry.codec, pages: entry.pages };
-    if entry.pages == 0 || entry.pages > FRAME_PAGES {
-        return Err(failed);
+        let len = entry.pages as usize * PAGE_SIZE;
+        self.pages.resize(len, 0);
+        let decoded = match entry.codec {
+            Codec::Raw if stored.len() == len => {
+                self.pages.copy_from_slice(&stored);
+                Some(len)
+            }
+            Codec::Raw => None,
+            Codec::Lz4 => lz4_flex::block::decompress_into(&stored, &mut self.pages).ok(),
+            Codec::Zstd => self.zstd(&stored),
+        };
+        if decoded == Some(len) { Ok(&self.pages) } else { Err(failed) }
     }
-    let len = entry.pages as usize * PAGE_SIZE;
-    let decoded = match entry.codec {
-        Codec::Raw => Some(stored.into_owned()),
-        Codec::Lz4 => lz4_flex::block::decompress(&stored, len).ok(),
-        Codec::Zstd => zstd::bulk::decompress(&stored, len).ok(),
-    };
-    decoded.filter(|pages| pages.len() == len).ok_or(failed)
+
+    fn zstd(&mut self, stored: &[u8]) -> Option<usize> {
+        let decompressor = match &mut self.zstd {
+            Some(decompressor) => decompressor,
+            none => none.insert(zstd::bulk::Decompressor::new().ok()?),
+        };
+        decompressor.decompress_to_buffer(stored, &mut self.pages[..]).ok()
+    }
 }
 
 /// Checks a pack's header.
@@ -255,12 +299,12 @@ impl PackBuilder {
     pub(crate) fn push(&mut self, frame: &EncodedFrame) -> u32 {
         self.frames.push(FrameEntry {
             offset: self.bytes.len() as u32,
-            stored_len: (frame.bytes.len() + self.tag) as u32,
+            stored_len: (frame.len + self.tag) as u32,
             pages: frame.pages,
             codec: frame.codec,
             digest: frame.digest,
         });
-        self.bytes.extend_from_slice(&frame.bytes);
+        self.bytes.extend_from_slice(frame.bytes());
         self.bytes.resize(self.bytes.len() + self.tag, 0);
         self.frames.len() as u32 - 1
     }
@@ -313,7 +357,7 @@ mod tests {
     fn entry(frame: &EncodedFrame) -> FrameEntry {
         FrameEntry {
             offset: 0,
-            stored_len: frame.bytes.len() as u32,
+            stored_len: frame.bytes().len() as u32,
             pages: frame.pages,
             codec: frame.codec,
             digest: frame.digest,
@@ -337,7 +381,7 @@ mod tests {
             let frame = encode_frame(codec, &compressible);
             assert_eq!(frame.codec, codec);
             assert_eq!(frame.pages, 8);
-            assert_eq!(decode_frame(&entry(&frame), 0, &frame.bytes, None), Ok(compressible.clone()));
+            assert_eq!(decode_frame(&entry(&frame), 0, frame.bytes(), None), Ok(compressible.clone()));
         }
     }
 
@@ -349,9 +393,10 @@ mod tests {
         for codec in [Codec::Lz4, Codec::Zstd, Codec::Raw, Codec::Zstd, Codec::Lz4] {
             for pages in [&long[..], &noise(3 * PAGE_SIZE), &long[PAGE_SIZE..2 * PAGE_SIZE]] {
                 let frame = encoder.encode(codec, pages, buffer, true);
-                assert_eq!(decode_frame(&entry(&frame), 0, &frame.bytes, None).as_deref(), Ok(pages));
-                assert_eq!(frame, encode_frame(codec, pages));
-                buffer = frame.bytes;
+                assert_eq!(decode_frame(&entry(&frame), 0, frame.bytes(), None).as_deref(), Ok(pages));
+                let fresh = encode_frame(codec, pages);
+                assert_eq!((frame.codec, frame.digest, frame.bytes()), (fresh.codec, fresh.digest, fresh.bytes()));
+                buffer = frame.into_buffer();
             }
         }
     }
@@ -374,13 +419,13 @@ mod tests {
     fn damage_is_found_before_decoding() {
         let frame = encode_frame(Codec::Lz4, &vec![7; 4 * PAGE_SIZE]);
         let good = entry(&frame);
-        let mut damaged = frame.bytes.clone();
+        let mut damaged = frame.bytes().to_vec();
         damaged[3] ^= 1;
         assert_eq!(decode_frame(&good, 0, &damaged, None), Err(PackError::Digest));
-        assert!(matches!(decode_frame(&good, 0, &frame.bytes[1..], None), Err(PackError::Length { .. })));
+        assert!(matches!(decode_frame(&good, 0, &frame.bytes()[1..], None), Err(PackError::Length { .. })));
         for pages in [0, 3, 5, FRAME_PAGES + 1, u32::MAX] {
             let lying = FrameEntry { pages, ..good.clone() };
-            assert!(matches!(decode_frame(&lying, 0, &frame.bytes, None), Err(PackError::Decode { .. })));
+            assert!(matches!(decode_frame(&lying, 0, frame.bytes(), None), Err(PackError::Decode { .. })));
         }
     }
 

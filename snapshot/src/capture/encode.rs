@@ -144,7 +144,7 @@ impl Workshop {
         let encoded = bench.encoder.encode(codec, pages, take(&self.buffers), self.digests);
         let took = started.elapsed();
         if let Some(permit) = &mut permit {
-            drop(permit.split(permit.num_permits().saturating_sub(encoded.bytes.len())));
+            drop(permit.split(permit.num_permits().saturating_sub(encoded.bytes().len())));
         }
         let spans = blocks.iter_mut().flat_map(|block| mem::take(&mut block.spans)).collect();
         for block in &mut blocks {

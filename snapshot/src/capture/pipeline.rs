@@ -55,6 +55,11 @@ const CHUNK: u64 = 512;
 const MAX_WORKERS: usize = 8;
 /// Packs that wait for a connection before workers are stopped: one to send at once when a PUT ends, and one on the way.
 const READY: usize = 2;
+/// PUTs in flight at first, for each worker: with a store that is near, more only hold memory, and fresh memory costs as much as compressing what
+/// goes into it.
+const FIRST_PUTS: usize = 2;
+/// When packs have waited so long for a connection while workers stood idle, twice as many PUTs may be in flight: the store is slow to answer.
+const STALLED: Duration = Duration::from_millis(8);
 /// How long local copies may hold up a capture that has stored everything.
 const COPIES: Duration = Duration::from_secs(2);
 
@@ -101,7 +106,7 @@ impl OpenPack {
             (Some(permit), Some(more)) => permit.merge(more),
             (none, more) => *none = more,
         }
-        frame.encoded.bytes
+        frame.encoded.into_buffer()
     }
 
     async fn store(self, n: u32, sink: Arc<dyn PackSink>, seal: Option<DataKey>) -> Result<Stored, CaptureError> {
@@ -180,7 +185,12 @@ struct Pipeline {
     request: CaptureRequest,
     images: Arc<Vec<ImageInput>>,
     workers: usize,
+    /// PUTs in flight at most, whatever happens.
     connections: usize,
+    /// And at most for now.
+    in_flight: usize,
+    /// Since when workers are idle because packs wait for a connection.
+    stalled: Option<Instant>,
     sizing: Sizing,
     meter: Meter,
     memory: Arc<Semaphore>,
@@ -234,6 +244,8 @@ impl Pipeline {
         let mut pipeline = Self {
             workers,
             connections: usize::from(options.connections.max(1)),
+            in_flight: FIRST_PUTS * workers,
+            stalled: None,
             sizing,
             meter: Meter::new(workers),
             memory: Arc::new(Semaphore::new(permits)),
@@ -305,12 +317,16 @@ impl Pipeline {
             if self.idle() {
                 return Ok(());
             }
+            let stalled = self.look_for_stall();
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Err(CaptureError::Cancelled),
                 more = changed(&mut connections) => self.connections = usize::from(more.max(1)),
                 Some(put) = self.puts.join_next() => self.stored(put.map_err(CaptureError::Thread)??),
                 Some(_) = self.copies.join_next() => {}
+                () = at(stalled) => {
+                    (self.in_flight, self.stalled) = (self.in_flight * 2, None);
+                }
                 Some(frame) = self.encodes.next() => {
                     let frame = finished(frame)?;
                     self.pack(frame);
@@ -331,6 +347,18 @@ impl Pipeline {
         }
     }
 
+    /// When more PUTs are to be in flight, if nothing happens until then.
+    fn look_for_stall(&mut self) -> Option<Instant> {
+        let stalled = self.ready.len() >= READY && self.encodes.is_empty() && self.in_flight < self.connections;
+        self.stalled = if stalled { self.stalled.or_else(|| Some(Instant::now())) } else { None };
+        self.stalled.map(|since| since + STALLED)
+    }
+
+    /// PUTs in flight at most. With nothing left to compress, as many as there are packs.
+    fn most_puts(&self, over: bool) -> usize {
+        if over { self.connections } else { self.connections.min(self.in_flight) }
+    }
+
     fn set_connections(&mut self) {
         if let Some(connections) = &self.request.connections {
             self.connections = usize::from((*connections.borrow()).max(1));
@@ -349,7 +377,8 @@ impl Pipeline {
     }
 
     fn start_puts(&mut self) {
-        while self.puts.len() < self.connections
+        let over = self.all_compressed();
+        while self.puts.len() < self.most_puts(over)
             && let Some(pack) = self.ready.pop_front()
         {
             let seal = self.request.seal.clone();
@@ -419,7 +448,7 @@ impl Pipeline {
     /// Puts a frame into the open pack.
     fn pack(&mut self, frame: Frame) {
         let pages = frame.encoded.pages as usize * PAGE_SIZE;
-        let bytes = frame.encoded.bytes.len();
+        let bytes = frame.encoded.bytes().len();
         self.meter.encoded(frame.codec, pages, bytes, frame.took);
         // The boot pack ends with the first frame that is not for it.
         if let Some(other) = self.open.take_if(|open| open.boot != frame.boot) {
@@ -441,7 +470,7 @@ impl Pipeline {
             sendable: page::bytes(self.stats.scanned_pages - settled),
             placed: self.placed,
             stored: self.stored,
-            idle: self.puts.len() + self.ready.len() < self.connections,
+            idle: self.puts.len() + self.ready.len() < self.most_puts(false),
         };
         if !boot && self.sizing.close(standing) {
             self.close(open);
@@ -452,13 +481,16 @@ impl Pipeline {
 
     /// Sends what is left once nothing more can come.
     fn finish_packs(&mut self) {
-        let over = self.chunks.peek().is_none()
-            && self.scans.is_empty()
-            && self.framer.ready.is_empty()
-            && self.encodes.is_empty();
-        if over && let Some(open) = self.open.take() {
+        if self.all_compressed()
+            && let Some(open) = self.open.take()
+        {
             self.close(open);
         }
+    }
+
+    /// Whether no frame will come any more.
+    fn all_compressed(&mut self) -> bool {
+        self.chunks.peek().is_none() && self.scans.is_empty() && self.framer.ready.is_empty() && self.encodes.is_empty()
     }
 
     fn close(&mut self, pack: OpenPack) {
@@ -515,6 +547,14 @@ fn finished<T>(job: Result<Result<T, Stop>, JoinError>) -> Result<T, CaptureErro
         Ok(done) => Ok(done),
         Err(Stop::Failed(error)) => Err(error),
         Err(Stop::Unwanted) => Err(CaptureError::Cancelled),
+    }
+}
+
+/// That moment, if there is one; never otherwise.
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => pending().await,
     }
 }
 

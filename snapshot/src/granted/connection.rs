@@ -36,6 +36,8 @@ use tokio_rustls::{
 const CONNECT: Duration = Duration::from_secs(10);
 /// A connection that nobody used for this long is closed.
 const IDLE: Duration = Duration::from_secs(90);
+/// Bytes that a connection reads at once at most. It keeps the buffer while it is idle, and there are as many as there were transfers at once.
+const READ_AT_ONCE: usize = 32 << 10;
 
 /// Opens TCP connections.
 #[async_trait]
@@ -73,6 +75,7 @@ impl StoreClient {
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(IDLE)
             .pool_timer(TokioTimer::new())
+            .http1_max_buf_size(READ_AT_ONCE)
             .timer(TokioTimer::new())
             .build(connector);
         Ok(Self(client))

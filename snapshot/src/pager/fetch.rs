@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    pack::{self, PackError},
+    pack::{FrameDecoder, PackError},
     page::{self, PAGE_SIZE},
 };
 
@@ -206,6 +206,7 @@ impl Shared {
         of: fn(&mut PagerStats) -> &mut ByUrgency,
     ) -> Vec<Bad> {
         let mut bad = Vec::new();
+        let mut decoder = FrameDecoder::default();
         for claim in claims {
             let Some(frame) = self.table.frame(claim.unit()) else { continue };
             if self.units.ended().is_cancelled() {
@@ -213,12 +214,8 @@ impl Shared {
             }
             let start = (frame.range().start - offset) as usize;
             let stored = bytes.get(start..start + frame.entry.stored_len as usize).unwrap_or_default();
-            let decoded = match pack::decode_frame(
-                &frame.entry,
-                frame.number,
-                stored,
-                self.table.cipher(self.table.pack_of(claim.unit())),
-            ) {
+            let cipher = self.table.cipher(self.table.pack_of(claim.unit()));
+            let decoded = match decoder.decode(&frame.entry, frame.number, stored, cipher) {
                 Ok(decoded) => decoded,
                 Err(error) => {
                     bad.push((claim, error));
