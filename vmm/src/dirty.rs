@@ -22,6 +22,9 @@ use crate::presence::{Presence, PresenceError};
 
 /// Pages of the dirty log cleared with one call (64 MiB): KVM holds its lock for one call.
 const CLEAR_STEP: u64 = 16384;
+/// Written pages that [`DirtyTracker::collect_lightly`] leaves unprotected at most (64 MiB): the next collection finds all of them again, and a
+/// capture then has to tell by digests which were not.
+const LIGHT_PAGES: u64 = 16384;
 
 /// The dirty set cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,16 @@ enum Source {
     Existence,
     PageTables,
     KvmLog,
+}
+
+/// What becomes of pages that were collected, where page tables tell of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// Writes to them are tracked anew. It takes the kernel a walk over all that KVM knows of the memory, and the guest a fault for each granule
+    /// that it writes to again.
+    Track,
+    /// They stay written until they are collected to be tracked: for a guest that will hardly run again, or writes to them again at once.
+    Leave,
 }
 
 /// Tracks the pages that may differ from the last durable ones.
@@ -77,7 +90,8 @@ impl DirtyTracker {
     /// For a machine that was restored and has not run: nothing is dirty, all further writes are tracked.
     pub(crate) fn for_restored(vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<Self, DirtyError> {
         let source = if presence.tracks_writes() {
-            presence.start_tracking()?;
+            // Nothing is mapped yet that could have been written.
+            presence.track()?;
             Source::PageTables
         } else {
             set_memslots(vm, &ram.slots(), true)?;
@@ -94,10 +108,17 @@ impl DirtyTracker {
         &self.carry_over
     }
 
-    /// Adds what was written since the last call, and begins to track where nothing was tracked yet. The guest may run. An error loses
-    /// nothing: what its source does not tell again is added before it is answered.
-    pub(crate) fn collect(&mut self, vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<(), DirtyError> {
+    /// Adds what was written since the last call that tracked, and begins to track where nothing was tracked yet. The guest may run. An error
+    /// loses nothing: what its source does not tell again is added before it is answered.
+    pub(crate) fn collect(
+        &mut self,
+        vm: &VmFd,
+        ram: &GuestRam,
+        presence: &Presence,
+        then: Then,
+    ) -> Result<(), DirtyError> {
         match self.source {
+            Source::Existence if then == Then::Leave => self.carry_over.union(&ram.existing_pages()?),
             Source::Existence if presence.tracks_writes() => {
                 presence.start_tracking()?;
                 self.carry_over.union(&ram.existing_pages()?);
@@ -109,7 +130,10 @@ impl DirtyTracker {
                 self.carry_over.union(&ram.existing_pages()?);
                 self.source = Source::KvmLog;
             }
-            Source::PageTables => presence.take_written(&mut self.carry_over)?,
+            Source::PageTables => match then {
+                Then::Track => presence.take_written(&mut self.carry_over)?,
+                Then::Leave => presence.leave_written(&mut self.carry_over)?,
+            },
             Source::KvmLog => {
                 let mut logged = PageSet::new(ram.pages());
                 let harvested = harvest_log(vm, ram, true, &mut logged);
@@ -125,6 +149,13 @@ impl DirtyTracker {
         }
         self.carry_over.union(&ram.take_device_writes());
         Ok(())
+    }
+
+    /// The same for a guest that stands still and goes on at once, after a round has collected shortly before: what was written since is what the
+    /// guest is at work on. Where it is little, it is left as it is, since the guest would pay a fault for each granule of it.
+    pub(crate) fn collect_lightly(&mut self, vm: &VmFd, ram: &GuestRam, presence: &Presence) -> Result<(), DirtyError> {
+        let little = self.source == Source::PageTables && presence.written()?.len() <= LIGHT_PAGES;
+        self.collect(vm, ram, presence, if little { Then::Leave } else { Then::Track })
     }
 
     /// What [`collect`](Self::collect) would lead to, leaving all as it is. Device writes of this moment may be missing.

@@ -16,11 +16,20 @@ const FROM_HEAP: libc::c_int = 32 << 20;
 /// Free memory at the end of the heap that is not given back at once, bytes.
 const KEPT: libc::c_int = 64 << 20;
 
-/// Heaps at most. Many of them, one for each thread, would each keep their freed memory.
-const HEAPS: libc::c_int = 2;
+/// Free memory that is made ready ahead, bytes: about what the restore of a sandbox with some hundred MiB allocates.
+const READY: usize = 4 << 20;
+/// Bytes of the kernel's pages.
+const PAGE: usize = 4096;
+
+/// Heaps at most. Only the first gives back what is free at its end, and each of the others would keep up to 64 MiB of that: 20 MiB were seen
+/// after a wake. What threads allocate often is small and comes from caches of their own.
+const HEAPS: libc::c_int = 1;
 
 /// How long a blocking thread waits for more: each keeps a stack, and an idle sandbox needs none.
 pub const IDLE_THREAD: Duration = Duration::from_millis(500);
+
+/// How long such a thread may take to end.
+const END_OF_THREAD: Duration = Duration::from_millis(50);
 
 /// Where the program and its libraries lie. Noted at the start: a jail may show no `/proc` later, and nothing is loaded after it.
 static PROGRAM: OnceLock<Vec<Range<usize>>> = OnceLock::new();
@@ -44,11 +53,36 @@ pub fn keep_freed() {
     }
 }
 
+/// Has some free memory in place: the kernel takes up to half a millisecond for each MiB that is new, and a wake would wait for it.
+pub fn make_ready() {
+    let mut room = vec![0_u8; READY];
+    // A zeroed allocation is only promised: a write to each page makes it. Freed, it stays (see `keep_freed`).
+    for page in room.chunks_mut(PAGE) {
+        if let Some(first) = page.first_mut() {
+            *first = std::hint::black_box(0);
+        }
+    }
+}
+
 /// Gives freed memory and the program's pages back to the kernel. Takes a millisecond or two; for when a burst of work is over.
 pub fn give_back() {
     // SAFETY: callable at any time from any thread.
     unsafe { libc::malloc_trim(0) };
+    give_back_program();
+}
+
+fn give_back_program() {
     PROGRAM.get().into_iter().flatten().for_each(unmap);
+}
+
+/// The same beside everything else, and the program's pages once more when the threads that have worked are gone: they end with code that nothing
+/// else needs.
+pub async fn quiet_down() {
+    if let Err(error) = tokio::task::spawn_blocking(give_back).await {
+        tracing::debug!(%error, "freed memory stays");
+    }
+    tokio::time::sleep(IDLE_THREAD + END_OF_THREAD).await;
+    give_back_program();
 }
 
 /// The addresses of a line of `/proc/self/maps`, if nobody can ever have written there: code, and what a program or a library begins with. Other
@@ -96,6 +130,7 @@ mod tests {
     #[test]
     fn a_process_goes_on_after_it_has_given_back() {
         keep_freed();
+        make_ready();
         let kept: Vec<u8> = (0..=255).collect();
         give_back();
         assert_eq!(kept.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 255 * 128);

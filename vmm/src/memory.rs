@@ -95,9 +95,9 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Maps `file`, shared, over the whole reservation.
+    /// Maps `file`, shared, over the whole reservation, in place of what was mapped there.
     fn map(&self, file: &File) -> rustix::io::Result<()> {
-        // SAFETY: replaces the reservation, whose addresses are ours and which nobody could use until now.
+        // SAFETY: replaces the reservation or the file before, whose addresses are ours: `ReservedRam` gives nobody a way to use them.
         unsafe {
             rustix::mm::mmap(
                 self.base.cast(),
@@ -157,18 +157,29 @@ pub(crate) struct Slot {
     pub(crate) host: u64,
 }
 
-/// The addresses of a guest's RAM, before there is a memory file.
+/// A guest's RAM before it is known what is in it: addresses, and behind them a memory file of its own, which another one may replace.
+///
+/// It is mapped this early because of what it costs later: the kernel goes through all that KVM knows of a memslot when its addresses are mapped
+/// anew, a millisecond for each GiB.
 pub(crate) struct ReservedRam {
     guest: Mapping,
     image: Mapping,
+    file: File,
     bytes: u64,
 }
 
 impl ReservedRam {
-    /// Reserves addresses for `bytes` of memory, twice.
+    /// Reserves addresses for `bytes` of memory, twice, and maps a new file there.
     pub(crate) fn new(bytes: u64) -> Result<Self, MemoryError> {
         let reserve = || Mapping::reserve(bytes as usize).map_err(fail("reserve addresses for", bytes));
-        Ok(Self { guest: reserve()?, image: reserve()?, bytes })
+        let file: File = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
+            .map_err(fail("create", bytes))?
+            .into();
+        rustix::fs::ftruncate(&file, bytes).map_err(fail("size", bytes))?;
+        let (guest, image) = (reserve()?, reserve()?);
+        guest.map(&file).map_err(fail("map", bytes))?;
+        image.map(&file).map_err(fail("map", bytes))?;
+        Ok(Self { guest, image, file, bytes })
     }
 
     /// Memslots, in image order.
@@ -182,22 +193,19 @@ impl ReservedRam {
         layout::ram(self.bytes).into_iter().map(slot).collect()
     }
 
-    /// Maps `file`, which is sized if it is empty, or a new one. A page that was never written does not exist and is zero.
-    pub(crate) fn map(self, file: Option<File>) -> Result<GuestRam, MemoryError> {
+    /// Maps `file`, which is sized if it is empty, in place of the own one. A page that was never written does not exist and is zero.
+    pub(crate) fn map(mut self, file: Option<File>) -> Result<GuestRam, MemoryError> {
         let bytes = self.bytes;
-        let file = match file {
-            Some(file) => file,
-            None => rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
-                .map_err(fail("create", bytes))?
-                .into(),
-        };
-        match file.metadata().map_err(fail("look at", bytes))?.len() {
-            0 => rustix::fs::ftruncate(&file, bytes).map_err(fail("size", bytes))?,
-            found if found == bytes => {}
-            found => return Err(MemoryError::Size { found, expected: bytes }),
+        if let Some(file) = file {
+            match file.metadata().map_err(fail("look at", bytes))?.len() {
+                0 => rustix::fs::ftruncate(&file, bytes).map_err(fail("size", bytes))?,
+                found if found == bytes => {}
+                found => return Err(MemoryError::Size { found, expected: bytes }),
+            }
+            self.guest.map(&file).map_err(fail("map", bytes))?;
+            self.image.map(&file).map_err(fail("map", bytes))?;
+            self.file = file;
         }
-        self.guest.map(&file).map_err(fail("map", bytes))?;
-        self.image.map(&file).map_err(fail("map", bytes))?;
         let mut regions = Vec::new();
         for Slot { start, len, host } in self.slots() {
             let bitmap = AtomicBitmap::new(len as usize, std::num::NonZeroUsize::MIN.saturating_add(PAGE_SIZE - 1));
@@ -212,7 +220,7 @@ impl ReservedRam {
             regions.push(region);
         }
         let memory = GuestMemory::from_regions(regions).map_err(fail("arrange", bytes))?;
-        let Self { guest, image, .. } = self;
+        let Self { guest, image, file, .. } = self;
         Ok(GuestRam { memory, guest, image, file, pages: bytes / PAGE_SIZE as u64 })
     }
 }

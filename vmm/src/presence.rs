@@ -18,6 +18,15 @@ use crate::pagemap::Pagemap;
 use crate::pages::PageSet;
 use crate::uffd::Uffd;
 
+/// What becomes of pages that were found written.
+#[derive(Clone, Copy)]
+enum After {
+    /// They are write-protected in the same step: the next write is found again.
+    Protect,
+    /// Nothing: they are found again without one.
+    Leave,
+}
+
 /// Page tables of guest memory cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what} of guest memory")]
@@ -124,26 +133,46 @@ impl Presence {
         uffd.wake(&self.ram.guest_addresses(pages)).map_err(failed("wake those that wait for pages"))
     }
 
-    /// From now on writes to present memory are tracked; what was written before counts as not written.
+    /// From now on writes to present memory are tracked; what is mapped already counts as written.
+    pub(crate) fn track(&self) -> Result<(), PresenceError> {
+        self.track_present(&lock(&self.present))
+    }
+
+    /// The same, and what was written before counts as not written.
     pub(crate) fn start_tracking(&self) -> Result<(), PresenceError> {
-        let Some(uffd) = &self.uffd else { return Ok(()) };
         let present = lock(&self.present);
+        self.track_present(&present)?;
+        self.add_written(&present, &mut PageSet::new(self.ram.pages()), After::Protect)
+    }
+
+    fn track_present(&self, present: &PageSet) -> Result<(), PresenceError> {
+        let Some(uffd) = &self.uffd else { return Ok(()) };
         for pages in present.runs() {
             uffd.track_writes(&self.ram.guest_addresses(pages)).map_err(failed("track the writes"))?;
         }
-        self.take_from(&present, &mut PageSet::new(self.ram.pages()))
+        Ok(())
     }
 
     /// Adds to `written` the present pages written since the last call, or since tracking began; a superset of them, and on an error all that
     /// are present: some are not told again.
     pub(crate) fn take_written(&self, written: &mut PageSet) -> Result<(), PresenceError> {
-        self.take_from(&lock(&self.present), written)
+        self.add_written(&lock(&self.present), written, After::Protect)
     }
 
-    fn take_from(&self, present: &PageSet, written: &mut PageSet) -> Result<(), PresenceError> {
+    /// The same, and leaves them as they are: they count as written until they are taken, and the next write to them costs the guest nothing.
+    pub(crate) fn leave_written(&self, written: &mut PageSet) -> Result<(), PresenceError> {
+        self.add_written(&lock(&self.present), written, After::Leave)
+    }
+
+    fn add_written(&self, present: &PageSet, written: &mut PageSet, after: After) -> Result<(), PresenceError> {
         let Some(pagemap) = &self.pagemap else { return Ok(()) };
         let taken = present.runs().into_iter().try_for_each(|pages| {
-            pagemap.take_written(&self.ram.guest_addresses(pages), &mut |found| self.insert(written, found))
+            let (addresses, found) =
+                (self.ram.guest_addresses(pages), &mut |found: Range<u64>| self.insert(written, found));
+            match after {
+                After::Protect => pagemap.take_written(&addresses, found),
+                After::Leave => pagemap.written(&addresses, found),
+            }
         });
         // Swap was switched on: nothing is known for certain any more, so everything is looked at.
         if taken.is_err() || host_swaps() {

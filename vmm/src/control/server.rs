@@ -36,6 +36,7 @@ use super::types::{
     BootRequest, CaptureMode, CaptureReport, CaptureRequest, Connections, DirtyReport, DiskConfig, ErrorBody, FdToken,
     KeepRequest, Metrics, PauseReport, PrepareRequest, RestoreReport, RestoreRequest, VmState, VmStatus,
 };
+use crate::dirty::Then;
 use crate::inherited::HostFiles;
 use crate::limits::Limits;
 use crate::machine::capture::{Content, Order};
@@ -325,8 +326,10 @@ impl Server {
     async fn prepare_for(&self, request: PrepareRequest) -> Result<(), Refusal> {
         let slot = self.machine.lock().await;
         self.only_in(VmState::Empty, slot.as_deref(), "a preparation").await?;
-        let bare =
-            tokio::task::block_in_place(|| machine::make_ready(request.vcpus, request.memory_mib, &self.settings.host));
+        let bare = tokio::task::block_in_place(|| {
+            crate::heap::make_ready();
+            machine::make_ready(request.vcpus, request.memory_mib, &self.settings.host)
+        });
         *self.ready.lock().await = Some(bare.map_err(failed)?);
         Ok(())
     }
@@ -459,7 +462,7 @@ impl Server {
         };
         tokio::task::block_in_place(|| {
             let stop = machine.pause().map_err(failed)?;
-            let counts = machine.collect_dirty(&Options::default()).map_err(failed)?;
+            let counts = machine.collect_dirty(&Options::default(), Then::Leave).map_err(failed)?;
             Ok(PauseReport {
                 dirty_memory_pages: counts.memory_pages,
                 dirty_disk_blocks: counts.disk_blocks,
@@ -620,7 +623,7 @@ impl Server {
             (false, false) => failed(e),
         })?;
         if request.mode != CaptureMode::Stopped {
-            tokio::task::spawn_blocking(crate::heap::give_back);
+            tokio::spawn(crate::heap::quiet_down());
         }
         let report = CaptureReport {
             state_us,

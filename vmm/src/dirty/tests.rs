@@ -143,7 +143,16 @@ impl Subject {
     }
 
     fn collect(&mut self) {
-        self.tracker.collect(&self.machine.vm, &self.machine.ram, &self.presence).unwrap();
+        self.collect_and(Then::Track);
+    }
+
+    fn collect_and(&mut self, then: Then) {
+        self.tracker.collect(&self.machine.vm, &self.machine.ram, &self.presence, then).unwrap();
+    }
+
+    /// As at the stop of a named snapshot.
+    fn collect_lightly(&mut self) {
+        self.tracker.collect_lightly(&self.machine.vm, &self.machine.ram, &self.presence).unwrap();
     }
 
     /// Reads what is dirty and settles it; one that fails does so with a part of it, of which a part was never stored.
@@ -208,7 +217,11 @@ fn history(seed: u64, memory_bytes: u64, page_tables: bool) {
             }
             fate => {
                 run_list(subject.vcpu.as_mut().unwrap());
-                subject.collect();
+                match rng.random_range(0..3) {
+                    0 => subject.collect(),
+                    1 => subject.collect_and(Then::Leave),
+                    _ => subject.collect_lightly(),
+                }
                 let fails = fate < 6;
                 subject.capture(&mut rng, fails);
                 if !fails {
@@ -260,7 +273,7 @@ fn a_look_at_kvms_log_that_fails_loses_nothing() {
     let gone = Slot { len: 0, ..slots[1] };
     set_memslots(&subject.machine.vm, &[slots[0], gone], true).unwrap();
     let (vm, ram) = (&subject.machine.vm, &subject.machine.ram);
-    assert!(subject.tracker.collect(vm, ram, &subject.presence).is_err());
+    assert!(subject.tracker.collect(vm, ram, &subject.presence, Then::Track).is_err());
     let page = subject.pages_at(FREE..FREE + 1);
     assert!(subject.tracker.pages().contains_all(page));
 }
@@ -278,7 +291,34 @@ fn a_look_at_page_tables_that_fails_loses_nothing() {
     subject.machine.ram.take_device_writes();
     subject.presence.forget_tracking(subject.pages() - 512..subject.pages());
     let (vm, ram) = (&subject.machine.vm, &subject.machine.ram);
-    assert!(subject.tracker.collect(vm, ram, &subject.presence).is_err());
+    assert!(subject.tracker.collect(vm, ram, &subject.presence, Then::Track).is_err());
     let page = subject.pages_at(FREE..FREE + 1);
     assert!(subject.tracker.pages().contains_all(page));
+}
+
+/// What is collected lightly counts as written until it is collected for good.
+#[test]
+fn what_is_collected_lightly_is_found_again() {
+    let Some(mut subject) = Subject::new(24 << 20, true) else { return };
+    if !subject.presence.tracks_writes() {
+        return eprintln!("left out: this kernel's page tables do not tell what was written");
+    }
+    let mut rng = SmallRng::seed_from_u64(0);
+    subject.collect();
+    subject.capture(&mut rng, false);
+    subject.machine.ram.guest_memory().write_slice(&[7], GuestAddress(FREE)).unwrap();
+    subject.machine.ram.take_device_writes();
+    let page = subject.pages_at(FREE..FREE + 1);
+    for lightly in [true, true, false] {
+        if lightly {
+            subject.collect_lightly();
+        } else {
+            subject.collect();
+        }
+        assert!(subject.tracker.pages().contains_all(page.clone()), "lightly: {lightly}");
+        subject.capture(&mut rng, false);
+        let (vm, ram) = (&subject.machine.vm, &subject.machine.ram);
+        let left = subject.tracker.estimate(vm, ram, &subject.presence).unwrap();
+        assert_eq!(left.contains_all(page.clone()), lightly);
+    }
 }

@@ -1,8 +1,8 @@
 //! The parts of a machine that nothing of its guest is needed for: the VM with its interrupt controllers, its memslots and its vCPUs.
 //!
 //! The kernel takes some milliseconds for them (each memslot waits for a grace period), so an idle VMM makes them before it knows whose
-//! machine it will be ([`Bare::new`] on `PUT /v1/vm/prepare`). The memslots name reserved addresses; the memory file is mapped there when it is
-//! known ([`Bare::with_memory`]).
+//! machine it will be ([`Bare::new`] on `PUT /v1/vm/prepare`). The memslots name addresses behind which a memory file of its own is; another
+//! one takes its place when it is known ([`Bare::with_memory`]).
 
 use std::fs::File;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub(crate) struct Size {
     pub(crate) memory_bytes: u64,
 }
 
-/// A machine without memory. The VM is dropped before the addresses that its memslots name.
+/// A machine that knows nothing of its guest. The VM is dropped before the addresses that its memslots name.
 pub(crate) struct Bare {
     kvm: Kvm,
     vcpus: Vec<VcpuFd>,
@@ -80,7 +80,7 @@ impl Bare {
         self.size
     }
 
-    /// Maps the memory file (a new one when absent) where the memslots say. vCPUs apart, each for its thread.
+    /// Maps the memory file (the own, empty one when absent) where the memslots say. vCPUs apart, each for its thread.
     pub(crate) fn with_memory(
         self,
         file: Option<File>,

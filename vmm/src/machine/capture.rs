@@ -29,6 +29,7 @@ use super::devices::DeviceSet;
 use super::disk::Disk;
 use super::staging::Staging;
 use super::{Machine, MachineError, spec};
+use crate::dirty::Then;
 use crate::memory::{GuestRam, RunningRam, StoppedRam};
 use crate::pages::PageSet;
 use crate::paging::{self, MEMORY};
@@ -141,15 +142,19 @@ pub(crate) fn wall_ns() -> u64 {
 
 impl Machine {
     /// Brings the dirty sets up to date. The guest may run: what it writes from now on is for the next time.
-    pub(crate) fn collect_dirty(&mut self, options: &Options) -> Result<DirtyCounts, MachineError> {
-        self.dirty.collect(&self.vm, &self.ram, &self.presence)?;
+    pub(crate) fn collect_dirty(&mut self, options: &Options, then: Then) -> Result<DirtyCounts, MachineError> {
+        self.dirty.collect(&self.vm, &self.ram, &self.presence, then)?;
+        self.collect_dirty_disks();
+        let disk_blocks = self.base.disk_dirty.iter().map(PageSet::len).sum();
+        Ok(counts(self.dirty.pages().len(), disk_blocks, options))
+    }
+
+    fn collect_dirty_disks(&mut self) {
         for (dirty, disk) in self.base.disk_dirty.iter_mut().zip(&self.devices.disks) {
             for range in disk.overlay.take_dirty() {
                 dirty.insert(range);
             }
         }
-        let disk_blocks = self.base.disk_dirty.iter().map(PageSet::len).sum();
-        Ok(counts(self.dirty.pages().len(), disk_blocks, options))
     }
 
     /// What a capture now would look at; changes nothing.
@@ -167,7 +172,7 @@ impl Machine {
         }
         let state = self.save_state()?;
         // Memory last: saving the rest may write to it.
-        self.collect_dirty(&order.options)?;
+        self.collect_dirty(&order.options, Then::Leave)?;
         let memory: Arc<dyn PageReader> = Arc::new(StoppedRam(self.ram.clone()));
         let rewrite = self.to_compact();
         Ok((self.request(order, memory, &rewrite), state))
@@ -178,7 +183,7 @@ impl Machine {
         if let Some(paging) = &self.paging {
             paging.stop_filling();
         }
-        self.collect_dirty(&order.options)?;
+        self.collect_dirty(&order.options, Then::Leave)?;
         let memory: Arc<dyn PageReader> = Arc::new(StoppedRam(self.ram.clone()));
         let rewrite = self.to_compact();
         let mut request = self.request(order, memory, &rewrite);
@@ -192,7 +197,7 @@ impl Machine {
     /// A round: pages are sent while the guest runs on, which comes before it.
     pub(crate) fn prepare_round(&mut self, order: Order) -> Result<CaptureRequest, MachineError> {
         let threads = Some(paging::background()?);
-        self.collect_dirty(&order.options)?;
+        self.collect_dirty(&order.options, Then::Track)?;
         let memory: Arc<dyn PageReader> = Arc::new(RunningRam(self.ram.clone()));
         Ok(CaptureRequest { threads, ..self.request(order, memory, &[]) })
     }
@@ -223,7 +228,8 @@ impl Machine {
         let began = Instant::now();
         self.pause()?;
         let copied = self.save_state().and_then(|state| {
-            self.collect_dirty(&order.options)?;
+            self.dirty.collect_lightly(&self.vm, &self.ram, &self.presence)?;
+            self.collect_dirty_disks();
             staging.copy(&self.ram, self.dirty.pages()).map_err(MachineError::Staging)?;
             let mut disks = Vec::new();
             for (n, disk) in self.devices.disks.iter().enumerate() {

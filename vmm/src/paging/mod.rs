@@ -203,7 +203,7 @@ impl Paging {
                         drop(paging);
                         drop(tokio::task::spawn_blocking(move || drop(threads)).await);
                         tokio::time::sleep(QUIET).await;
-                        drop(tokio::task::spawn_blocking(crate::heap::give_back).await);
+                        crate::heap::quiet_down().await;
                     }
                 }
                 Ok(()) | Err(PagerError::Cancelled | PagerError::Stopped) => {}
