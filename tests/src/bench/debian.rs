@@ -25,8 +25,7 @@ async fn run(home: &Home, id: &str, command: &str) -> Result<(), Error> {
 }
 
 /// Pauses and wakes as of pulse, without what only pulse shows.
-pub async fn measure(case: &Case) -> Result<Samples, Error> {
-    let mut samples = Samples::default();
+pub async fn measure(case: &Case, samples: &mut Samples) -> Result<(), Error> {
     let bare = Bare::new(CONNECTIONS)?;
     for wake in [Wake::Hot, Wake::Warm, Wake::Cold] {
         let home = Home::start(case, Setting::Wakes(wake)).await?;
@@ -55,9 +54,9 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
             run(&home, &id, "true").await?;
             // The request wakes the sandbox: its answer is the agent's first.
             samples.time(format!("resume_{}", wake.word()), begun.elapsed());
-            home.overhead(&id)?.note(&mut samples);
+            home.overhead(&id)?.note(samples);
             home.delete(&id).await?;
         }
     }
-    Ok(samples)
+    Ok(())
 }

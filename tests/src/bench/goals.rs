@@ -1,11 +1,13 @@
 //! The goals: what design §9 and the issue ask for, each with the figure that was measured for it.
 //!
 //! A goal is a ratio of two figures of one run wherever it can be. Where it names a peer that was not run, the peer's figure of the reference
-//! measurement stands in, and the line says so.
+//! measurement stands in, and the line says so. Of a goal that is missed the line says what no figure here can fall below ([`floors`]) and
+//! where the time went, from the same run.
 
 use std::fmt::Write as _;
 
 use super::case::Case;
+use super::floors::{self, Floor};
 use super::matrix::Part;
 use super::samples::{Row, figure};
 
@@ -21,11 +23,13 @@ pub struct Result {
 }
 
 impl Result {
-    fn of(&self, vmm: &str, metric: &str) -> Option<f64> {
+    /// Median of what `vmm` shows.
+    pub(super) fn of(&self, vmm: &str, metric: &str) -> Option<f64> {
         self.rows.iter().find(|row| row.vmm == vmm && row.metric == metric).map(|row| row.p50)
     }
 
-    fn ours(&self, metric: &str) -> Option<f64> {
+    /// Median of what we show.
+    pub(super) fn ours(&self, metric: &str) -> Option<f64> {
         self.of("stasis", metric)
     }
 }
@@ -43,8 +47,10 @@ pub struct Verdict {
     pub measured: f64,
     /// Its unit.
     pub unit: &'static str,
-    /// Why no figure below one that is known can be had on this machine, where that is known.
-    pub floor: Option<String>,
+    /// What no figure can be below on this machine, where that is known.
+    pub floor: Option<Floor>,
+    /// Where the time went, where that is known.
+    pub spent: Option<String>,
 }
 
 impl Verdict {
@@ -54,8 +60,20 @@ impl Verdict {
     }
 
     /// What is to be said of a missed one beside its limit, if anything.
-    pub fn floor_if_missed(&self) -> String {
-        self.floor.as_ref().filter(|_| !self.met()).map_or_else(String::new, |floor| format!("; {floor}"))
+    pub fn said_if_missed(&self) -> String {
+        if self.met() {
+            return String::new();
+        }
+        let floor = self.floor.as_ref().map(|floor| {
+            let times = self.measured / floor.least.max(f64::MIN_POSITIVE);
+            format!(
+                "; not below {} here, of which this is {times:.2} ×: {}",
+                figure(floor.least, self.unit),
+                floor.because
+            )
+        });
+        let spent = self.spent.as_ref().map(|spent| format!("; of it {spent}"));
+        floor.into_iter().chain(spent).collect()
     }
 }
 
@@ -80,8 +98,7 @@ const REFERENCE_PASS: f64 = 0.1;
 
 struct Judge<'a> {
     result: &'a Result,
-    /// CPU time that a capture takes for a GiB of pulse's content beside sending it, ms.
-    capture_cpu: Option<f64>,
+    all: &'a [Result],
     verdicts: Vec<Verdict>,
 }
 
@@ -89,7 +106,8 @@ impl Judge<'_> {
     fn add(&mut self, goal: &str, metric: &str, unit: &'static str, limit: Option<f64>, because: String) {
         if let (Some(measured), Some(limit)) = (self.result.ours(metric), limit) {
             let goal = format!("{goal} [{}]", place(&self.result.case));
-            self.verdicts.push(Verdict { goal, limit, because, measured, unit, floor: None });
+            let spent = floors::spent(self.result, metric);
+            self.verdicts.push(Verdict { goal, limit, because, measured, unit, floor: None, spent });
         }
     }
 
@@ -115,22 +133,10 @@ impl Judge<'_> {
         self.add(goal, metric, "ms", limit, format!("1.3 × {bare}{what}"));
     }
 
-    /// Says of the last verdict, a pause's, what it cannot fall below: all processors busy with nothing but what must be done.
-    fn floor(&mut self, changed: &str, bare: &str) {
-        let Some(verdict) = self.verdicts.last_mut() else { return };
-        let result = self.result;
-        if let (Some(per_gib), Some(changed), Some(moving)) =
-            (self.capture_cpu, result.ours(changed), result.ours(&format!("{bare}.cpu")))
-        {
-            let processors = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
-            let content = per_gib * changed / f64::from(1 << 30);
-            verdict.floor = Some(format!(
-                "not below {}: scan, compression and digests take {} of processor time, moving the packs bare {}, on {processors} processors \
-                 that store and VMM share",
-                figure((content + moving) / processors, "ms"),
-                figure(content, "ms"),
-                figure(moving, "ms"),
-            ));
+    /// Says of the goal that was added last, if it is this one, what it cannot fall below.
+    fn floor(&mut self, goal: &str, floor: Option<Floor>) {
+        if let (Some(verdict), Some(floor)) = (self.verdicts.last_mut().filter(|v| v.goal.starts_with(goal)), floor) {
+            verdict.floor = Some(floor);
         }
     }
 }
@@ -149,14 +155,13 @@ fn place(case: &Case) -> String {
 /// Each goal that the results say something about.
 pub fn judge(results: &[Result]) -> Vec<Verdict> {
     let mut all = Vec::new();
-    let capture_cpu = results.iter().find_map(|result| result.ours("capture_cpu.gib"));
     for result in results {
-        let mut judge = Judge { result, capture_cpu, verdicts: Vec::new() };
+        let mut judge = Judge { result, all: results, verdicts: Vec::new() };
         match result.part {
             Part::Goals | Part::Case => standard(&mut judge),
             Part::Link => link(&mut judge),
             Part::Many => many(&mut judge),
-            Part::Changed | Part::Memory | Part::Network => {}
+            Part::Changed | Part::Memory | Part::Sealed | Part::Network => {}
         }
         all.append(&mut judge.verdicts);
     }
@@ -178,6 +183,7 @@ fn standard(judge: &mut Judge<'_>) {
         judge.against_peer("first pause to durable", "first_pause", "", 1.0 / 3.0);
         judge.against_peer("repeat pause to durable", "repeat_pause", "", 2.0 / 3.0);
         judge.against_peer("guest stop for a named snapshot", "guest_stop", "", 0.5);
+        judge.floor("guest stop", floors::copy(judge.all, judge.result));
         // The pulse of the reference measurement does less in a pass.
         let more = judge.result.ours("undisturbed_pass").map_or(0.0, |ms| (ms - REFERENCE_PASS).max(0.0));
         judge.add(
@@ -190,21 +196,26 @@ fn standard(judge: &mut Judge<'_>) {
                 figure(more, "ms")
             ),
         );
+        judge.floor("first pass after a snapshot", floors::pass(judge.result));
         let half = REFERENCES.iter().find(|r| r.metric == "resume_warm").map(|r| r.ms);
         let who = "Cloud Hypervisor's 14.5 ms of the reference measurement";
         judge.add("hot wake to first output", "resume_hot", "ms", half.map(|ms| ms / 2.0), format!("0.50 × {who}"));
+        judge.floor("hot wake", floors::wake(judge.result, "resume_hot"));
         judge.add("first pass after a hot wake", "first_pass_after_resume", "ms", Some(5.0), "5 ms".to_owned());
+        judge.floor("first pass after a hot wake", floors::pass(judge.result));
         judge.add("warm wake to first output", "resume_warm", "ms", half, who.to_owned());
+        judge.floor("warm wake", floors::wake(judge.result, "resume_warm"));
     } else if usual && changed == 128 {
         judge.against_peer("guest stop for a named snapshot", "guest_stop", ".128", 0.5);
+        judge.floor("guest stop", floors::copy(judge.all, judge.result));
     }
     judge.against_bare("first pause to durable", "first_pause", "bare_upload.first", 0.0, "");
-    judge.floor("bytes_changed.first", "bare_upload.first");
+    judge.floor("first pause", floors::pause(judge.all, judge.result, ".first"));
     let small = judge.result.ours("bare_small_put").unwrap_or(0.0);
     let each = figure(small, "ms");
     let two = format!(" + 2 small PUTs of {each}");
     judge.against_bare("repeat pause to durable", "repeat_pause", "bare_upload", 2.0 * small, &two);
-    judge.floor("bytes_changed", "bare_upload");
+    judge.floor("repeat pause", floors::pause(judge.all, judge.result, ""));
     judge.add(
         "repeat pause after run-ahead",
         "repeat_pause.after_run_ahead",
@@ -221,12 +232,15 @@ fn standard(judge: &mut Judge<'_>) {
         Some(20.0 + 3.0 * small),
         format!("20 ms + 3 requests of {each}"),
     );
+    judge.floor("cold wake to first", floors::wake(judge.result, "resume_cold"));
     judge.against_bare("cold wake to hot set resident", "resume_cold.hot_set", "bare_download", 0.0, "");
+    judge.floor("cold wake to hot set", floors::fill(judge.all, judge.result));
     for (kind, metric) in [("zero", "scan.zero_gib"), ("unchanged", "scan.unchanged_gib")] {
         let goal = format!("CPU time of the scan for a GiB of {kind} pages");
         judge.add(&goal, metric, "ms", Some(200.0), "5 GiB/s of a core".to_owned());
     }
     judge.add("VMM memory beyond guest memory", "overhead", "KiB", Some(6144.0), "6 MiB".to_owned());
+    judge.floor("VMM memory", floors::program(judge.result));
 }
 
 fn link(judge: &mut Judge<'_>) {
@@ -241,6 +255,9 @@ fn link(judge: &mut Judge<'_>) {
             Some(1.3 * wire + 2.0 * trip),
             format!("1.3 × {} on the wire + 2 round trips", figure(wire, "ms")),
         );
+        let because =
+            format!("{} on the wire, and three requests one after the other: pack, manifest, head", figure(wire, "ms"));
+        judge.floor("first pause", Some(Floor { least: 3.0f64.mul_add(trip, wire), because }));
     }
     judge.add(
         "cold wake over the link to first output",
@@ -249,6 +266,7 @@ fn link(judge: &mut Judge<'_>) {
         Some(3.0 * trip + 20.0),
         "3 round trips + 20 ms".to_owned(),
     );
+    judge.floor("cold wake", floors::wake(judge.result, "resume_cold"));
 }
 
 fn many(judge: &mut Judge<'_>) {
@@ -264,6 +282,9 @@ fn many(judge: &mut Judge<'_>) {
         (None, rate) => (rate.map(|ms| 1.3 * ms), "1.3 × all bytes at the rate of one sandbox alone".to_owned()),
     };
     judge.add("all sandboxes durable", "first_pause.all", "ms", limit, because);
+    if wire.is_none() {
+        judge.floor("all sandboxes", floors::pause(judge.all, judge.result, ".all"));
+    }
     let limit = Some(2.0);
     judge.add("slowest to median", "first_pause.slowest_to_median", "ratio", limit, "2 × the median".to_owned());
 }
@@ -291,10 +312,16 @@ fn flat(results: &[Result]) -> Vec<Verdict> {
                         large.case.memory_mib, small.case.memory_mib
                     ),
                     limit: 1.25 * base + slack,
-                    because: format!("flat: 1.25 × {} + {slack} ms of noise", figure(base, "ms")),
+                    because: format!(
+                        "flat: 1.25 × {} + {slack} ms of noise; this is {:.2} × with {} × the memory",
+                        figure(base, "ms"),
+                        measured / base,
+                        large.case.memory_mib / small.case.memory_mib.max(1)
+                    ),
                     measured,
                     unit: "ms",
                     floor: None,
+                    spent: floors::spent(large, metric),
                 });
             }
         }
@@ -315,7 +342,7 @@ pub fn lines(verdicts: &[Verdict]) -> String {
             figure(verdict.measured, verdict.unit),
             figure(verdict.limit, verdict.unit),
             verdict.because,
-            verdict.floor_if_missed()
+            verdict.said_if_missed()
         );
     }
     out
@@ -353,7 +380,7 @@ mod tests {
             ("capture_cpu.gib", 1000.0),
         ];
         let found = judge(&[result(Part::Goals, Case::standard(), &figures)]);
-        let said: Vec<_> = found.iter().map(Verdict::floor_if_missed).collect();
+        let said: Vec<_> = found.iter().map(Verdict::said_if_missed).collect();
         assert_eq!(said[0], "", "{found:?}");
         assert!(said[1].contains("250 ms of processor time") && said[1].contains("bare 150 ms"), "{said:?}");
     }

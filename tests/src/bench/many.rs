@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use super::bare::Bare;
 use super::case::{Case, Wake};
+use super::process::own_cpu;
 use super::samples::{Samples, percentile};
 use super::stasis::{CONNECTIONS, Home, Setting, stored};
 use crate::vmm::Error;
 
 /// Each run pauses one sandbox alone, then creates the case's sandboxes, pauses all of them in the same moment, and moves the same bytes bare.
-pub async fn measure(case: &Case) -> Result<Samples, Error> {
-    let mut samples = Samples::default();
+pub async fn measure(case: &Case, samples: &mut Samples) -> Result<(), Error> {
     let bare = Bare::new(CONNECTIONS)?;
     let home = Home::start(case, Setting::Wakes(Wake::Cold)).await?;
     for _ in 0..case.runs {
@@ -24,18 +24,21 @@ pub async fn measure(case: &Case) -> Result<Samples, Error> {
         for _ in 0..case.sandboxes {
             ids.push(home.create().await?.0);
         }
-        let (total, sizes, sent) = all_at_once(&home, &ids, &mut samples).await?;
+        let (total, sizes, sent) = all_at_once(&home, &ids, samples).await?;
         let at_that_rate = alone.took.as_secs_f64() * sent as f64 / alone.sent.max(1) as f64;
         samples.time("first_pause.all", total);
         samples.time("first_pause.all_at_the_rate_of_one", Duration::from_secs_f64(at_that_rate));
         samples.bytes("bytes_sent.all", sent);
+        samples.bytes("bytes_changed.all", u64::from(case.used_mib) * u64::from(case.sandboxes) << 20);
+        let cpu = own_cpu();
         samples.time("bare_upload.all", bare.upload(home.store.as_ref(), "bare", &sizes).await?);
+        samples.time("bare_upload.all.cpu", own_cpu().saturating_sub(cpu));
         bare.clear(home.store.as_ref(), "bare", sizes.len()).await?;
         for id in ids {
             come_back(&home, &id).await?;
         }
     }
-    Ok(samples)
+    Ok(())
 }
 
 /// How long it took, sizes of all packs, bytes sent.

@@ -52,7 +52,7 @@ pub fn report(results: &[Result], verdicts: &[Verdict], about: &About) -> String
             let word = if verdict.met() { "met" } else { "**missed**" };
             let shown = |value| figure(value, verdict.unit);
             let (measured, limit) = (shown(verdict.measured), shown(verdict.limit));
-            let (because, floor) = (&verdict.because, verdict.floor_if_missed());
+            let (because, floor) = (&verdict.because, verdict.said_if_missed());
             let _ = writeln!(out, "| {word} | {} | {measured} | {limit} | {because}{floor} |", verdict.goal);
         }
     }
@@ -107,7 +107,9 @@ const HOW: &str = "\nTimes are taken from outside. A pause is from the request t
 that the guest prints, its `hot_set` to the end of the first pass over the hot set, `resident` to the last absent page. A pass is what pulse \
 does without a break: rewriting its hot set. `bare_upload` and `bare_download` move objects of the same number and size as the repeat \
 pause stored, by as many connections, and do nothing else. `cpu` is that of supervisor and VMM during a repeat pause; `bare_upload.cpu` \
-that of a bare upload with the embedded server's part, `capture_cpu.gib` that of a capture of a GiB of pulse's content beside sending it. Details of a \
+that of a bare upload with the embedded server's part, `capture_cpu.gib` that of a capture of a GiB of pulse's content beside sending it, `fill_cpu.gib` \
+that of checking, decoding and placing it again. `overhead` counts what the reference measurement counts of its peers: every resident page outside \
+guest memory, those of the program's file included (`overhead.program`), which the kernel has once for all VMMs. Details of a \
 metric stand behind a dot: `.first` is of first pauses, phases are those of `Server-Timing`. A console is looked at every 0.1 ms.\n\n\
 `network_setup` is from the claim of a network to its tap being up, `.ready` of one that was made ahead; `network_throughput` is what a Debian \
 guest's one TCP connection moves to and from a server on the other side of its host. Firecracker's network is a namespace with a tap, made by \

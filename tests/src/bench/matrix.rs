@@ -22,6 +22,8 @@ pub enum Part {
     Link,
     /// Twenty sandboxes at once.
     Many,
+    /// What seals cost: with them and without, in turn.
+    Sealed,
     /// Networks of sandboxes.
     Network,
 }
@@ -58,11 +60,12 @@ pub fn cases(peers: &[Peer]) -> Vec<(Part, Case)> {
         changed_mib: 4,
         sandboxes: 20,
         runs: 2,
-        measures: cold,
+        measures: cold.clone(),
         ..Case::standard()
     };
     all.push((Part::Many, Case { link: Some(LinkShape { round_trip: Duration::ZERO, ..link() }), ..many.clone() }));
     all.push((Part::Many, many));
+    all.push((Part::Sealed, Case { encrypt: true, runs: 3, measures: cold.clone(), ..Case::standard() }));
     let nothing = Measures { wakes: Vec::new(), snapshot: false, residue: false };
     let small = Case { memory_mib: 512, used_mib: 0, changed_mib: 0, runs: 3, measures: nothing, ..Case::standard() };
     all.push((Part::Network, Case { guest: Guest::Debian, peers: peers.to_vec(), ..small }));

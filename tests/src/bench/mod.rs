@@ -14,7 +14,8 @@
 //! | [`profile`] | where the time of a pause and a wake goes |
 //! | [`console`], [`process`] | when the guest printed what; CPU time and memory of processes |
 //! | [`record`] | a run as a file, for a report of several |
-//! | [`samples`], [`goals`], [`markdown`], [`plot`] | percentiles and rows; measured figures beside the goals; the report; its pictures |
+//! | [`samples`], [`goals`], [`floors`] | percentiles and rows; measured figures beside the goals; what they cannot fall below here |
+//! | [`markdown`], [`plot`] | the report; its pictures |
 //!
 //! Everything but the console watch, which is a thread of its own, runs in one tokio runtime, the S3 server included.
 
@@ -29,6 +30,7 @@ pub mod bare;
 pub mod case;
 pub mod console;
 pub mod debian;
+pub mod floors;
 pub mod goals;
 pub mod many;
 pub mod markdown;

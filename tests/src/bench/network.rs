@@ -81,16 +81,16 @@ pub(super) fn pass(mut stream: TcpStream) -> std::io::Result<(u64, Duration)> {
 }
 
 /// All of it.
-pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<Samples, Error> {
+pub async fn measure(case: &Case, samples: &mut Samples, notes: &mut Vec<String>) -> Result<(), Error> {
     // In namespaces of a thread's own: the networks of this host stay what they are.
     let timed = std::thread::spawn(timed);
     let joined = tokio::task::spawn_blocking(move || timed.join()).await?;
-    let mut samples = joined.map_err(|_| "the thread that makes networks panicked")??;
+    *samples = joined.map_err(|_| "the thread that makes networks panicked")??;
     match debian::lacking() {
         Some(why) => notes.push(format!("what passes through a guest's network device: {why}")),
-        None => through_a_guest(case, &mut samples).await?,
+        None => through_a_guest(case, samples).await?,
     }
-    Ok(samples)
+    Ok(())
 }
 
 fn settings(dir: &tempfile::TempDir, ready: usize) -> Settings {

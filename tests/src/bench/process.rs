@@ -13,13 +13,25 @@ const GUEST_MEMORY: &str = "/memfd:guest-memory";
 /// USER_HZ, the unit of times in `/proc`: the same on every x86-64 Linux.
 const TICKS_PER_SECOND: u64 = 100;
 
-/// User and system time of a process and of its children that have ended. `None` when it is gone.
+/// Processor time of a process, and of its children that have ended and were waited for: the first to the nanosecond, the latter to
+/// a tick. `None` when it is gone.
 pub fn cpu(pid: u32) -> Option<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in parentheses, which may hold anything.
     let (_, fields) = stat.rsplit_once(')')?;
-    let ticks: u64 = fields.split_whitespace().skip(11).take(4).filter_map(|n| n.parse::<u64>().ok()).sum();
-    Some(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
+    let ticks: u64 = fields.split_whitespace().skip(13).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+    Some(own_clock(pid)? + Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
+}
+
+/// The clock that counts a process's processor time.
+fn own_clock(pid: u32) -> Option<Duration> {
+    let (mut clock, mut now) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the calls write one clock id and one timespec.
+    let told = unsafe {
+        libc::clock_getcpuclockid(i32::try_from(pid).ok()?, &raw mut clock) == 0
+            && libc::clock_gettime(clock, &raw mut now) == 0
+    };
+    told.then(|| Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0)))
 }
 
 /// User and system time of this process, to the nanosecond.
@@ -35,6 +47,8 @@ pub struct Overhead {
     pub resident: u64,
     /// What is this process's alone.
     pub private: u64,
+    /// Of all of it, pages of the program's file and its libraries: the kernel has them once for all processes that run the program.
+    pub program: u64,
 }
 
 impl Overhead {
@@ -42,6 +56,7 @@ impl Overhead {
     pub fn note(self, samples: &mut Samples) {
         samples.add("overhead", "KiB", self.resident as f64);
         samples.add("overhead.private", "KiB", self.private as f64);
+        samples.add("overhead.program", "KiB", self.program as f64);
     }
 }
 
@@ -53,7 +68,7 @@ pub fn overhead(pid: u32, guest_bytes: u64) -> Option<Overhead> {
 }
 
 fn outside(smaps: &str, guest_bytes: u64) -> Overhead {
-    let (mut total, mut guest) = (Overhead::default(), false);
+    let (mut total, mut guest, mut file) = (Overhead::default(), false, false);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let first = words.next().unwrap_or_default();
@@ -61,10 +76,14 @@ fn outside(smaps: &str, guest_bytes: u64) -> Overhead {
             && let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16))
         {
             guest = to - from >= guest_bytes || line.contains(GUEST_MEMORY);
+            file = words.nth(4).is_some_and(|path| path.starts_with('/'));
         } else if !guest {
             let kib = words.next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
             match first {
-                "Rss:" => total.resident += kib,
+                "Rss:" => {
+                    total.resident += kib;
+                    total.program += if file { kib } else { 0 };
+                }
                 "Private_Clean:" | "Private_Dirty:" => total.private += kib,
                 _ => {}
             }
@@ -103,9 +122,9 @@ mod tests {
     #[test]
     fn guest_memory_is_left_out() {
         let smaps = "1000-2000 rw-p 0 00:00 0 [heap]\nRss: 12 kB\nPss: 3 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 4 kB\n10000-20000 rw-s 0 00:00 0 /dev/zero\nRss: 64 kB\n\
-                     30000-31000 r--p 0 00:00 0\nRss: 4 kB\n40000-41000 rw-s 0 00:00 0 /memfd:guest-memory (deleted)\nRss: 4 kB\nPrivate_Dirty: 9 kB\n";
-        assert_eq!(outside(smaps, 0x10000), Overhead { resident: 16, private: 5 });
-        assert_eq!(outside(smaps, 0x100_000), Overhead { resident: 80, private: 5 });
+                     30000-31000 r--p 0 00:00 7 /usr/bin/vmm\nRss: 4 kB\n40000-41000 rw-s 0 00:00 0 /memfd:guest-memory (deleted)\nRss: 4 kB\nPrivate_Dirty: 9 kB\n";
+        assert_eq!(outside(smaps, 0x10000), Overhead { resident: 16, private: 5, program: 4 });
+        assert_eq!(outside(smaps, 0x100_000), Overhead { resident: 80, private: 5, program: 68 });
     }
 
     #[test]

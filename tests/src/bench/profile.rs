@@ -50,13 +50,13 @@ const DOING: &[(&str, &str)] = &[
     ("decompress", "decompression"),
 ];
 
-/// Profiles a first pause, a repeat pause and a cold wake of this case. `Err` says why there is none.
-pub async fn measure(case: &Case) -> Result<Vec<Profile>, Error> {
+/// Profiles a first pause, a repeat pause and a cold wake of this case. `Err` says why there are no more.
+pub async fn measure(case: &Case, profiles: &mut Vec<Profile>) -> Result<(), Error> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("perf.data");
-    let home = Home::start(case, Setting::Wakes(Wake::Cold)).await?;
+    // In a jail the program has another path, by which perf does not find its symbols.
+    let home = Home::start_unjailed(case, Setting::Wakes(Wake::Cold)).await?;
     let (id, _) = home.create().await?;
-    let mut profiles = Vec::new();
     for what in ["a first pause", "a repeat pause"] {
         let recorder = Recorder::start(&file).await?;
         let begun = now();
@@ -74,8 +74,7 @@ pub async fn measure(case: &Case) -> Result<Vec<Profile>, Error> {
         }
         home.settle(&id).await?;
     }
-    home.delete(&id).await?;
-    Ok(profiles)
+    home.delete(&id).await
 }
 
 /// The clock that samples carry.

@@ -1,22 +1,26 @@
 //! One run of the benchmark: case after case, then tables, goals and files.
 
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use futures::FutureExt as _;
 
 use super::case::{Case, Guest};
 use super::goals::{self, Result as Shown};
 use super::matrix::Part;
 use super::options::Arguments;
 use super::record::{Measured, Record};
-use super::samples::{Row, table};
+use super::samples::{Row, Samples, table};
+use super::stasis::Sampled;
 use super::{debian, many, markdown, network, peer, plot, process, profile, stasis};
 use crate::vmm::{Error, no_pulse};
 
 /// A case that takes longer hangs.
-const CASE: Duration = Duration::from_mins(10);
+const CASE: Duration = Duration::from_mins(5);
 
 /// Measures what the arguments ask for and reports it on standard output and into the files they name. A case that fails fails the run, after
-/// the others were measured and reported.
-pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
+/// the others were measured and reported. `network`: whether there is one to measure in, where one is wanted.
+pub async fn run(arguments: &Arguments, command: &str, network: Result<(), String>) -> Result<(), Error> {
     if !arguments.report_of.is_empty() {
         let records = arguments.report_of.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>, _>>()?;
         return report(arguments, &records);
@@ -37,7 +41,10 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
             notes.push(format!("{}: {why}", case.describe()));
             continue;
         }
-        let (rows, errors) = measure(*part, case, &mut notes).await;
+        let (rows, errors) = match &network {
+            Err(error) if *part == Part::Network => (Vec::new(), vec![format!("{}: {error}", case.describe())]),
+            _ => measure(*part, case, &mut notes).await,
+        };
         print!("{}", table(&rows));
         for line in markdown::ratio_lines(&rows) {
             println!("  {line}");
@@ -50,10 +57,13 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
     }
     let kept = arguments.markdown.is_some() || arguments.record.is_some();
     let profiles = match cases.iter().find(|(part, case)| *part == Part::Goals && case.guest == Guest::Pulse) {
-        Some((_, case)) if kept => profile::measure(case).await.unwrap_or_else(|error| {
-            notes.push(format!("where the time goes: {error}"));
-            Vec::new()
-        }),
+        Some((_, case)) if kept => {
+            let mut profiles = Vec::new();
+            if let Err(error) = bounded(profile::measure(case, &mut profiles)).await {
+                notes.push(format!("where the time goes: {error}"));
+            }
+            profiles
+        }
         _ => Vec::new(),
     };
     notes.extend(failed.iter().map(|error| format!("failed: {error}")));
@@ -74,42 +84,54 @@ pub async fn run(arguments: &Arguments, command: &str) -> Result<(), Error> {
     if failed.is_empty() { Ok(()) } else { Err(format!("{} failed: {}", failed.len(), failed.join("; ")).into()) }
 }
 
+/// Rows of a case, and what failed of it. A failure, a hang and a panic end their own part alone, and leave what was sampled before.
 async fn measure(part: Part, case: &Case, notes: &mut Vec<String>) -> (Vec<Row>, Vec<String>) {
     let (mut rows, mut errors) = (Vec::new(), Vec::new());
+    let mut shown = Sampled::default();
     let ours = async {
+        let samples = &mut shown.ours;
         match case.guest {
-            _ if part == Part::Network => network::measure(case, notes).await.map(|samples| (samples, None)),
-            Guest::Debian => debian::measure(case).await.map(|samples| (samples, None)),
-            Guest::Pulse if case.sandboxes > 1 => many::measure(case).await.map(|samples| (samples, None)),
-            Guest::Pulse => stasis::measure(case, notes).await,
+            _ if part == Part::Network => network::measure(case, samples, notes).await,
+            Guest::Debian => debian::measure(case, samples).await,
+            Guest::Pulse if case.sandboxes > 1 => many::measure(case, samples).await,
+            Guest::Pulse => stasis::measure(case, &mut shown, notes).await,
         }
     };
-    let (ours, unsealed) = match tokio::time::timeout(CASE, ours).await {
-        Ok(Ok((ours, unsealed))) => (Ok(Ok(ours)), unsealed),
-        Ok(Err(error)) => (Ok(Err(error)), None),
-        Err(late) => (Err(late), None),
-    };
-    let mut take = |who: &str, done| match done {
-        Ok(Ok(samples)) => rows.extend(super::samples::Samples::rows(&samples, who, case)),
-        Ok(Err(error)) => errors.push(format!("{who}, {}: {error}", case.describe())),
-        Err(_) => errors.push(format!("{who}, {}: it takes longer than {} s", case.describe(), CASE.as_secs())),
-    };
-    take("stasis", ours);
-    if let Some(unsealed) = unsealed {
-        take("stasis without seals", Ok(Ok(unsealed)));
+    let mut failed = |who: &str, error: Error| errors.push(format!("{who}, {}: {error}", case.describe()));
+    if let Err(error) = bounded(ours).await {
+        failed("stasis", error);
+    }
+    rows.extend(shown.ours.rows("stasis", case));
+    if let Some(unsealed) = shown.unsealed {
+        rows.extend(unsealed.rows("stasis without seals", case));
     }
     for peer in &case.peers {
+        let mut samples = Samples::default();
         let measured = async {
-            let mut samples = super::samples::Samples::default();
-            if part == Part::Network {
-                peer::measure_network(peer, case, &mut samples, notes).await.map(|()| samples)
-            } else {
-                peer::measure(peer, case).await
+            match part {
+                Part::Network => peer::measure_network(peer, case, &mut samples, notes).await,
+                _ => peer::measure(peer, case, &mut samples).await,
             }
         };
-        take(peer.word(), tokio::time::timeout(CASE, measured).await);
+        if let Err(error) = bounded(measured).await {
+            failed(peer.word(), error);
+        }
+        rows.extend(samples.rows(peer.word(), case));
     }
     (rows, errors)
+}
+
+/// What comes of a measurement; it hangs when it takes longer than [`CASE`].
+async fn bounded(measurement: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+    // What a panic leaves behind is samples, each of which is whole.
+    match tokio::time::timeout(CASE, AssertUnwindSafe(measurement).catch_unwind()).await {
+        Ok(Ok(done)) => done,
+        Ok(Err(panic)) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            Err(format!("it panicked: {}", said.or(panic.downcast_ref::<&str>().copied()).unwrap_or("?")).into())
+        }
+        Err(_) => Err(format!("it takes longer than {} s", CASE.as_secs()).into()),
+    }
 }
 
 fn report(arguments: &Arguments, records: &[Record]) -> Result<(), Error> {

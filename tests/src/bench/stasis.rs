@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use stasis_snapshot::seal::OperatorKey;
 use stasis_snapshot::store::ObjectStore;
+use stasis_warden::jail::start::ProcessNote;
 
 use super::bare::Bare;
 use super::case::{Case, Guest, Store, Wake};
@@ -147,13 +148,23 @@ fn objects_dir() -> std::io::Result<tempfile::TempDir> {
 impl Home {
     /// Starts a service for this case.
     pub async fn start(case: &Case, setting: Setting) -> Result<Self, Error> {
+        Self::start_with(case, setting.environment()).await
+    }
+
+    /// The same with VMMs that are not behind walls.
+    pub async fn start_unjailed(case: &Case, setting: Setting) -> Result<Self, Error> {
+        let mut environment = setting.environment();
+        environment.push(("STASIS_ISOLATION".to_owned(), "off".to_owned()));
+        Self::start_with(case, environment).await
+    }
+
+    async fn start_with(case: &Case, mut environment: Vec<(String, String)>) -> Result<Self, Error> {
         let dir = host::scratch()?;
         let objects = objects_dir()?;
         let images = match case.guest {
             Guest::Pulse => images(dir.path(), case)?,
             Guest::Debian => host::built("images"),
         };
-        let mut environment = setting.environment();
         if case.encrypt {
             let key = dir.path().join("operator.key");
             let mut file = File::options().write(true).create_new(true).mode(0o600).open(&key)?;
@@ -213,10 +224,14 @@ impl Home {
         }
     }
 
-    /// CPU time of the supervisor, of what it has waited for, and of the VMMs that live.
+    /// CPU time of the supervisor and its warden, of what they have waited for, and of the VMMs that live, idle ones too.
     pub fn cpu(&self) -> Duration {
-        let supervisor = self.service.supervisor_pid();
-        std::iter::once(supervisor).chain(self.service.vmm_pids()).filter_map(process::cpu).sum()
+        let service = &self.service;
+        let note = std::fs::read(service.dir.path().join("d/warden.json")).ok();
+        let warden = note.and_then(|note| serde_json::from_slice::<ProcessNote>(&note).ok());
+        let warden = warden.and_then(|note| u32::try_from(note.pid).ok());
+        let helpers = std::iter::once(service.supervisor_pid()).chain(warden);
+        helpers.chain(service.vmm_pids()).chain(service.idle_vmm_pids()).filter_map(process::cpu).sum()
     }
 
     /// Memory of a sandbox's VMM beyond guest memory.
@@ -260,16 +275,17 @@ pub fn stored(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> 
     (packs, sent)
 }
 
-/// Everything of a case that one service after the other shows; and of a case that is sealed, the same without seals.
-pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<(Samples, Option<Samples>), Error> {
-    let mut samples = Samples::default();
-    let mut unsealed = case.encrypt.then(|| (Case { encrypt: false, ..case.clone() }, Samples::default()));
+/// Everything of a case that one service after the other shows; and of a case that is sealed, the same without seals. What was sampled before a
+/// failure stays.
+pub async fn measure(case: &Case, shown: &mut Sampled, notes: &mut Vec<String>) -> Result<(), Error> {
+    let Sampled { ours: samples, unsealed } = shown;
+    let plain = case.encrypt.then(|| Case { encrypt: false, ..case.clone() });
     let bare = Bare::new(CONNECTIONS)?;
     let wakes = if case.measures.wakes.is_empty() { vec![Wake::Cold] } else { case.measures.wakes.clone() };
     let mut homes = Vec::new();
     for wake in wakes {
-        let other = match &unsealed {
-            Some((other, _)) => Some(Home::start(other, Setting::Wakes(wake)).await?),
+        let other = match &plain {
+            Some(plain) => Some(Home::start(plain, Setting::Wakes(wake)).await?),
             None => None,
         };
         homes.push((wake, Home::start(case, Setting::Wakes(wake)).await?, other));
@@ -277,29 +293,39 @@ pub async fn measure(case: &Case, notes: &mut Vec<String>) -> Result<(Samples, O
     let ahead = if case.measures.residue { Some(Home::start(case, Setting::Ahead).await?) } else { None };
     for run in 0..case.runs {
         for (wake, home, other) in &homes {
-            if let (Some(home), Some((case, samples))) = (other, &mut unsealed) {
+            if let (Some(home), Some(case)) = (other, &plain) {
+                let samples = unsealed.get_or_insert_default();
                 let mut cycle = Cycle { case, home, bare: &bare, samples, notes };
                 cycle.run(*wake, run).await.map_err(|e| context(home, *wake, &e))?;
             }
-            let mut cycle = Cycle { case, home, bare: &bare, samples: &mut samples, notes };
+            let mut cycle = Cycle { case, home, bare: &bare, samples, notes };
             cycle.run(*wake, run).await.map_err(|e| context(home, *wake, &e))?;
         }
         if let Some(home) = &ahead {
-            let mut cycle = Cycle { case, home, bare: &bare, samples: &mut samples, notes };
+            let mut cycle = Cycle { case, home, bare: &bare, samples, notes };
             cycle.residue(run).await.map_err(|e| context(home, Wake::Cold, &e))?;
         }
     }
     drop((homes, ahead));
     if case.measures.residue {
-        scan::measure(case.runs, &mut samples).await?;
+        scan::measure(case, samples).await?;
     }
-    Ok((samples, unsealed.map(|(_, samples)| samples)))
+    Ok(())
 }
 
 fn context(home: &Home, wake: Wake, error: &Error) -> Error {
     let log = home.service.log();
     let tail: Vec<_> = log.lines().rev().take(5).collect();
     format!("in the {} service: {error}; its log ends, newest first: {}", wake.word(), tail.join(" | ")).into()
+}
+
+/// What a case shows of us.
+#[derive(Debug, Default)]
+pub struct Sampled {
+    /// As the case says.
+    pub ours: Samples,
+    /// Of a case that is sealed, without seals.
+    pub unsealed: Option<Samples>,
 }
 
 /// The life of one sandbox in one service.
@@ -368,7 +394,9 @@ impl Cycle<'_> {
         // Client and embedded server are in this process.
         self.samples.time(format!("{up}.cpu"), process::own_cpu().saturating_sub(cpu));
         if let Some(down) = down {
+            let cpu = process::own_cpu();
             self.samples.time(down, self.bare.download(store, "bare", sizes.len()).await?);
+            self.samples.time(format!("{down}.cpu"), process::own_cpu().saturating_sub(cpu));
         }
         self.bare.clear(store, "bare", sizes.len()).await
     }

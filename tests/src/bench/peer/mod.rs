@@ -48,20 +48,19 @@ pub struct Ground<'a> {
 }
 
 /// Measures a peer as often as the case says.
-pub async fn measure(peer: &Peer, case: &Case) -> Result<Samples, Error> {
-    let mut samples = Samples::default();
+pub async fn measure(peer: &Peer, case: &Case, samples: &mut Samples) -> Result<(), Error> {
     let bare = Bare::new(CONNECTIONS)?;
     let home = Home::start(case, Setting::Wakes(Wake::Cold)).await?;
     for run in 0..case.runs {
         let dir = crate::host::scratch()?;
         let ground = Ground { case, bare: &bare, home: &home, dir: dir.path().to_owned() };
         let done = match peer {
-            Peer::Firecracker(program) => firecracker::cycle(program, &ground, &mut samples).await,
-            Peer::Qemu(program) => qemu::cycle(program, &ground, &mut samples).await,
+            Peer::Firecracker(program) => firecracker::cycle(program, &ground, samples).await,
+            Peer::Qemu(program) => qemu::cycle(program, &ground, samples).await,
         };
         done.map_err(|e| format!("run {run}: {e}; {}", logs(&ground.dir)))?;
     }
-    Ok(samples)
+    Ok(())
 }
 
 /// The peer's network instead.
