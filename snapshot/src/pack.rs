@@ -160,12 +160,11 @@ impl FrameEncoder {
             Codec::Lz4 => compress_into_with_table(pages, &mut buffer, &mut self.lz4).ok(),
             Codec::Zstd => self.zstd(pages, &mut buffer),
         };
-        let (codec, len) = match done.filter(|len| len * 100 <= pages.len() * 88) {
-            Some(len) => (codec, len),
-            None => {
-                buffer[..pages.len()].copy_from_slice(pages);
-                (Codec::Raw, pages.len())
-            }
+        let (codec, len) = if let Some(len) = done.filter(|len| len * 100 <= pages.len() * 88) {
+            (codec, len)
+        } else {
+            buffer[..pages.len()].copy_from_slice(pages);
+            (Codec::Raw, pages.len())
         };
         let digest = if digest { Digest::of(&buffer[..len]) } else { Digest([0; 32]) };
         EncodedFrame { codec, pages: (pages.len() / PAGE_SIZE) as u32, digest, buffer, len }

@@ -68,21 +68,18 @@ pub fn make_ready() {
 pub fn give_back() {
     // SAFETY: callable at any time from any thread.
     unsafe { libc::malloc_trim(0) };
-    give_back_program();
-}
-
-fn give_back_program() {
     PROGRAM.get().into_iter().flatten().for_each(unmap);
 }
 
-/// The same beside everything else, and the program's pages once more when the threads that have worked are gone: they end with code that nothing
-/// else needs.
+/// The same beside everything else, and once more when the threads that have worked are gone: they leave what each of them kept for itself, and end
+/// with code that nothing else needs.
 pub async fn quiet_down() {
     if let Err(error) = tokio::task::spawn_blocking(give_back).await {
         tracing::debug!(%error, "freed memory stays");
     }
     tokio::time::sleep(IDLE_THREAD + END_OF_THREAD).await;
-    give_back_program();
+    // In place: another thread for it would be one more that ends.
+    give_back();
 }
 
 /// The addresses of a line of `/proc/self/maps`, if nobody can ever have written there: code, and what a program or a library begins with. Other

@@ -29,7 +29,7 @@ pub async fn measure(case: &Case, samples: &mut Samples) -> Result<(), Error> {
         samples.time("first_pause.all", total);
         samples.time("first_pause.all_at_the_rate_of_one", Duration::from_secs_f64(at_that_rate));
         samples.bytes("bytes_sent.all", sent);
-        samples.bytes("bytes_changed.all", u64::from(case.used_mib) * u64::from(case.sandboxes) << 20);
+        samples.bytes("bytes_changed.all", (u64::from(case.used_mib) * u64::from(case.sandboxes)) << 20);
         let cpu = own_cpu();
         samples.time("bare_upload.all", bare.upload(home.store.as_ref(), "bare", &sizes).await?);
         samples.time("bare_upload.all.cpu", own_cpu().saturating_sub(cpu));
