@@ -13,7 +13,8 @@ use serde::de::DeserializeOwned;
 use stasis_agent::protocol::git::GitRequest;
 use stasis_agent::protocol::trust::{TrustReply, TrustRequest};
 use stasis_agent::protocol::{
-    AGENT_PORT, AgentError, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, WakeReply, WakeRequest,
+    AGENT_PORT, AgentError, ClockRequest, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, WakeReply,
+    WakeRequest,
 };
 use stasis_vmm::control::VSOCK_SOCKET;
 use std::path::{Path, PathBuf};
@@ -79,6 +80,15 @@ impl Agent {
         within: Duration,
     ) -> Result<WakeReply, AgentFailure> {
         self.call_with(Method::POST, "/v1/wake", || encode(&request()), within).await
+    }
+
+    /// `POST /v1/clock`. Asked for when the connection stands, like that of [`wake`](Self::wake).
+    pub async fn clock(
+        &self,
+        request: impl FnOnce() -> ClockRequest,
+        within: Duration,
+    ) -> Result<WakeReply, AgentFailure> {
+        self.call_with(Method::POST, "/v1/clock", || encode(&request()), within).await
     }
 
     /// `POST /v1/image`.

@@ -337,13 +337,16 @@ async fn clones() -> Outcome {
         let body = json!({"template_name": "system/debian:bookworm", "memory": 512, "vcpu": 1});
         let created = service.call("POST", "/v1/sandbox", Some(body)).await?.expect(201)?;
         assert!(created.timing.contains("restore;"), "a clone, not a boot: {}", created.timing);
+        guest.say(&format!("cloned: {}", created.timing));
         ids.push(created.text("id"));
     }
     let path = format!("/v1/sandbox/{}/snapshot/create", ids[1]);
     service.call("POST", &path, Some(json!({"name": "source"}))).await?.expect(201)?;
     for _ in 0..2 {
         let body = json!({"snapshot_name": "source"});
-        ids.push(service.call("POST", "/v1/snapshot/restore", Some(body)).await?.expect(201)?.text("id"));
+        let restored = service.call("POST", "/v1/snapshot/restore", Some(body)).await?.expect(201)?;
+        guest.say(&format!("restored: {}", restored.timing));
+        ids.push(restored.text("id"));
     }
     let mut all: Vec<Vec<String>> = Vec::new();
     for id in &ids {

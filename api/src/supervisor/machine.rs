@@ -4,7 +4,7 @@ use super::Core;
 use super::files::{Disks, duplicate, guest_memory};
 use super::network;
 use super::start::StoredDisks;
-use crate::agent_client::{Agent, AgentFailure};
+use crate::agent_client::Agent;
 use crate::error::Error;
 use crate::fail_points::{Point, reach};
 use crate::registry::{OperationGuard, Sandbox};
@@ -12,8 +12,6 @@ use crate::run_ahead::Spent;
 use crate::states::{Event, State};
 use crate::template::{Ready, Template};
 use crate::vmm_process::Vmm;
-use base64::Engine as _;
-use stasis_agent::protocol::{Identity, WakeRequest};
 use stasis_vmm::control::CONSOLE_LOG;
 use stasis_vmm::control::client::ClientError;
 use stasis_vmm::control::types::{BootRequest, FdToken, MachineConfig, PrepareRequest, VmState};
@@ -313,61 +311,6 @@ impl Core {
     pub(super) fn agent(&self, vm: &Vmm) -> Agent {
         // Both streams in base64.
         Agent::new(vm.run_dir(), self.config.limits.output_bytes * 2 * 4 / 3 + ANSWER_SLACK)
-    }
-
-    /// Who a clone is: its id is a host name, and its machine id is random.
-    pub(super) fn new_identity(&self, sandbox: &Sandbox) -> Identity {
-        Identity {
-            hostname: sandbox.id.to_string(),
-            // Of the same 128 random bits in hex; all zero is as likely as a repeated commit id.
-            machine_id: self.commit_id().to_string(),
-        }
-    }
-
-    /// Tells the guest that it was asleep: clock and entropy. Retried, since the agent's listener needs a moment after the transport reset.
-    /// A clone is told who it is, too.
-    pub(super) async fn tell_wake(&self, sandbox: &Sandbox, vm: &Vmm, identity: Option<Identity>) -> Result<(), Error> {
-        if !sandbox.record().spec.agent {
-            reach(Point::GuestTold);
-            return Ok(());
-        }
-        let agent = self.agent(vm);
-        let failed = |what: String| Error::Agent { id: sandbox.id.clone(), action: "be told of the wake", what };
-        let tell = async {
-            let mut pause = Duration::from_millis(1);
-            loop {
-                // Anew each time: the clock goes on, and entropy is never sent twice.
-                let request = || WakeRequest {
-                    unix_time_ns: u64::try_from(self.sources.now_ms()).unwrap_or(0).saturating_mul(1_000_000),
-                    entropy: base64::engine::general_purpose::STANDARD.encode(self.sources.random::<32>()),
-                    identity: identity.clone(),
-                };
-                match agent.wake(request, Duration::from_secs(10)).await {
-                    Ok(_) => {
-                        reach(Point::GuestTold);
-                        return Ok(());
-                    }
-                    Err(AgentFailure::Refused { status, message, .. }) => {
-                        return Err(failed(format!("{status} {message}")));
-                    }
-                    Err(AgentFailure::Nonsense(what)) => return Err(failed(what)),
-                    Err(AgentFailure::Connection(_) | AgentFailure::Deadline(_)) => {}
-                }
-                tokio::select! {
-                    () = vm.wait_ended() => return Err(Error::VmmEnded { id: sandbox.id.clone(), reason: vm.exit_reason() }),
-                    () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(100)),
-                }
-            }
-        };
-        let limit = self.config.deadlines.wake();
-        match tokio::time::timeout(limit, tell).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(Error::Deadline {
-                id: sandbox.id.clone(),
-                what: "the agent's answer to the wake",
-                ms: limit.as_millis(),
-            }),
-        }
     }
 }
 

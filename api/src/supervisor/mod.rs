@@ -20,6 +20,7 @@
 //! | `heads` | commits to the head that several operations share |
 //! | `network` | networks of sandboxes, and the egress process |
 //! | `machine` | VMMs: started, booted, watched, lost |
+//! | `wake_call` | what a guest is told after a restore |
 //! | `restart` | what a restarted supervisor does with each sandbox: a plan, and its execution |
 //! | `catalogue` | sandboxes found in the bucket |
 //! | `identity` | this supervisor's name in heads |
@@ -66,6 +67,7 @@ mod start;
 mod stop;
 pub mod templates;
 mod timers;
+mod wake_call;
 
 use self::golden::Goldens;
 use self::network::Networking;

@@ -5,6 +5,7 @@
 //! | `GET /v1/health` | – | [`Health`] |
 //! | `POST /v1/exec` | [`ExecRequest`] | [`ExecReply`]; 400 [`AgentError`] when it could not be started |
 //! | `POST /v1/wake` | [`WakeRequest`] | [`WakeReply`] |
+//! | `POST /v1/clock` | [`ClockRequest`] | [`WakeReply`] |
 //! | `POST /v1/image` | [`ImageRequest`] | [`ImageReply`] |
 //! | `GET /v1/system` | – | [`System`] |
 //! | `POST /v1/files/…` | see [`files`] | |
@@ -105,7 +106,14 @@ pub struct Identity {
     pub machine_id: String,
 }
 
-/// Answer of `POST /v1/wake`.
+/// Body of `POST /v1/clock`, sent after a wake whose request was under way for long.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockRequest {
+    /// The host's wall clock now, nanoseconds since the epoch.
+    pub unix_time_ns: u64,
+}
+
+/// Answer of `POST /v1/wake` and `POST /v1/clock`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WakeReply {
     /// How far the wall clock was stepped, ns.

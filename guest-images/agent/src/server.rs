@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 use stasis_agent::protocol::git::GitRequest;
 use stasis_agent::protocol::trust::TrustReply;
 use stasis_agent::protocol::{
-    AgentError, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, PROTOCOL, System, WakeReply,
+    AgentError, ClockRequest, ExecReply, ExecRequest, Health, ImageReply, ImageRequest, PROTOCOL, System, WakeReply,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
@@ -107,6 +107,7 @@ pub(crate) fn router(reaper: Arc<Reaper>) -> Router {
         .route("/v1/health", get(health))
         .route("/v1/exec", post(run_command))
         .route("/v1/wake", post(wake_up))
+        .route("/v1/clock", post(set_clock))
         .route("/v1/git", post(run_git))
         .route("/v1/image", post(tell_image))
         .route("/v1/system", get(system))
@@ -172,6 +173,12 @@ async fn install_trust(body: Bytes) -> Result<Json<TrustReply>, Refusal> {
 async fn wake_up(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
     let received = Instant::now();
     Ok(Json(wake::apply(&parse(&body)?, received)?))
+}
+
+async fn set_clock(body: Bytes) -> Result<Json<WakeReply>, Refusal> {
+    let received = Instant::now();
+    let request: ClockRequest = parse(&body)?;
+    Ok(Json(wake::set_clock(request.unix_time_ns, received)?))
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {

@@ -68,9 +68,14 @@ pub(crate) fn apply(request: &WakeRequest, received: Instant) -> Result<WakeRepl
     if let Some(identity) = &request.identity {
         take_on(identity, Path::new("/"))?;
     }
+    set_clock(request.unix_time_ns, received)
+}
+
+/// Sets the wall clock to what the host's said when it wrote a request that had come in when it was `received`.
+pub(crate) fn set_clock(unix_time_ns: u64, received: Instant) -> Result<WakeReply, WakeError> {
     // Time has gone by since the host looked at its clock; of that, what passed in here is known.
-    let now = i128::from(request.unix_time_ns) + received.elapsed().as_nanos().cast_signed();
-    let target = timespec(now).ok_or(WakeError::BadTime(request.unix_time_ns))?;
+    let now = i128::from(unix_time_ns) + received.elapsed().as_nanos().cast_signed();
+    let target = timespec(now).ok_or(WakeError::BadTime(unix_time_ns))?;
     let before = nanoseconds(clock_gettime(ClockId::Realtime));
     clock_settime(ClockId::Realtime, target)
         .map_err(|source| WakeError::Kernel { operation: "set the clock", source: source.into() })?;
