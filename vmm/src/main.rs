@@ -56,6 +56,7 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::new(&arguments.log))
         .with_writer(std::io::stderr)
         .init();
+    tracing::debug!(version = env!("CARGO_PKG_VERSION"), unconfined = arguments.unconfined, "starts");
     if let Err(error) = make_room_for_descriptors() {
         tracing::debug!(%error, "the descriptor table stays small");
     }
