@@ -36,7 +36,7 @@ demo: build images
 test: build images clients browser test-native test-linux
 	@$(STEP) --summary
 
-# The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 15 minutes, into BENCHMARKS.md.
+# The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 8 minutes, into BENCHMARKS.md.
 bench: ARGS ?= --markdown BENCHMARKS.md --svg benchmarks $(if $(shell command -v qemu-system-x86_64),--peer qemu)
 bench: setup
 	$(STEP) build-bench cargo build --release --workspace --bins
