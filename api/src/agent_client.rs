@@ -181,6 +181,8 @@ fn refusal(status: StatusCode, body: &[u8]) -> AgentFailure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::UnixListener;
 
@@ -212,6 +214,34 @@ mod tests {
         let body = r#"{"protocol":1,"version":"x","boot_id":"abc"}"#;
         let (_dir, agent) = answering("200 OK", body, body.len());
         assert_eq!(agent.health(Duration::from_secs(5)).await.unwrap().boot_id, "abc");
+    }
+
+    #[tokio::test]
+    async fn the_time_is_of_when_the_guest_has_accepted() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(VSOCK_SOCKET)).unwrap();
+        let accepted = Arc::new(AtomicBool::new(false));
+        let accepts = accepted.clone();
+        tokio::spawn(async move {
+            let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+            let mut line = String::new();
+            stream.read_line(&mut line).await.unwrap();
+            // A guest that is slow: whatever would be written ahead is by now.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            accepts.store(true, Ordering::SeqCst);
+            stream.write_all(b"OK 1073741824\n").await.unwrap();
+            while line != "\r\n" {
+                line.clear();
+                stream.read_line(&mut line).await.unwrap();
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 16\r\n\r\n{\"stepped_ns\":7}").await.unwrap();
+        });
+        let request = || {
+            assert!(accepted.load(Ordering::SeqCst), "the request was made before the guest took the connection");
+            ClockRequest { unix_time_ns: 1 }
+        };
+        let reply = Agent::new(dir.path(), 1000).clock(request, Duration::from_secs(5)).await.unwrap();
+        assert_eq!(reply.stepped_ns, 7);
     }
 
     #[tokio::test]

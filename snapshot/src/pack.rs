@@ -123,7 +123,7 @@ pub struct EncodedFrame {
 impl EncodedFrame {
     /// The stored bytes.
     pub fn bytes(&self) -> &[u8] {
-        self.buffer.get(..self.len).unwrap_or_default()
+        &self.buffer[..self.len]
     }
 
     /// The buffer, for another frame.
@@ -318,12 +318,16 @@ impl PackBuilder {
         }
     }
 
-    /// The object, and its entry without key and digest: both can wait until the object is on its way.
-    pub(crate) fn finish(mut self) -> (Bytes, PackEntry) {
-        // A small pack must not hold the memory of a full one; nearly full ones keep theirs for the next.
-        if self.bytes.len() < self.bytes.capacity() / 2 {
+    /// Gives back the room that nothing comes into any more: only what is stored is counted, however many packs wait or are on their way. One
+    /// that is nearly full keeps its buffer for the next pack.
+    pub(crate) fn fit(&mut self) {
+        if self.bytes.len() < self.bytes.capacity() / 8 * 7 {
             self.bytes.shrink_to_fit();
         }
+    }
+
+    /// The object, and its entry without key and digest: both can wait until the object is on its way.
+    pub(crate) fn finish(self) -> (Bytes, PackEntry) {
         let entry = PackEntry {
             key: String::new(),
             size: self.bytes.len() as u32,

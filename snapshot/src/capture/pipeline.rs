@@ -493,8 +493,9 @@ impl Pipeline {
         self.chunks.peek().is_none() && self.scans.is_empty() && self.framer.ready.is_empty() && self.encodes.is_empty()
     }
 
-    fn close(&mut self, pack: OpenPack) {
+    fn close(&mut self, mut pack: OpenPack) {
         self.closed += 1;
+        pack.builder.fit();
         self.ready.push_back(pack);
     }
 

@@ -171,6 +171,8 @@ impl PackSink for Packs {
         let fault = self.fault.lock().unwrap().clone();
         match fault {
             Some((at, Fault::Fail(kind))) if at == n => {
+                // A refusal takes its time, too: packs that were sent before are durable by then.
+                tokio::time::sleep(Duration::from_millis(20)).await;
                 return Err(StoreError::new(kind, Operation::Put, key));
             }
             Some((at, Fault::Cancel(token))) if at == n => {
