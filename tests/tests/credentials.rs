@@ -26,7 +26,7 @@ use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
 /// What the server is asked for with, and no guest may have.
 const SECRET: &str = "s3cret-Ohpheex7aiv0Gaec";
-/// What the guest sends itself: it is in its memory, so a search that finds it finds.
+/// What the guest sends itself, and keeps in the environment of a program that runs on: a search of its memory that finds this finds.
 const OWN: &str = "own-eiShoh5ahThaiNga";
 /// What the guest writes on its disk.
 const WRITTEN: &str = "written-ieT3ahch7Eenge8u";
@@ -171,6 +171,8 @@ async fn credential(listener: Option<TcpListener>) -> Outcome {
     let (code, said) = run("curl -sS -m 120 https://plain.example.com/").await?;
     assert!(code == 60 && taken().is_empty(), "{code}: {said}");
     let encoded = STANDARD.encode(&authority);
+    // What curl had in memory was free when it ended, and free memory is given back to the host.
+    run(&format!("OWN={OWN} setsid sleep 100000 >/dev/null 2>&1 &")).await?;
     run(&format!("echo {encoded} | base64 -d > /root/site.pem; echo {WRITTEN} > /root/written; sync")).await?;
     let (code, said) = run("curl -sS -m 120 --cacert /root/site.pem https://plain.example.com/").await?;
     let got = taken();

@@ -278,12 +278,13 @@ impl Stream {
             self.open = false;
             return;
         }
-        self.take();
+        let read = self.pipe.try_read(&mut self.buffer);
+        self.keep(read);
     }
 
-    /// Bytes taken without waiting; 0 when there are none now.
-    fn take(&mut self) -> usize {
-        match self.pipe.try_read(&mut self.buffer) {
+    /// Keeps of what was read into the buffer as much as the limit allows. Returns the bytes that were read.
+    fn keep(&mut self, read: io::Result<usize>) -> usize {
+        match read {
             Ok(0) => self.open = false,
             Ok(len) => {
                 let keep = len.min(self.limit - self.kept.len());
@@ -301,7 +302,9 @@ impl Stream {
     fn finish(mut self) -> (Vec<u8>, u64) {
         let mut drained = 0;
         while self.open && drained < DRAIN_LIMIT {
-            match self.take() {
+            // Asked of the pipe and not of the runtime, which may learn only after the status that there is something to read.
+            let read = rustix::io::retry_on_intr(|| rustix::io::read(&self.pipe, &mut self.buffer[..]));
+            match self.keep(read.map_err(io::Error::from)) {
                 0 => break,
                 len => drained += len,
             }

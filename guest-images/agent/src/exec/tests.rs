@@ -97,6 +97,17 @@ async fn all_output_of_a_process_that_ends_at_once_is_kept() {
     }
 }
 
+/// A status may be collected before the runtime has looked at the pipes again, as happens when many commands end at once.
+#[tokio::test]
+async fn output_that_the_runtime_has_not_heard_of_is_kept() {
+    let (reader, writer) = io::pipe().unwrap();
+    let stream = Stream::new(Some(reader.into()), 1 << 20).unwrap();
+    // Nothing is awaited from here on, so the runtime's view of the pipe stays that it is empty.
+    rustix::io::write(&writer, b"last words").unwrap();
+    assert_eq!(stream.finish(), (b"last words".to_vec(), 0));
+    drop(writer);
+}
+
 #[tokio::test]
 async fn what_cannot_be_started_is_an_error_that_names_it() {
     let mut missing = request("true");
