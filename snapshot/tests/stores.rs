@@ -1,31 +1,22 @@
-//! One contract for every store; and what the S3 store and granted URLs make of a server that fails.
+//! One contract for every store; what the S3 store makes of a server that fails; and what is found of objects that were damaged in one.
 
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod servers;
 mod support;
 
 use std::{
-    collections::HashMap,
-    convert::Infallible,
-    fs::File,
-    net::SocketAddr,
     path::Path,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use hyper::{Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
-use s3s::{auth::SimpleAuth, service::S3ServiceBuilder};
+use servers::{Grant, TTL, granted, kind, s3_server, scripted, settings};
 use stasis_snapshot::{
     capture::{CaptureRequest, Options, capture},
     commit::{Attempt, Backoff, Change, HeadState, ObjectHead, Outcome, Register, Sent},
-    grant::{Access, GrantedObject},
-    granted::{Direct, GrantedPacks, PackSink, PackSource, Patience, StoreClient},
+    granted::{PackSink, PackSource},
     ids::{CommitId, Digest},
     layout::Owner,
     manifest::{ImageKind, ManifestRef},
@@ -41,74 +32,6 @@ use stasis_snapshot::{
 use support::{Pages, first_capture, manifest_of, noise};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-
-const TTL: Duration = Duration::from_mins(1);
-
-fn settings(address: SocketAddr) -> S3Settings {
-    S3Settings {
-        endpoint: format!("http://{address}"),
-        region: "here".into(),
-        bucket: "bucket".into(),
-        access_key: "access".into(),
-        secret_key: "secret".into(),
-        path_style: true,
-        request_timeout: Duration::from_secs(10),
-        commit_timeout: Duration::from_secs(10),
-    }
-}
-
-/// An S3 server over a directory. It lives as long as the runtime of the test.
-async fn s3_server(root: &Path) -> SocketAddr {
-    std::fs::create_dir(root.join("bucket")).unwrap();
-    let service = {
-        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(root).unwrap());
-        builder.set_auth(SimpleAuth::from_single("access", "secret"));
-        builder.build()
-    };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        loop {
-            let (socket, _) = listener.accept().await.unwrap();
-            let service = service.clone();
-            tokio::spawn(async move { http1::Builder::new().serve_connection(TokioIo::new(socket), service).await });
-        }
-    });
-    address
-}
-
-/// A server that answers as `script` says: request number to status and body; `None` never answers.
-async fn scripted(
-    script: impl Fn(u32) -> Option<(u16, &'static str)> + Send + Sync + 'static,
-) -> (SocketAddr, Arc<AtomicU32>) {
-    let count = Arc::new(AtomicU32::new(0));
-    let script = Arc::new(script);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let seen = count.clone();
-    tokio::spawn(async move {
-        loop {
-            let (socket, _) = listener.accept().await.unwrap();
-            let (seen, script) = (seen.clone(), script.clone());
-            tokio::spawn(async move {
-                let answer = service_fn(move |_: Request<Incoming>| {
-                    let answer = script(seen.fetch_add(1, Ordering::SeqCst));
-                    async move {
-                        let Some((status, body)) = answer else { return std::future::pending().await };
-                        let response = Response::builder().status(StatusCode::from_u16(status).unwrap());
-                        Ok::<_, Infallible>(response.header("etag", "\"tag\"").body(body.to_owned()).unwrap())
-                    }
-                });
-                http1::Builder::new().serve_connection(TokioIo::new(socket), answer).await
-            });
-        }
-    });
-    (address, count)
-}
-
-fn kind<T: std::fmt::Debug>(result: Result<T, StoreError>) -> ErrorKind {
-    result.unwrap_err().kind
-}
 
 /// What the callers of every store rely on.
 async fn contract(store: &dyn ObjectStore) {
@@ -182,39 +105,6 @@ async fn contract(store: &dyn ObjectStore) {
     let found = probe(store, "nonce").await.unwrap();
     assert!(found.conditional_writes, "{:?}", found.reasons);
     assert!(store.list("v1/probe/", None).await.unwrap().objects.is_empty());
-}
-
-#[derive(Clone, Copy)]
-enum Grant {
-    Put,
-    Get,
-}
-
-/// What a VMM gets.
-fn direct() -> StoreClient {
-    StoreClient::new(Arc::new(Direct)).unwrap()
-}
-
-async fn granted(store: &dyn ObjectStore, keys: &[&str], what: Grant) -> GrantedPacks {
-    let mut files: HashMap<u64, File> = HashMap::new();
-    let mut objects = Vec::new();
-    for (token, key) in (0..).zip(keys) {
-        let grant = match what {
-            Grant::Put => store.grant_put(key, TTL).await.unwrap(),
-            Grant::Get => store.grant_get(key, TTL).await.unwrap(),
-        };
-        let access = match grant {
-            RawGrant::Url(url) => Access::Url(url),
-            RawGrant::File(file) => {
-                files.insert(token, file);
-                Access::Fd(token)
-            }
-        };
-        objects.push(GrantedObject { key: (*key).to_owned(), access, cache: None });
-    }
-    let packs = GrantedPacks::new(direct(), objects, &mut files, Patience::default()).unwrap();
-    assert!(files.is_empty());
-    packs
 }
 
 #[tokio::test]
@@ -353,135 +243,6 @@ async fn s3_answers_become_kinds() {
             assert_eq!(kind(store.list("", None).await), expected, "list with {status}");
         }
     }
-}
-
-fn url_grant(address: SocketAddr, patience: Patience) -> GrantedPacks {
-    let url = format!("http://{address}/bucket/pack?X-Amz-Signature=geheim");
-    let object = GrantedObject { key: "pack".into(), access: Access::Url(url), cache: None };
-    GrantedPacks::new(direct(), vec![object], &mut HashMap::new(), patience).unwrap()
-}
-
-const HASTY: Patience =
-    Patience { attempt: Duration::from_millis(200), attempts: 3, backoff: Duration::from_millis(1) };
-
-#[tokio::test]
-async fn granted_packs_are_retried_unless_refused() {
-    let (address, count) = scripted(|n| Some((if n < 2 { 503 } else { 200 }, ""))).await;
-    assert_eq!(url_grant(address, HASTY).put(0, Bytes::from_static(b"x")).await.unwrap(), "pack");
-    assert_eq!(count.load(Ordering::SeqCst), 3);
-
-    for (status, expected, tries) in [
-        (503, ErrorKind::Unavailable, 3),
-        (401, ErrorKind::Unauthorized, 1),
-        (403, ErrorKind::Forbidden, 1),
-        (404, ErrorKind::NotFound, 1),
-        (507, ErrorKind::Full, 1),
-    ] {
-        let (address, count) = scripted(move |_| Some((status, ""))).await;
-        let error = url_grant(address, HASTY).put(0, Bytes::new()).await.unwrap_err();
-        assert_eq!((error.kind, error.key.as_str()), (expected, "pack"));
-        assert_eq!(count.load(Ordering::SeqCst), tries, "{status}");
-        let (address, _) = scripted(move |_| Some((status, ""))).await;
-        assert_eq!(kind(url_grant(address, HASTY).get_range("pack", 0..4).await), expected);
-    }
-
-    let (address, count) = scripted(|_| None).await;
-    let error = url_grant(address, HASTY).put(0, Bytes::new()).await.unwrap_err();
-    assert_eq!(error.kind, ErrorKind::Unavailable);
-    assert_eq!(count.load(Ordering::SeqCst), 3);
-    // The URL is a credential.
-    let chain = format!("{error} {error:?}");
-    assert!(!chain.contains("geheim"), "{chain}");
-    assert!(!format!("{:?}", url_grant(address, HASTY)).contains("geheim"));
-}
-
-#[tokio::test]
-async fn a_request_that_is_stuck_is_sent_again_on_another_connection() {
-    // Number 25 is never answered, nor is its hedge refused.
-    let (address, count) = scripted(|n| (n != 25).then_some((200, ""))).await;
-    let objects = (0..40).map(|n| GrantedObject {
-        key: format!("pack/{n}"),
-        access: Access::Url(format!("http://{address}/pack/{n}")),
-        cache: None,
-    });
-    let packs = GrantedPacks::new(direct(), objects.collect(), &mut HashMap::new(), Patience::default()).unwrap();
-    let start = Instant::now();
-    for n in 0..40 {
-        assert_eq!(packs.put(n, Bytes::from_static(b"x")).await.unwrap(), format!("pack/{n}"));
-    }
-    assert!(start.elapsed() < Patience::default().attempt, "it was the time-out that helped");
-    // A busy machine may have stalled another one.
-    let asked = count.load(Ordering::SeqCst);
-    assert!((41..=45).contains(&asked), "{asked} requests");
-
-    // Ranged GETs alike; a store that is slow as a whole is not asked twice for everything.
-    let (address, count) = scripted(|n| (n < 20 || n % 2 == 0).then_some((206, "abcd"))).await;
-    let packs = url_grant(address, Patience { attempt: Duration::from_millis(400), ..HASTY });
-    for _ in 0..30 {
-        packs.get_range("pack", 0..4).await.unwrap();
-    }
-    let asked = count.load(Ordering::SeqCst);
-    assert!((31..=50).contains(&asked), "{asked} requests");
-}
-
-#[tokio::test]
-async fn packs_are_copied_to_the_local_files_that_come_with_their_grants() {
-    let bucket = tempfile::tempdir().unwrap();
-    let store = S3Store::new(settings(s3_server(bucket.path()).await)).unwrap();
-    let cache = tempfile::tempdir().unwrap();
-    let mut files = HashMap::new();
-    let mut objects = Vec::new();
-    for token in 0..8 {
-        let key = format!("p/{token}");
-        let RawGrant::Url(url) = store.grant_put(&key, TTL).await.unwrap() else { panic!("no URL") };
-        // One that cannot be written, one that was not sent.
-        let path = cache.path().join(token.to_string());
-        std::fs::write(&path, vec![7; 3 << 20]).unwrap();
-        if token != 1 {
-            files.insert(token, File::options().read(true).write(token != 0).open(path).unwrap());
-        }
-        objects.push(GrantedObject { key, access: Access::Url(url), cache: Some(token) });
-    }
-    let sink = GrantedPacks::new(direct(), objects, &mut files, Patience::default()).unwrap();
-    assert!(files.is_empty());
-    assert_eq!(sink.cache_files().len(), 7);
-    let memory = Arc::new(Pages::from_bytes(noise(1, 1100)));
-    let captured = capture(CaptureRequest {
-        images: vec![first_capture(ImageKind::Memory, &memory, None)],
-        parent_packs: Vec::new(),
-        threads: None,
-        sink: Arc::new(sink),
-        options: Options::default(),
-        cancel: CancellationToken::new(),
-        progress: None,
-        connections: None,
-        seal: None,
-    })
-    .await
-    .unwrap();
-    assert!(captured.packs.len() >= 4);
-    for (n, pack) in captured.packs.iter().enumerate() {
-        let copy = std::fs::read(cache.path().join(n.to_string())).unwrap();
-        let same = copy == store.get(&pack.key).await.unwrap().bytes;
-        assert_eq!(same, n > 1, "pack {n}");
-        assert_eq!(Digest::of(&copy) == pack.digest, n > 1);
-    }
-}
-
-#[tokio::test]
-async fn a_server_that_sends_another_length_is_not_believed() {
-    for (status, body) in [(206, "abc"), (206, "abcde"), (200, "abcd")] {
-        let (address, _) = scripted(move |_| Some((status, body))).await;
-        let got = url_grant(address, HASTY).get_range("pack", 0..4).await;
-        assert_eq!(kind(got), ErrorKind::Corrupt, "{status} {body}");
-    }
-}
-
-#[tokio::test]
-async fn a_grant_without_its_descriptor_is_an_error() {
-    let object = GrantedObject { key: "pack".into(), access: Access::Fd(7), cache: None };
-    let error = GrantedPacks::new(direct(), vec![object], &mut HashMap::new(), HASTY).unwrap_err();
-    assert_eq!(error.key, "pack");
 }
 
 /// A store that does not look at preconditions.
