@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PROFILE := debug
 STEP = tests/step
 
-.PHONY: all bench browser clients deb demo fuzz-api install test test-native test-linux lint images build setup clean
+.PHONY: all bench browser clients deb demo fuzz-api install peers test test-native test-linux lint images build setup clean
 
 all: build images
 
@@ -36,8 +36,15 @@ demo: build images
 test: build images clients browser test-native test-linux
 	@$(STEP) --summary
 
-# The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 8 minutes, into BENCHMARKS.md.
-bench: ARGS ?= --markdown BENCHMARKS.md --svg benchmarks $(if $(shell command -v qemu-system-x86_64),--peer qemu)
+# The VMMs that the benchmark sets beside ours: QEMU of Debian, Firecracker (tests/peers/firecracker).
+peers: setup
+	guest-images/linux/need qemu-system-x86_64=qemu-system-x86
+	tests/peers/firecracker target/peers
+
+# The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 10 minutes, into BENCHMARKS.md,
+# with the peers that are there.
+bench: PEERS = $(if $(shell command -v qemu-system-x86_64),--peer qemu) $(if $(wildcard target/peers/firecracker),--peer firecracker=target/peers/firecracker)
+bench: ARGS ?= --markdown BENCHMARKS.md --svg benchmarks $(PEERS)
 bench: setup
 	$(STEP) build-bench cargo build --release --workspace --bins
 	$(STEP) pulse guest-images/pulse/build

@@ -51,9 +51,20 @@ pub struct Verdict {
     pub floor: Option<Floor>,
     /// Where the time went, where that is known.
     pub spent: Option<String>,
+    /// What peers took for the same in this run.
+    pub peers: Vec<(&'static str, f64)>,
 }
 
+/// Peers, as rows name them and as they are shown.
+const PEERS: [(&str, &str); 2] = [("firecracker", "Firecracker"), ("qemu", "QEMU")];
+
 impl Verdict {
+    /// What peers took, in a few words; empty if none ran.
+    pub fn beside(&self) -> String {
+        let each = self.peers.iter().map(|(who, value)| format!("{who} {}", figure(*value, self.unit)));
+        each.collect::<Vec<_>>().join(", ")
+    }
+
     /// Whether it is met.
     pub fn met(&self) -> bool {
         self.measured <= self.limit
@@ -107,7 +118,11 @@ impl Judge<'_> {
         if let (Some(measured), Some(limit)) = (self.result.ours(metric), limit) {
             let goal = format!("{goal} [{}]", place(&self.result.case));
             let spent = floors::spent(self.result, metric);
-            self.verdicts.push(Verdict { goal, limit, because, measured, unit, floor: None, spent });
+            // A peer has no memory that was kept: what it loads on the same host is a file in the page cache.
+            let theirs = if metric == "resume_hot" { "resume_warm" } else { metric };
+            let of = |(word, name)| self.result.of(word, theirs).map(|value| (name, value));
+            let peers = PEERS.into_iter().filter_map(of).collect();
+            self.verdicts.push(Verdict { goal, limit, because, measured, unit, floor: None, spent, peers });
         }
     }
 
@@ -322,6 +337,7 @@ fn flat(results: &[Result]) -> Vec<Verdict> {
                     unit: "ms",
                     floor: None,
                     spent: floors::spent(large, metric),
+                    peers: Vec::new(),
                 });
             }
         }
@@ -336,13 +352,15 @@ pub fn lines(verdicts: &[Verdict]) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
-            "  {}  {}: {} (goal: at most {}, {}{})",
+            "  {}  {}: {} (goal: at most {}, {}{}{}{})",
             if verdict.met() { "met   " } else { "MISSED" },
             verdict.goal,
             figure(verdict.measured, verdict.unit),
             figure(verdict.limit, verdict.unit),
             verdict.because,
-            verdict.said_if_missed()
+            verdict.said_if_missed(),
+            if verdict.peers.is_empty() { "" } else { "; in this run " },
+            verdict.beside()
         );
     }
     out
@@ -387,13 +405,17 @@ mod tests {
 
     #[test]
     fn a_peer_that_ran_replaces_the_reference() {
-        let mut ran = result(Part::Goals, Case::standard(), &[("repeat_pause", 50.0)]);
+        let mut ran = result(Part::Goals, Case::standard(), &[("repeat_pause", 50.0), ("resume_hot", 5.0)]);
         let mut theirs = Samples::default();
         theirs.add("repeat_pause", "ms", 60.0);
+        theirs.add("resume_warm", "ms", 20.0);
         ran.rows.extend(theirs.rows("firecracker", &ran.case));
         let found = judge(&[ran]);
         assert_eq!((found[0].limit, found[0].met()), (40.0, false));
         assert!(found[0].because.contains("in this run"));
+        // Beside a wake from kept memory stands the peer's from its file.
+        let beside: Vec<_> = found.iter().map(Verdict::beside).collect();
+        assert_eq!(beside, ["Firecracker 60.0 ms", "Firecracker 20.0 ms"]);
     }
 
     #[test]

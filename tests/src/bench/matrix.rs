@@ -43,7 +43,7 @@ pub fn cases(peers: &[Peer]) -> Vec<(Part, Case)> {
     let mut all = vec![(Part::Goals, Case { peers: peers.to_vec(), ..Case::standard() })];
     // For the stop of a named snapshot at another size of the changed set and of memory.
     let stop = Measures { wakes: vec![Wake::Cold], snapshot: true, residue: false };
-    let large = Case { changed_mib: 128, runs: 3, measures: stop.clone(), ..Case::standard() };
+    let large = Case { changed_mib: 128, runs: 3, measures: stop.clone(), peers: peers.to_vec(), ..Case::standard() };
     all.push((Part::Goals, large));
     for memory_mib in MEMORY {
         for changed_mib in CHANGED {

@@ -73,9 +73,14 @@ pub struct Arguments {
 const MIXES: &[&str] = &["real", "rand", "comp", "zero", "dup"];
 
 impl Arguments {
+    /// The peers that are asked for.
+    pub fn peers(&self) -> Result<Vec<Peer>, String> {
+        self.peer.iter().map(|text| peer(text)).collect()
+    }
+
     /// The cases that are asked for, each with its part of the matrix.
     pub fn cases(&self, environment: impl Fn(&str) -> Option<String>) -> Result<Vec<(Part, Case)>, String> {
-        let peers = self.peer.iter().map(|text| peer(text)).collect::<Result<Vec<_>, _>>()?;
+        let peers = self.peers()?;
         if self.runs == Some(0) {
             return Err("--runs must be at least 1".to_owned());
         }

@@ -28,6 +28,8 @@ pub struct Record {
     pub machine: String,
     /// Version and Cargo profile of what was measured.
     pub build: String,
+    /// Peers that ran, with their versions.
+    pub peers: Vec<String>,
     /// What it measured.
     pub results: Vec<Measured>,
     /// Where the time went.
@@ -154,6 +156,7 @@ mod tests {
             seconds: 1,
             machine: String::new(),
             build: String::new(),
+            peers: Vec::new(),
             results: vec![Measured::from(&shown)],
             profiles: Vec::new(),
             notes: Vec::new(),

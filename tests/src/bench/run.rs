@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt as _;
 
-use super::case::{Case, Guest};
+use super::case::{Case, Guest, Peer};
 use super::goals::{self, Result as Shown};
 use super::matrix::Part;
 use super::options::Arguments;
@@ -73,6 +73,7 @@ pub async fn run(arguments: &Arguments, command: &str, network: Result<(), Strin
         seconds: begun.elapsed().as_secs(),
         machine: process::machine(),
         build: build(),
+        peers: arguments.peers()?.iter().map(Peer::version).collect(),
         results: results.iter().map(Measured::from).collect(),
         profiles,
         notes,
@@ -162,6 +163,12 @@ fn report(arguments: &Arguments, records: &[Record]) -> Result<(), Error> {
         let about = markdown::About {
             machine: all(|record| &record.machine),
             build: all(|record| &record.build),
+            peers: {
+                let mut all: Vec<_> = records.iter().flat_map(|record| record.peers.clone()).collect();
+                all.sort();
+                all.dedup();
+                all.join(", ")
+            },
             commands: records.iter().map(|r| (r.command.clone(), r.date.clone(), r.seconds)).collect(),
             plots,
             profiles: records.iter().flat_map(|record| record.profiles.clone()).collect(),

@@ -3,7 +3,7 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | [`firecracker`] | full and diff snapshots over its API socket; its network. Written from its documented API; there was no binary to run it with here |
+//! | [`firecracker`] | full and diff snapshots over its API socket; its network |
 //! | [`qemu`] | `migrate` to a file over QMP, on a `microvm` machine |
 //! | [`transfer`] | parts of 8 MiB, zstd level 1, up and down |
 
@@ -12,7 +12,7 @@ pub mod qemu;
 pub mod transfer;
 
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::bare::Bare;
@@ -31,6 +31,17 @@ impl Peer {
         match self {
             Self::Firecracker(_) => "firecracker",
             Self::Qemu(_) => "qemu",
+        }
+    }
+
+    /// What it says of itself when asked for its version: the first line.
+    pub fn version(&self) -> String {
+        let (Self::Firecracker(program) | Self::Qemu(program)) = self;
+        #[expect(clippy::disallowed_methods, reason = "a report says which peers were measured")]
+        let said = Command::new(program).arg("--version").output().map(|said| said.stdout).unwrap_or_default();
+        match String::from_utf8_lossy(&said).lines().next() {
+            Some(line) => line.trim().to_owned(),
+            None => format!("{} of an unknown version", self.word()),
         }
     }
 }

@@ -2,8 +2,12 @@
 
 use std::path::PathBuf;
 
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::Request;
+use hyper::client::conn::http1::handshake;
+use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use crate::bench::peer::PATIENCE;
@@ -20,30 +24,28 @@ pub(super) struct Api {
 }
 
 impl Api {
-    /// One request on a connection of its own; any answer but a success is an error.
+    /// One request on a connection of its own; any answer but a success is an error with what it says.
     pub(super) async fn call(&self, method: &str, path: &str, body: Value) -> Result<(), Error> {
-        let body = body.to_string();
-        let mut stream = UnixStream::connect(&self.socket).await?;
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all((head + &body).as_bytes()).await?;
-        let mut answer = Vec::new();
-        let done = async {
-            // The connection stays open after the answer: its head says where it ends, and only an error's body is of interest.
-            while !answer.windows(4).any(|four| four == b"\r\n\r\n") && answer.len() < MAX_ANSWER {
-                if stream.read_buf(&mut answer).await? == 0 {
-                    break;
-                }
-            }
-            Ok::<_, std::io::Error>(())
+        let asked = async {
+            let (mut sender, connection) = handshake(TokioIo::new(UnixStream::connect(&self.socket).await?)).await?;
+            tokio::spawn(connection);
+            let request = Request::builder().method(method).uri(path).header("host", "localhost");
+            let request =
+                request.header("content-type", "application/json").body(Full::<Bytes>::from(body.to_string()))?;
+            let (head, answer) = sender.send_request(request).await?.into_parts();
+            let answer = if head.status.is_success() {
+                Bytes::new()
+            } else {
+                Limited::new(answer, MAX_ANSWER).collect().await?.to_bytes()
+            };
+            Ok::<_, Error>((head.status, answer))
         };
-        tokio::time::timeout(PATIENCE, done).await??;
-        let text = String::from_utf8_lossy(&answer);
-        match text.split(' ').nth(1) {
-            Some(status) if status.starts_with('2') => Ok(()),
-            _ => Err(format!("Firecracker refuses {method} {path}: {text}").into()),
+        let (status, answer) = tokio::time::timeout(PATIENCE, asked).await??;
+        if status.is_success() {
+            return Ok(());
         }
+        let told: Value = serde_json::from_slice(&answer).unwrap_or_default();
+        let why = told["fault_message"].as_str().map_or_else(|| String::from_utf8_lossy(&answer), Into::into);
+        Err(format!("Firecracker refuses {method} {path}: {status}: {why}").into())
     }
 }

@@ -234,7 +234,7 @@ mod tests {
                     reader.read_line(&mut line).unwrap();
                     match line.trim().split_once(": ") {
                         None => break,
-                        Some(("Content-Length", value)) => length = value.parse().unwrap(),
+                        Some(("content-length", value)) => length = value.parse().unwrap(),
                         Some(_) => {}
                     }
                 }
