@@ -41,14 +41,14 @@ peers: setup
 	guest-images/linux/need qemu-system-x86_64=qemu-system-x86
 	tests/peers/firecracker target/peers
 
-# The benchmark, optimised. `make bench ARGS=--help` says what can be chosen; without ARGS the whole matrix, about 10 minutes, into BENCHMARKS.md,
-# with the peers that are there.
-bench: PEERS = $(if $(shell command -v qemu-system-x86_64),--peer qemu) $(if $(wildcard target/peers/firecracker),--peer firecracker=target/peers/firecracker)
-bench: ARGS ?= --markdown BENCHMARKS.md --svg benchmarks $(PEERS)
+# The benchmark, optimised, with the peers that are there. `make bench ARGS=--help` says what can be chosen; without ARGS all of it, about 20 minutes,
+# into BENCHMARKS.md.
 bench: setup
 	$(STEP) build-bench cargo build --release --workspace --bins
 	$(STEP) pulse guest-images/pulse/build
-	$(STEP) bench target/release/stasis-bench $(ARGS)
+	$(STEP) images guest-images/linux/build
+	target/release/stasis templates --images-dir target/images
+	$(STEP) bench $(if $(ARGS),target/release/stasis-bench $(ARGS),tests/benchmark target/release)
 
 lint: setup
 	$(STEP) format cargo fmt --all --check

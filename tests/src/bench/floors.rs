@@ -143,7 +143,7 @@ mod tests {
         for (metric, value) in figures {
             samples.add(*metric, "ms", *value);
         }
-        Result { part: Part::Goals, rows: samples.rows("stasis", &case), case }
+        Result { part: Part::Goals, rows: samples.rows("stasis", &case), case, elsewhere: None }
     }
 
     #[test]

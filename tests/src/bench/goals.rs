@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use super::case::Case;
+use super::case::{Case, Guest};
 use super::floors::{self, Floor};
 use super::matrix::Part;
 use super::samples::{Row, figure};
@@ -20,6 +20,8 @@ pub struct Result {
     pub case: Case,
     /// Its rows.
     pub rows: Vec<Row>,
+    /// Where it ran, if that is not where the report's first ran.
+    pub elsewhere: Option<String>,
 }
 
 impl Result {
@@ -128,13 +130,18 @@ impl Judge<'_> {
 
     /// Firecracker's median where it ran, else the reference.
     fn peer(&self, metric: &str, detail: &str) -> Option<(f64, String)> {
-        if let Some(ms) = self.result.of("firecracker", metric) {
-            return Some((ms, format!("Firecracker's {} in this run", figure(ms, "ms"))));
-        }
-        let name = format!("{metric}{detail}");
-        let reference = REFERENCES.iter().find(|reference| reference.metric == name)?;
-        let text = format!("{}'s {} of the reference measurement", reference.who, figure(reference.ms, "ms"));
-        Some((reference.ms, text))
+        self.firecracker(metric).or_else(|| reference(&format!("{metric}{detail}")))
+    }
+
+    /// The better of Firecracker's median, where it ran, and the reference.
+    fn better(&self, metric: &str) -> Option<(f64, String)> {
+        let both = self.firecracker(metric).into_iter().chain(reference(metric));
+        both.min_by(|one, other| one.0.total_cmp(&other.0))
+    }
+
+    fn firecracker(&self, metric: &str) -> Option<(f64, String)> {
+        let ms = self.result.of("firecracker", metric)?;
+        Some((ms, format!("Firecracker's {} in this run", figure(ms, "ms"))))
     }
 
     fn against_peer(&mut self, goal: &str, metric: &str, detail: &str, share: f64) {
@@ -156,6 +163,11 @@ impl Judge<'_> {
     }
 }
 
+fn reference(metric: &str) -> Option<(f64, String)> {
+    let found = REFERENCES.iter().find(|reference| reference.metric == metric)?;
+    Some((found.ms, format!("{}'s {} of the reference measurement", found.who, figure(found.ms, "ms"))))
+}
+
 fn place(case: &Case) -> String {
     let sandboxes = if case.sandboxes == 1 { String::new() } else { format!(", {} sandboxes", case.sandboxes) };
     format!(
@@ -170,7 +182,8 @@ fn place(case: &Case) -> String {
 /// Each goal that the results say something about.
 pub fn judge(results: &[Result]) -> Vec<Verdict> {
     let mut all = Vec::new();
-    for result in results {
+    // The goals are set for pulse: what a Debian guest shows depends on what else it does.
+    for result in results.iter().filter(|result| result.case.guest == Guest::Pulse) {
         let mut judge = Judge { result, all: results, verdicts: Vec::new() };
         match result.part {
             Part::Goals | Part::Case => standard(&mut judge),
@@ -212,14 +225,15 @@ fn standard(judge: &mut Judge<'_>) {
             ),
         );
         judge.floor("first pass after a snapshot", floors::pass(judge.result));
-        let half = REFERENCES.iter().find(|r| r.metric == "resume_warm").map(|r| r.ms);
-        let who = "Cloud Hypervisor's 14.5 ms of the reference measurement";
-        judge.add("hot wake to first output", "resume_hot", "ms", half.map(|ms| ms / 2.0), format!("0.50 × {who}"));
-        judge.floor("hot wake", floors::wake(judge.result, "resume_hot"));
+        if let Some((ms, who)) = judge.better("resume_warm") {
+            let half = format!("0.50 × {who}");
+            judge.add("hot wake to first output", "resume_hot", "ms", Some(ms / 2.0), half);
+            judge.floor("hot wake", floors::wake(judge.result, "resume_hot"));
+            judge.add("warm wake to first output", "resume_warm", "ms", Some(ms), who);
+            judge.floor("warm wake", floors::wake(judge.result, "resume_warm"));
+        }
         judge.add("first pass after a hot wake", "first_pass_after_resume", "ms", Some(5.0), "5 ms".to_owned());
         judge.floor("first pass after a hot wake", floors::pass(judge.result));
-        judge.add("warm wake to first output", "resume_warm", "ms", half, who.to_owned());
-        judge.floor("warm wake", floors::wake(judge.result, "resume_warm"));
     } else if usual && changed == 128 {
         judge.against_peer("guest stop for a named snapshot", "guest_stop", ".128", 0.5);
         judge.floor("guest stop", floors::copy(judge.all, judge.result));
@@ -377,7 +391,7 @@ mod tests {
         for (metric, value) in figures {
             samples.add(*metric, "ms", *value);
         }
-        Result { part, rows: samples.rows("stasis", &case), case }
+        Result { part, rows: samples.rows("stasis", &case), case, elsewhere: None }
     }
 
     #[test]
@@ -408,14 +422,16 @@ mod tests {
         let mut ran = result(Part::Goals, Case::standard(), &[("repeat_pause", 50.0), ("resume_hot", 5.0)]);
         let mut theirs = Samples::default();
         theirs.add("repeat_pause", "ms", 60.0);
-        theirs.add("resume_warm", "ms", 20.0);
+        theirs.add("resume_warm", "ms", 9.0);
         ran.rows.extend(theirs.rows("firecracker", &ran.case));
         let found = judge(&[ran]);
         assert_eq!((found[0].limit, found[0].met()), (40.0, false));
         assert!(found[0].because.contains("in this run"));
         // Beside a wake from kept memory stands the peer's from its file.
         let beside: Vec<_> = found.iter().map(Verdict::beside).collect();
-        assert_eq!(beside, ["Firecracker 60.0 ms", "Firecracker 20.0 ms"]);
+        assert_eq!(beside, ["Firecracker 60.0 ms", "Firecracker 9.00 ms"]);
+        // And the better of it and the reference is the one to beat.
+        assert_eq!(found[1].limit, 4.5);
     }
 
     #[test]

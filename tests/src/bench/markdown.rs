@@ -68,6 +68,9 @@ pub fn report(results: &[Result], verdicts: &[Verdict], about: &About) -> String
     }
     for result in results {
         let _ = writeln!(out, "\n## {}\n", result.case.describe());
+        if let Some(machine) = &result.elsewhere {
+            let _ = writeln!(out, "On another machine: {machine}.\n");
+        }
         table(&mut out, &result.rows);
         ratios(&mut out, &result.rows);
     }

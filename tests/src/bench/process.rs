@@ -112,7 +112,8 @@ pub fn machine() -> String {
     } else {
         "no KVM"
     };
-    format!("{cpu}, {cores} CPUs, {memory}, Linux {}, {kvm}", kernel.trim())
+    let emulated = if std::env::var_os("RIG").is_some() { ", emulated by tests/rig: some 20 times slower" } else { "" };
+    format!("{cpu}, {cores} CPUs, {memory}, Linux {}, {kvm}{emulated}", kernel.trim())
 }
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ impl From<&Shown> for Measured {
 
 impl Measured {
     /// As it was shown. Keys of a bucket are not recorded: nothing can be measured by what comes back.
-    fn shown(self) -> Shown {
+    fn shown(self, elsewhere: Option<&str>) -> Shown {
         let store = match self.store.strip_prefix("s3=") {
             Some(endpoint) => Store::Bucket(S3Settings {
                 endpoint: endpoint.to_owned(),
@@ -118,7 +118,7 @@ impl Measured {
             encrypt: self.encrypt,
             ..Case::standard()
         };
-        Shown { part: self.part, case, rows: self.rows }
+        Shown { part: self.part, case, rows: self.rows, elsewhere: elsewhere.map(str::to_owned) }
     }
 }
 
@@ -134,9 +134,10 @@ impl Record {
         Ok(std::fs::write(path, serde_json::to_string_pretty(self)? + "\n")?)
     }
 
-    /// What it measured.
-    pub fn shown(&self) -> Vec<Shown> {
-        self.results.iter().cloned().map(Measured::shown).collect()
+    /// What it measured, in a report about `machine`.
+    pub fn shown(&self, machine: &str) -> Vec<Shown> {
+        let elsewhere = (self.machine != machine).then_some(self.machine.as_str());
+        self.results.iter().cloned().map(|measured| measured.shown(elsewhere)).collect()
     }
 }
 
@@ -149,12 +150,12 @@ mod tests {
         let case = Case { link: Some(super::super::matrix::link()), sandboxes: 20, encrypt: true, ..Case::standard() };
         let mut samples = super::super::samples::Samples::default();
         samples.time("first_pause", Duration::from_millis(3));
-        let shown = Shown { part: Part::Link, rows: samples.rows("stasis", &case), case };
+        let shown = Shown { part: Part::Link, rows: samples.rows("stasis", &case), case, elsewhere: None };
         let record = Record {
             command: "make bench".to_owned(),
             date: String::new(),
             seconds: 1,
-            machine: String::new(),
+            machine: "a machine".to_owned(),
             build: String::new(),
             peers: Vec::new(),
             results: vec![Measured::from(&shown)],
@@ -164,7 +165,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record.json");
         record.write(&path).unwrap();
-        let again = Record::read(&path).unwrap().shown();
+        let read = Record::read(&path).unwrap();
+        assert_eq!(read.shown("another")[0].elsewhere.as_deref(), Some(record.machine.as_str()));
+        let again = read.shown(&record.machine);
+        assert_eq!(again[0].elsewhere, None);
         assert_eq!(again.len(), 1);
         assert_eq!(again[0].case.describe(), shown.case.describe());
         assert_eq!((again[0].part, &again[0].rows, again[0].case.link), (shown.part, &shown.rows, shown.case.link));

@@ -53,7 +53,7 @@ pub async fn run(arguments: &Arguments, command: &str, network: Result<(), Strin
             println!("  FAILED: {error}");
         }
         failed.extend(errors);
-        results.push(Shown { part: *part, case: case.clone(), rows });
+        results.push(Shown { part: *part, case: case.clone(), rows, elsewhere: None });
     }
     let kept = arguments.markdown.is_some() || arguments.record.is_some();
     let profiles = match cases.iter().find(|(part, case)| *part == Part::Goals && case.guest == Guest::Pulse) {
@@ -136,7 +136,8 @@ async fn bounded(measurement: impl Future<Output = Result<(), Error>>) -> Result
 }
 
 fn report(arguments: &Arguments, records: &[Record]) -> Result<(), Error> {
-    let results: Vec<Shown> = records.iter().flat_map(Record::shown).collect();
+    let machine = records.first().map(|record| record.machine.clone()).unwrap_or_default();
+    let results: Vec<Shown> = records.iter().flat_map(|record| record.shown(&machine)).collect();
     let rows: Vec<Row> = results.iter().flat_map(|result| result.rows.clone()).collect();
     let verdicts = goals::judge(&results);
     if !verdicts.is_empty() {
@@ -161,7 +162,7 @@ fn report(arguments: &Arguments, records: &[Record]) -> Result<(), Error> {
             all.join("; ")
         };
         let about = markdown::About {
-            machine: all(|record| &record.machine),
+            machine,
             build: all(|record| &record.build),
             peers: {
                 let mut all: Vec<_> = records.iter().flat_map(|record| record.peers.clone()).collect();

@@ -30,15 +30,19 @@ impl Firecracker {
     /// Starts it in the calling thread's namespaces; its files are in `dir`.
     fn spawn(program: &Path, dir: &Path, name: &str) -> Result<Self, Error> {
         let (socket, console) = (dir.join(format!("{name}.sock")), dir.join(format!("{name}.console")));
-        let log = File::create(dir.join(format!("{name}.log")))?;
+        let log = dir.join(format!("{name}.log"));
+        let errors = File::create(&log)?;
         #[expect(clippy::disallowed_methods, reason = "the one place that starts Firecracker as a peer")]
         let child = Command::new(program)
             // As in the reference measurement: a filter costs nothing that is measured, but may forbid what an unusual KVM needs.
             .args(["--no-seccomp", "--api-sock"])
             .arg(&socket)
+            // Else it says what it does among the guest's output.
+            .arg("--log-path")
+            .arg(&log)
             .stdin(Stdio::null())
             .stdout(File::create(&console)?)
-            .stderr(log)
+            .stderr(errors)
             .spawn()?;
         Ok(Self { process: Killed(child), api: Api { socket }, console })
     }
