@@ -14,9 +14,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use servers::{TTL, direct, kind, s3_server, scripted, settings};
+use servers::{TTL, direct, kind, request, s3_server, scripted, settings};
 use stasis_snapshot::{
-    capture::{CaptureRequest, Options, capture},
+    capture::capture,
     grant::{Access, GrantedObject},
     granted::{GrantedPacks, PackSink, PackSource, Patience},
     ids::Digest,
@@ -24,7 +24,6 @@ use stasis_snapshot::{
     store::{ErrorKind, ObjectStore, RawGrant, s3::S3Store},
 };
 use support::{Pages, first_capture, noise};
-use tokio_util::sync::CancellationToken;
 
 fn url_grant(address: SocketAddr, patience: Patience) -> GrantedPacks {
     let url = format!("http://{address}/bucket/pack?X-Amz-Signature=geheim");
@@ -117,19 +116,8 @@ async fn packs_are_copied_to_the_local_files_that_come_with_their_grants() {
     assert!(files.is_empty());
     assert_eq!(sink.cache_files().len(), 7);
     let memory = Arc::new(Pages::from_bytes(noise(1, 1100)));
-    let captured = capture(CaptureRequest {
-        images: vec![first_capture(ImageKind::Memory, &memory, None)],
-        parent_packs: Vec::new(),
-        threads: None,
-        sink: Arc::new(sink),
-        options: Options::default(),
-        cancel: CancellationToken::new(),
-        progress: None,
-        connections: None,
-        seal: None,
-    })
-    .await
-    .unwrap();
+    let image = first_capture(ImageKind::Memory, &memory, None);
+    let captured = capture(request(image, sink)).await.unwrap();
     assert!(captured.packs.len() >= 4);
     for (n, pack) in captured.packs.iter().enumerate() {
         let copy = std::fs::read(cache.path().join(n.to_string())).unwrap();

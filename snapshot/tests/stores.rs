@@ -12,9 +12,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use servers::{Grant, TTL, granted, kind, s3_server, scripted, settings};
+use servers::{Grant, TTL, granted, kind, request, s3_server, scripted, settings};
 use stasis_snapshot::{
-    capture::{CaptureRequest, Options, capture},
+    capture::capture,
     commit::{Attempt, Backoff, Change, HeadState, ObjectHead, Outcome, Register, Sent},
     granted::{PackSink, PackSource},
     ids::{CommitId, Digest},
@@ -31,7 +31,6 @@ use stasis_snapshot::{
 };
 use support::{Pages, first_capture, manifest_of, noise};
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 /// What the callers of every store rely on.
 async fn contract(store: &dyn ObjectStore) {
@@ -360,19 +359,8 @@ async fn verify_names_every_damaged_and_missing_object() {
     let keys: Vec<_> = (0..8).map(|n| format!("g/pack/{n}")).collect();
     let keys: Vec<_> = keys.iter().map(String::as_str).collect();
     let memory = Arc::new(Pages::from_bytes(noise(1, 1100)));
-    let captured = capture(CaptureRequest {
-        images: vec![first_capture(ImageKind::Memory, &memory, None)],
-        parent_packs: Vec::new(),
-        threads: None,
-        sink: Arc::new(granted(&store, &keys, Grant::Put).await),
-        options: Options::default(),
-        cancel: CancellationToken::new(),
-        progress: None,
-        connections: None,
-        seal: None,
-    })
-    .await
-    .unwrap();
+    let image = first_capture(ImageKind::Memory, &memory, None);
+    let captured = capture(request(image, granted(&store, &keys, Grant::Put).await)).await.unwrap();
     let bytes = Bytes::from(manifest_of(&captured, &[ImageKind::Memory], 0).encode().unwrap());
     let manifest = ManifestRef { key: "g/manifest".into(), digest: Digest::of(&bytes) };
     assert_eq!(verify(&store, &manifest, &Seals::none()).await.unwrap().problems.len(), 1);

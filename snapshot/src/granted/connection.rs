@@ -35,7 +35,7 @@ use tokio_rustls::{
 /// How long a connection may take to be there, TLS included.
 const CONNECT: Duration = Duration::from_secs(10);
 /// A connection that nobody used for this long is closed. Until then all of a burst stay: with 4 kept a VMM had 0.9 MiB less after a wake from the
-/// store, but the wake's hot set came a quarter later, for connections were dropped and dialled again all through it.
+/// store, but its hot set came up to a quarter later, for connections were dropped and dialled again all through it.
 const IDLE: Duration = Duration::from_secs(90);
 /// Bytes that a connection reads at once at most. It keeps the buffer while it is idle, and there are as many as there were transfers at once.
 const READ_AT_ONCE: usize = 32 << 10;

@@ -20,11 +20,13 @@ use hyper::{Request, Response, StatusCode, body::Incoming, server::conn::http1, 
 use hyper_util::rt::TokioIo;
 use s3s::{auth::SimpleAuth, service::S3ServiceBuilder};
 use stasis_snapshot::{
+    capture::{CaptureRequest, ImageInput, Options},
     grant::{Access, GrantedObject},
     granted::{Direct, GrantedPacks, Patience, StoreClient},
     store::{ErrorKind, ObjectStore, RawGrant, StoreError, s3::S3Settings},
 };
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) const TTL: Duration = Duration::from_mins(1);
 
@@ -126,4 +128,19 @@ pub(crate) async fn granted(store: &dyn ObjectStore, keys: &[&str], what: Grant)
     let packs = GrantedPacks::new(direct(), objects, &mut files, Patience::default()).unwrap();
     assert!(files.is_empty());
     packs
+}
+
+/// A capture of one image from nothing, into granted packs.
+pub(crate) fn request(image: ImageInput, sink: GrantedPacks) -> CaptureRequest {
+    CaptureRequest {
+        images: vec![image],
+        parent_packs: Vec::new(),
+        threads: None,
+        sink: Arc::new(sink),
+        options: Options::default(),
+        cancel: CancellationToken::new(),
+        progress: None,
+        connections: None,
+        seal: None,
+    }
 }
